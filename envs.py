@@ -1,0 +1,893 @@
+"""Environments and files: what every script here shares.
+
+    env = make_env("walker-walk", seed=1)                # one gymnasium.Env
+    envs = make_envs("walker-walk", num_envs=4, seed=1)  # one gymnasium.vector.VectorEnv
+    weights = load_pt("walker.pt")["model"]              # a PyTorch file, read without PyTorch
+    python envs.py                                       # the table of tasks
+
+Every environment looks the same from outside: observation `Box` float32 flat (or uint8 [64, 64, 3] with obs="rgb"),
+action `Box(-1, 1)` float32, action repeat inside, `truncated` at the time limit, `terminated` only where the task really
+ends, `info["success"]` (float) on every step. Importing this module loads no simulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import mmap
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+import zipfile
+from collections import OrderedDict
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, NamedTuple
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+
+
+class UserError(Exception):
+    """A mistake of the user; its text is the one sentence to print."""
+
+
+class TaskSpec(NamedTuple):
+    """What a script must know of a task before it makes the environment."""
+
+    name: str  # canonical short name, or the Gymnasium id
+    domain: str
+    action_repeat: int  # simulator steps per decision
+    episode_length: int  # decisions
+    can_terminate: bool  # False: episodes end by the time limit only
+    success: bool  # True: the success rate is the figure of merit, not the return
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Domain(NamedTuple):
+    """A family of tasks: common settings, and rows (prefix, tasks, observation size, action size)."""
+
+    rows: tuple[tuple[str, str, int | None, int], ...]
+    action_repeat: int
+    episode_length: int
+    success: bool
+    module: str  # what must be importable
+    install: str  # how to get it
+
+
+_METAWORLD_TASKS = (
+    "assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall coffee-button "
+    "coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close drawer-open faucet-open "
+    "faucet-close hammer handle-press-side handle-press handle-pull-side handle-pull lever-pull peg-insert-side "
+    "peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back "
+    "plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull "
+    "sweep-into sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert"
+)
+
+DOMAINS = {
+    "DMControl": Domain(
+        rows=(
+            ("acrobot", "swingup", 6, 1),
+            ("cartpole", "balance balance-sparse swingup swingup-sparse", 5, 1),
+            ("cheetah", "run run-backwards run-front run-back jump", 17, 6),
+            ("cup", "catch spin", 8, 2),
+            ("dog", "run stand trot walk", 223, 38),
+            ("finger", "spin", 9, 2),
+            ("finger", "turn-easy turn-hard", 12, 2),
+            ("fish", "swim", 24, 5),
+            ("hopper", "stand hop hop-backwards", 15, 4),
+            ("humanoid", "stand walk run", 67, 21),
+            ("pendulum", "swingup spin", 3, 1),
+            ("quadruped", "walk run", 78, 12),
+            ("reacher", "easy hard", 6, 2),
+            ("reacher", "three-easy three-hard", 8, 3),
+            ("walker", "stand walk run walk-backwards run-backwards", 24, 6),
+        ),
+        action_repeat=2, episode_length=500, success=False,
+        module="dm_control", install="pip install -e .",
+    ),
+    "Meta-World": Domain(
+        rows=(("mw", _METAWORLD_TASKS, 39, 4),),
+        action_repeat=2, episode_length=100, success=True,
+        module="metaworld", install="pip install -e '.[metaworld]'",
+    ),
+    "MyoSuite": Domain(
+        rows=(
+            ("myo", "reach reach-hard", 115, 39),
+            ("myo", "pose pose-hard", 108, 39),
+            ("myo", "obj-hold obj-hold-hard", 91, 39),
+            ("myo", "key-turn key-turn-hard", 93, 39),
+            ("myo", "pen-twirl pen-twirl-hard", 83, 39),
+        ),
+        action_repeat=1, episode_length=100, success=True,
+        module="myosuite", install="pip install -e '.[myosuite]'",
+    ),
+    "ManiSkill": Domain(
+        rows=(
+            ("lift", "cube", 42, 4),
+            ("pick", "cube", 42, 4),
+            ("stack", "cube", 48, 4),
+            ("pick", "ycb", None, 7),  # observation size None: known only once the task's assets are downloaded
+            ("turn", "faucet", None, 7),
+        ),
+        action_repeat=2, episode_length=100, success=True,
+        module="mani_skill", install="pip install -e '.[maniskill]'",
+    ),
+}  # fmt: skip
+
+# Canonical name → (domain, observation size, action size), in the order of the printed table.
+TASKS: dict[str, tuple[str, int | None, int]] = {
+    f"{prefix}-{task}": (domain, obs_size, action_size)
+    for domain, settings in DOMAINS.items()
+    for prefix, tasks, obs_size, action_size in settings.rows
+    for task in tasks.split()
+}
+
+# The multi-task sets; a task's place in its set is its id in multi-task models and datasets.
+_MT30 = tuple(
+    (
+        "walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup "
+        "cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cup-catch finger-spin "
+        "finger-turn-easy finger-turn-hard fish-swim hopper-stand hopper-hop walker-walk-backwards "
+        "walker-run-backwards cheetah-run-backwards cheetah-run-front cheetah-run-back cheetah-jump "
+        "hopper-hop-backwards reacher-three-easy reacher-three-hard cup-spin pendulum-spin"
+    ).split()
+)
+TASK_SETS = {"mt30": _MT30, "mt80": _MT30 + tuple(f"mw-{task}" for task in _METAWORLD_TASKS.split())}
+
+# Gymnasium tasks that only their time limit ends. Gymnasium does not register this fact, so it is a list of names (any
+# version); a task missing here is taken as one that may terminate, which costs a termination head and is never wrong.
+_NEVER_TERMINATE = {"HalfCheetah", "HumanoidStandup", "Pendulum", "Pusher", "Reacher", "Swimmer"}
+
+
+def task_spec(task: str) -> TaskSpec:
+    """The facts of a task, without loading its simulator.
+
+    Args:
+        task: a name of the table (`walker-walk`; dashes or underscores; `dm_control/walker-walk-v0`) or any Gymnasium
+            id with a time limit (`HalfCheetah-v5`, `module:Id-v0`, other `dm_control/…` ids).
+
+    Raises:
+        UserError: there is no such task, or it has no time limit.
+    """
+    name = _canonical(task)
+    if name in TASKS:
+        domain = TASKS[name][0]
+        settings = DOMAINS[domain]
+        return TaskSpec(name, domain, settings.action_repeat, settings.episode_length, False, settings.success)
+    if task.startswith("dm_control/"):
+        _gym_spec(task)
+        return TaskSpec(task, "DMControl", 2, 500, True, False)
+    spec = _gym_spec(task)
+    if spec.max_episode_steps is None:
+        raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
+    healthy_only = spec.kwargs.get("terminate_when_unhealthy", True)
+    can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
+    return TaskSpec(task, "Gymnasium", 1, spec.max_episode_steps, can_terminate, False)
+
+
+def _canonical(task: str) -> str:
+    """`dm_control/ball_in_cup-catch-v0`, `cup_catch` → `cup-catch`; other ids come out as no name of the table."""
+    name = re.sub(r"^dm_control/(.*?)(-v\d+)?$", r"\1", task).replace("_", "-").lower()
+    return re.sub("^ball-in-cup-", "cup-", name)
+
+
+def _gym_spec(task: str) -> Any:
+    """The Gymnasium registry's entry of an id; UserError where there is none."""
+    if task.startswith("dm_control/"):
+        _import_dm_control()
+        import shimmy  # noqa: F401  registers the dm_control/ ids
+    try:
+        return gym.spec(task)
+    except ImportError as error:
+        raise UserError(f"task {task!r} cannot be imported: {error}") from error
+    except gym.error.Error:
+        names = [*TASKS, *gym.registry]
+        near = difflib.get_close_matches(task, names, n=3) or difflib.get_close_matches(_canonical(task), names, n=3)
+        hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
+        raise UserError(f"unknown task {task!r}; {hint}python envs.py lists all tasks") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One environment
+# ----------------------------------------------------------------------------------------------------------------------
+
+FRAME = 384  # height and width of render()
+PIXELS = 64  # height and width of an rgb observation
+
+
+def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | None = None) -> gym.Env:
+    """Makes one environment.
+
+    The first reset is seeded with `seed`; later ones continue its random stream unless they are given a seed. NumPy's
+    global generator is neither used nor changed.
+
+    Args:
+        task: see `task_spec`.
+        seed: seed of the first reset.
+        obs: "state" → float32 [size]; "rgb" → uint8 [64, 64, 3], one frame (DMControl).
+        render_mode: None, or "rgb_array": `render()` gives uint8 [384, 384, 3] where the simulator lets us choose.
+
+    Returns:
+        The environment; `env.unwrapped` reaches the simulator (`.physics` and `.dm_env` with DMControl).
+
+    Raises:
+        UserError: unknown task, missing package, or a task that is not a vector of numbers in and out.
+    """
+    spec = task_spec(task)
+    if obs not in ("state", "rgb"):
+        raise UserError(f"obs must be 'state' or 'rgb', not {obs!r}")
+    if obs == "rgb" and spec.domain != "DMControl":
+        raise UserError(f"obs='rgb' works with DMControl tasks, not with {spec.name!r} ({spec.domain})")
+    if render_mode not in (None, "rgb_array"):
+        raise UserError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
+    make = {"DMControl": _make_dmcontrol, "Gymnasium": _make_gymnasium}.get(spec.domain, _make_missing)
+    env, repeat = make(spec, obs, render_mode)
+    return Task(env, spec, seed, repeat)
+
+
+class Task(gym.Wrapper):
+    """What all domains share: repeat, action and observation format, time limit, success, the seed of the first reset."""
+
+    def __init__(self, env: gym.Env, spec: TaskSpec, seed: int, repeat: int):
+        super().__init__(env)
+        self._repeat, self._limit, self._first_seed, self._decision = repeat, spec.episode_length, seed, 0
+        low, high = _check_action_space(env.action_space, spec.name)
+        self._low, self._half_range = low, (high - low) / 2
+        self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
+        if _is_image(env.observation_space):  # only DMControl with obs="rgb" gets this far with one
+            self._obs_dtype = np.uint8
+        else:
+            self._obs_dtype = np.float32
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Starts an episode → obs, info."""
+        if seed is None:
+            seed = self._first_seed
+        self._first_seed, self._decision = None, 0
+        obs, info = self.env.reset(seed=seed, options=options)
+        return np.asarray(obs, self._obs_dtype), {**info, "success": 0.0}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """One decision: action in [-1, 1], held for the task's repeat → obs, summed reward, terminated, truncated, info."""
+        action = self._low + (np.asarray(action, np.float64) + 1.0) * self._half_range
+        total = 0.0
+        for _ in range(self._repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        self._decision += 1
+        truncated = not terminated and (truncated or self._decision >= self._limit)
+        info = {**info, "success": float(info.get("success", 0.0))}
+        return np.asarray(obs, self._obs_dtype), total, bool(terminated), bool(truncated), info
+
+    def render(self) -> np.ndarray | None:
+        """The current picture, uint8 [height, width, 3], or None without a render_mode."""
+        return self.env.render() if self.render_mode else None
+
+
+def _is_image(space: gym.Space) -> bool:
+    return isinstance(space, gym.spaces.Box) and (len(space.shape) > 1 or space.dtype == np.uint8)
+
+
+def _check_action_space(space: gym.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds (low, high), each float64 [size], of a usable action space."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise UserError(f"task {name!r} has actions {space}; only a flat Box of continuous actions is supported")
+    if not np.all(np.isfinite(space.low) & np.isfinite(space.high)):
+        raise UserError(f"task {name!r} has actions without finite bounds, which cannot be scaled to [-1, 1]")
+    return space.low.astype(np.float64), space.high.astype(np.float64)
+
+
+def _make_missing(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
+    # Place of Meta-World, MyoSuite and ManiSkill: one function each, as _make_dmcontrol, named in make_env's table.
+    raise UserError(f"task {spec.name!r} ({spec.domain}) is listed but not supported yet in this version")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gymnasium
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _make_gymnasium(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
+    """Any registered id whose actions are a Box and whose observations are a flat Box."""
+    size = {}
+    if render_mode and str(gym.spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
+        _choose_gl()
+        size = {"width": FRAME, "height": FRAME}
+    try:
+        env = gym.make(spec.name, render_mode=render_mode, disable_env_checker=True, **size)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"task {spec.name!r} cannot be made: {error}") from error
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Box) or _is_image(space) or len(space.shape) != 1:
+        kind = "image" if _is_image(space) else type(space).__name__
+        raise UserError(f"task {spec.name!r} has {kind} observations; only a flat Box of numbers is supported")
+    return env, spec.action_repeat
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DMControl
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _make_dmcontrol(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
+    """A task of the table from dm_control's suite or our own ones; another `dm_control/…` id by way of shimmy."""
+    _import_dm_control()
+    if spec.name in TASKS:
+        import dmcontrol_tasks
+
+        return DMControl(dmcontrol_tasks.load(spec.name), spec, obs, render_mode), 1
+    if obs == "rgb":
+        raise UserError(f"obs='rgb' works with the DMControl tasks of the table, not with {spec.name!r}")
+    return ShimmyDMControl(gym.make(spec.name, disable_env_checker=True), spec, render_mode), spec.action_repeat
+
+
+def _import_dm_control() -> None:
+    """Imports dm_control such that it touches no GL library, unless the user's MUJOCO_GL wants one.
+
+    dm_control binds its renderer when it is imported, and fails there when that one does not work. We draw with
+    MuJoCo's own functions instead (`MujocoCamera`), so it can always be told to do without.
+    """
+    try:
+        with _environ(MUJOCO_GL=os.environ.get("MUJOCO_GL") or "disable"):
+            import dm_control.suite  # noqa: F401
+    except ImportError as error:
+        gl = f" with MUJOCO_GL={os.environ['MUJOCO_GL']}" if os.environ.get("MUJOCO_GL") else ""
+        raise UserError(f"dm_control cannot be imported{gl}: {error}") from error
+
+
+@contextlib.contextmanager
+def _environ(**values: str):
+    """Sets environment variables for the length of a with block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class DMControl(gym.Env):
+    """A suite task of dm_control as a Gymnasium environment, with the repeat inside.
+
+    The observation is the values of dm_control's observation dict, flattened in its order. The repeat is here and not
+    in `Task` because only the last simulator step needs an observation: 10% less time per decision.
+    """
+
+    def __init__(self, dm_env: Any, spec: TaskSpec, obs: str, render_mode: str | None):
+        self.dm_env, self._repeat, self._obs, self.render_mode = dm_env, spec.action_repeat, obs, render_mode
+        self._substeps = round(dm_env.control_timestep() / dm_env.physics.timestep())
+        self.metadata = _dm_metadata(dm_env.control_timestep() * spec.action_repeat)
+        camera_id = 2 if spec.name.startswith("quadruped") else 0  # quadruped's camera 0 does not follow it
+        model = dm_env.physics.model.ptr
+        self._frames = MujocoCamera(model, FRAME, camera_id) if render_mode else None
+        self._pixels = MujocoCamera(model, PIXELS, camera_id) if obs == "rgb" else None
+        action = dm_env.action_spec()
+        low, high = (np.broadcast_to(bound, action.shape) for bound in (action.minimum, action.maximum))
+        self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        size = sum(int(np.prod(part.shape)) for part in dm_env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        if obs == "rgb":
+            self.observation_space = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
+
+    @property
+    def physics(self) -> Any:
+        """dm_control's Physics: `.model`, `.data`, `.named`."""
+        return self.dm_env.physics
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self.dm_env.task.random.seed(seed)
+        self.dm_env.reset()
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        task, physics, total = self.dm_env.task, self.dm_env.physics, 0.0
+        for _ in range(self._repeat):  # what dm_env.step does, without its observation
+            task.before_step(action, physics)
+            physics.step(self._substeps)
+            task.after_step(physics)
+            total += task.get_reward(physics)
+        return self._observe(), total, False, False, {}  # no task of the table terminates
+
+    def _observe(self) -> np.ndarray:
+        if self._pixels:
+            return self._pixels.frame(self.physics.data.ptr)
+        return _flatten(self.dm_env.task.get_observation(self.physics))
+
+    def render(self) -> np.ndarray | None:
+        return self._frames.frame(self.physics.data.ptr) if self._frames else None
+
+    def close(self) -> None:
+        self._frames = self._pixels = None
+        self.dm_env.close()
+
+
+class ShimmyDMControl(gym.Wrapper):
+    """Another dm_control environment, which shimmy brings with a dict of observations: flattened in its order."""
+
+    def __init__(self, env: gym.Env, spec: TaskSpec, render_mode: str | None):
+        super().__init__(env)
+        parts = env.observation_space.spaces.values()
+        if any(_is_image(part) and part.shape[-1] in (1, 3) and len(part.shape) == 3 for part in parts):
+            raise UserError(f"task {spec.name!r} has image observations; only numbers are supported")
+        size = sum(int(np.prod(part.shape)) for part in parts)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.metadata = _dm_metadata(self.unwrapped.dt * spec.action_repeat)
+        self._render_mode, self._frames = render_mode, None
+
+    @property
+    def render_mode(self) -> str | None:
+        return self._render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        return _flatten(obs), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return _flatten(obs), reward, terminated, truncated, info
+
+    def render(self) -> np.ndarray | None:
+        physics = self.unwrapped.physics
+        if self._frames is None or self._frames.model is not physics.model.ptr:  # a reset may rebuild the model
+            self._frames = MujocoCamera(physics.model.ptr, FRAME, 0)
+        return self._frames.frame(physics.data.ptr)
+
+
+def _flatten(observation: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([np.ravel(value) for value in observation.values()]).astype(np.float32)
+
+
+def _dm_metadata(seconds_per_decision: float) -> dict[str, Any]:
+    return {"render_modes": ["rgb_array"], "render_fps": max(1, round(1 / seconds_per_decision))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+GL_PACKAGES = "libegl1 libosmesa6 libgl1 libgl1-mesa-dri"
+
+
+def check_rendering(task: str) -> None:
+    """Draws one frame of the task, to learn before a long run whether that works.
+
+    Raises:
+        UserError: no frame can be drawn; names what to install.
+    """
+    try:
+        env = make_env(task, render_mode="rgb_array")
+        try:
+            env.reset()
+            frame = env.render()
+        finally:
+            env.close()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"task {task!r} cannot be drawn here: {error}") from error
+    if frame is None or frame.ndim != 3:
+        raise UserError(f"task {task!r} gives no pictures")
+
+
+def _choose_gl() -> None:
+    """Sets MUJOCO_GL to a way of drawing that works here: the user's choice, else EGL (GPU or Mesa), else OSMesa (CPU).
+
+    Whether one works is not known before a context is made (the library may be there without a device), and PyOpenGL
+    cannot change over in a process that has loaded the wrong one: so each is tried in a process of its own, once.
+
+    Raises:
+        UserError: none works.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    if chosen in _working_gl:
+        return
+    if chosen in ("disable", "disabled", "off", "false", "0"):
+        raise UserError(f"MUJOCO_GL={chosen} forbids pictures: unset it, or set it to egl or osmesa")
+    for name in [chosen] if chosen else ["egl", "osmesa", "glfw"]:
+        probe = f"from mujoco.{name} import GLContext; GLContext({PIXELS}, {PIXELS}).make_current()"
+        environment = {**os.environ, "MUJOCO_GL": "disable"}
+        run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, check=False)
+        if run.returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            _working_gl.add(name)
+            return
+    tried = f"MUJOCO_GL={chosen}" if chosen else "neither EGL nor OSMesa"
+    raise UserError(f"pictures need OpenGL, and {tried} does not work here: apt-get install -y {GL_PACKAGES}")
+
+
+_working_gl: set[str] = set()
+
+
+class MujocoCamera:
+    """Draws square RGB frames of a MuJoCo model.
+
+    dm_control's and MuJoCo's own renderers are bound to a GL library when they are imported; this one when it is made.
+
+    Args:
+        model: the MjModel to draw.
+        size: height and width in pixels.
+        camera_id: a camera of the model; the free camera if it has none.
+    """
+
+    def __init__(self, model: Any, size: int, camera_id: int):
+        import mujoco
+
+        _choose_gl()
+        self._mujoco, self.model, self._gl_context = mujoco, model, None
+        self._gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
+        self._size, self._camera_id = size, camera_id
+
+    def _open(self) -> None:
+        mujoco, model = self._mujoco, self.model
+        # The offscreen buffer has the model's size, and copying one of 640 × 480 costs more than a small picture.
+        model.vis.global_.offwidth = model.vis.global_.offheight = self._size
+        self._gl_context = self._gl.GLContext(self._size, self._size)
+        self._gl_context.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._scene = mujoco.MjvScene(model, 10_000)
+        self._viewport = mujoco.MjrRect(0, 0, self._size, self._size)
+        self._option = mujoco.MjvOption()
+        self._option.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False  # sensor beams are no part of the scene
+        self._camera = mujoco.MjvCamera()
+        if model.ncam:
+            self._camera.type, self._camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._camera_id
+        else:
+            mujoco.mjv_defaultFreeCamera(model, self._camera)
+
+    def frame(self, data: Any) -> np.ndarray:
+        """The picture of a state (MjData): uint8 [size, size, 3], right way up."""
+        if self._gl_context is None:
+            self._open()
+        mujoco = self._mujoco
+        self._gl_context.make_current()  # another camera of this process may have been used in between
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, data, self._option, None, self._camera, everything, self._scene)
+        mujoco.mjr_render(self._viewport, self._scene, self._context)
+        picture = np.empty((self._size, self._size, 3), np.uint8)
+        mujoco.mjr_readPixels(picture, None, self._viewport, self._context)
+        return picture[::-1].copy()  # OpenGL's first row is the lowest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many environments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_envs(
+    task: str,
+    num_envs: int,
+    seed: int = 0,
+    obs: str = "state",
+    render_mode: str | None = None,
+    num_workers: int | None = None,
+) -> gym.vector.VectorEnv:
+    """Makes `num_envs` environments that step together; environment i is `make_env(task, seed + i)`.
+
+    The step after an episode's end returns the next episode's first observation and ignores the action (NEXT_STEP).
+    `reset(seed=s)` gives environment i the seed s + i. `infos["success"]` is float64 [num_envs]. What an environment
+    returns depends on its seed and actions only, not on the number of workers.
+
+    Args:
+        task, seed, obs: as in `make_env`.
+        num_envs: number of environments, at least 1.
+        render_mode: "rgb_array": `envs.render()[0]` is a frame of environment 0; the others draw nothing.
+        num_workers: worker processes to spread the environments over; 0 steps them in this process. Default: one per
+            CPU core, and 0 where there is only one environment or one core.
+
+    Raises:
+        UserError: as `make_env`, or num_envs < 1.
+    """
+    if num_envs < 1:
+        raise UserError(f"the number of environments must be at least 1, not {num_envs}")
+    spec = task_spec(task)
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = 0 if num_envs == 1 or cores == 1 else min(num_envs, cores)
+    modes = [render_mode] + [None] * (num_envs - 1)
+    makers = [functools.partial(make_env, spec.name, seed + i, obs, mode) for i, mode in enumerate(modes)]
+    if num_workers == 0:
+        return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    return WorkerVectorEnv(spec.name, makers, min(num_workers, num_envs), render_mode)
+
+
+class WorkerVectorEnv(gym.vector.VectorEnv):
+    """Environments in worker processes, several to a worker, with everything but commands in shared memory.
+
+    A worker is a fresh Python that imports this module and the simulator, nothing else. Gymnasium's AsyncVectorEnv
+    would fork a process that has JAX's threads (deadlock), or import the user's script, and with it JAX, once in every
+    worker; and it waits forever for some workers that die. Workers end when their pipe is closed, so none outlives its
+    parent, whatever becomes of that.
+    """
+
+    def __init__(self, task: str, makers: list[Any], num_workers: int, render_mode: str | None):
+        self._task, self.num_envs, self.render_mode = task, len(makers), render_mode
+        self.processes: list[subprocess.Popen] = []
+        self._pipes: list[Connection] = []
+        self._rows_of = np.array_split(np.arange(self.num_envs), num_workers)
+        registered = gym.registry.get(task)  # a task that the user's script registered is unknown to a fresh Python
+        with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
+            try:
+                for rows in self._rows_of:
+                    self._start(shared.fileno(), (sys.path, registered, rows.tolist(), [makers[i] for i in rows]))
+                (self.single_observation_space, self.single_action_space, self.metadata), *_ = (
+                    self._receive(worker) for worker in range(num_workers)
+                )
+                record = _record(self.single_observation_space, self.single_action_space)
+                os.ftruncate(shared.fileno(), record.itemsize * self.num_envs)
+                self._records = np.frombuffer(mmap.mmap(shared.fileno(), 0), record)
+                self._command_all("share", [None] * num_workers)
+            except BaseException:
+                self.close()
+                raise
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        self.metadata = {**self.metadata, "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def _start(self, shared: int, job: tuple) -> None:
+        ours, theirs = Pipe()
+        # Ctrl-C and a batch system's SIGTERM reach the whole process group; it is the parent that decides on the end.
+        code = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN); import sys; "
+        code += "sys.path.insert(0, sys.argv[1]); import envs; envs._work(int(sys.argv[2]), int(sys.argv[3]))"
+        here = os.path.dirname(os.path.abspath(__file__))
+        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}  # cores are XLA's
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, here, str(theirs.fileno()), str(shared)],
+                env={**os.environ, **one_thread},
+                pass_fds=(theirs.fileno(), shared),
+                stdin=subprocess.DEVNULL,
+            )
+        self.processes.append(process)
+        self._pipes.append(ours)
+        self._send(len(self._pipes) - 1, cloudpickle.dumps(job))
+
+    def _send(self, worker: int, message: Any) -> None:
+        try:
+            self._pipes[worker].send(message)
+        except OSError:
+            pass  # it has ended: _receive tells why
+
+    def _receive(self, worker: int) -> Any:
+        """A worker's answer; closes all and raises what went wrong if it failed or died."""
+        try:
+            answer, value = self._pipes[worker].recv()
+        except (EOFError, OSError):
+            code = self.processes[worker].wait()
+            reason = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            answer, value = "failed", f"environment worker {worker} (process {self.processes[worker].pid}) {reason}"
+        if answer == "done":
+            return value
+        self.close()
+        raise UserError(value) if answer == "user error" else RuntimeError(f"task {self._task!r}: {value}")
+
+    def _command_all(self, command: str, arguments: list[Any]) -> list[Any]:
+        if self.closed:
+            raise RuntimeError(f"task {self._task!r}: these environments are closed")
+        for worker, argument in enumerate(arguments):
+            self._send(worker, (command, argument))
+        return [self._receive(worker) for worker in range(len(arguments))]
+
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
+        """Starts an episode in every environment → obs [num_envs, …], infos."""
+        if seed is None or isinstance(seed, int | np.integer):
+            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        self._command_all("reset", [([seed[i] for i in rows], options) for rows in self._rows_of])
+        return self._records["obs"].copy(), self._infos()
+
+    def step(self, actions: np.ndarray):
+        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminations, truncations, infos."""
+        self._records["action"] = actions
+        self._command_all("step", [None] * len(self._pipes))
+        rec = self._records
+        return rec["obs"].copy(), rec["reward"].copy(), rec["terminated"].copy(), rec["truncated"].copy(), self._infos()
+
+    def _infos(self) -> dict[str, np.ndarray]:
+        return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
+
+    def render(self) -> tuple[np.ndarray | None, ...] | None:
+        """(frame of environment 0, None, …)."""
+        if self.render_mode is None:
+            return None
+        return (self._command_all("render", [None])[0],) + (None,) * (self.num_envs - 1)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Ends the workers, also those that hang or have failed."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype:
+    """What parent and worker share of one environment."""
+    fields = [("obs", obs_space.dtype, obs_space.shape), ("action", action_space.dtype, action_space.shape)]
+    fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8")]
+    return np.dtype(fields, align=True)
+
+
+def _work(pipe_fd: int, shared_fd: int) -> None:
+    """A worker process: makes its environments, then obeys until the pipe is closed."""
+    pipe = Connection(pipe_fd)
+    envs: list[gym.Env] = []
+    try:
+        sys.path[:], registered, rows, makers = pickle.loads(pipe.recv())
+        if registered:
+            gym.registry.setdefault(registered.id, registered)
+        envs += [make() for make in makers]
+        pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
+        pipe.recv()  # "share": the parent has given the shared file its size
+        record = _record(envs[0].observation_space, envs[0].action_space)
+        records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows[0] : rows[-1] + 1]
+        pipe.send(("done", None))
+        while True:
+            command, argument = pipe.recv()
+            value = None
+            if command == "reset":
+                for record, env, seed in zip(records, envs, argument[0], strict=True):
+                    _record_reset(record, env.reset(seed=seed, options=argument[1]))
+            elif command == "step":
+                for record, env in zip(records, envs, strict=True):
+                    _record_step(record, env)
+            elif command == "render":
+                value = envs[0].render()
+            pipe.send(("done", value))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent has closed the pipe, or is no more
+    except UserError as error:
+        pipe.send(("user error", str(error)))
+    except Exception:
+        pipe.send(("failed", f"an environment of worker process {os.getpid()} raised\n{traceback.format_exc()}"))
+    finally:
+        for env in envs:
+            env.close()
+
+
+def _record_reset(record: np.void, result: tuple[np.ndarray, dict]) -> None:
+    record["obs"], info = result
+    record["reward"], record["terminated"], record["truncated"], record["success"] = 0.0, False, False, info["success"]
+
+
+def _record_step(record: np.void, env: gym.Env) -> None:
+    if record["terminated"] or record["truncated"]:  # NEXT_STEP autoreset
+        _record_reset(record, env.reset())
+    else:
+        record["obs"], record["reward"], record["terminated"], record["truncated"], info = env.step(record["action"])
+        record["success"] = info["success"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch files without PyTorch
+# ----------------------------------------------------------------------------------------------------------------------
+
+_STORAGE_DTYPES = {
+    "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "QInt8Storage": "int8", "QUInt8Storage": "uint8",
+}  # fmt: skip
+
+
+def load_pt(path: str | os.PathLike) -> Any:
+    """Reads a file written by torch.save (the zip format, PyTorch 1.6 or later) without PyTorch.
+
+    Only tensors and plain containers are read; a pickle that names anything else is refused before anything is run.
+
+    Returns:
+        What was saved, with numpy arrays for tensors: `load_pt(path)["model"]["_encoder.state.0.weight"]`. float16 stays
+        float16; bfloat16 becomes float32, and per-tensor quantised tensors their float32 values.
+
+    Raises:
+        UserError: the file is missing, damaged, no PyTorch file, or holds something else than tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise UserError(f"{path} is a zip file, but not one that PyTorch wrote")
+            with archive.open(pickles[0]) as file:
+                return _TensorUnpickler(file, archive, pickles[0].removesuffix("data.pkl")).load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a PyTorch file") from None
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} is damaged or no PyTorch file ({error})") from None
+    except Exception as error:  # a pickle can go wrong in as many ways as there are bytes
+        raise UserError(f"{path} cannot be read as a PyTorch file ({type(error).__name__}: {error})") from None
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Unpickles tensors and plain containers; everything else is refused by name."""
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str):
+        super().__init__(file, encoding="utf-8")
+        self._archive, self._prefix = archive, prefix
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): tuple,
+            ("torch", "per_tensor_affine"): "per_tensor_affine",
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+            ("torch._utils", "_rebuild_qtensor"): _rebuild_quantised,
+        }
+        if (module, name) not in allowed:
+            raise UserError(f"refused, since it would run {module}.{name}; only tensors and plain containers are read")
+        return allowed[module, name]
+
+    def persistent_load(self, pid: tuple) -> np.ndarray:
+        """A storage, ("storage", dtype, key, device, number of elements) → its numbers [n]."""
+        _, dtype, key, _, _ = pid
+        data = self._archive.read(f"{self._prefix}data/{key}")  # checks the CRC, so damaged numbers do not pass
+        if dtype == "bfloat16":  # the upper half of a float32
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+
+
+def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)):
+        raise UserError("damaged, a tensor reaches beyond its storage")
+    strides = [step * storage.itemsize for step in stride]
+    view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+    return np.array(view, order="C")  # writable, and the storage is freed
+
+
+def _rebuild_parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
+    return tensor
+
+
+def _rebuild_quantised(storage: np.ndarray, offset: int, size: tuple, stride: tuple, quantiser: tuple, *_: Any):
+    scheme, scale, zero_point = quantiser
+    if scheme != "per_tensor_affine":
+        raise UserError("per-channel quantised tensors are not supported")
+    tensor = _rebuild_tensor(storage, offset, size, stride)
+    return (tensor.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of tasks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Prints every task of the table; loads no simulator."""
+    print(f"{'domain':<12}{'task':<34}{'obs':>5}{'action':>8}{'episode':>9}  installed")
+    for name, (domain, obs_size, action_size) in TASKS.items():
+        settings = DOMAINS[domain]
+        installed = "yes" if importlib.util.find_spec(settings.module) else settings.install
+        obs_text = "?" if obs_size is None else obs_size
+        print(f"{domain:<12}{name:<34}{obs_text:>5}{action_size:>8}{settings.episode_length:>9}  {installed}")
+    print(f"{len(TASKS)} tasks; episode = decisions. Any Gymnasium id with Box actions works too (HalfCheetah-v5).")
+
+
+if __name__ == "__main__":
+    main()
