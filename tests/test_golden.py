@@ -1,0 +1,153 @@
+"""The original's numbers: same inputs, same recorded random draws, same outputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+import tdmpc2_jax as td
+
+pytestmark = pytest.mark.golden
+MODELS = ["single", "wide", "episodic", "two_q"]
+LAYOUTS = ["", "_released_layout"]
+
+
+def close(actual, expected, tolerance):
+    """Largest difference relative to the largest value of the recording, as one number per array."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    actual = actual.reshape(expected.shape)
+    scale = max(np.abs(expected).max(), 1e-8)
+    assert np.abs(actual - expected).max() <= tolerance * scale
+
+
+def args_of(tensors, recording, plan=None):
+    """Hyperparameters of a recorded model, read off its tensors and draws."""
+    dims = {
+        "enc_dim": len(tensors["_encoder.state.0.bias"]),
+        "mlp_dim": len(tensors["_dynamics.0.bias"]),
+        "latent_dim": len(tensors["_dynamics.2.bias"]),
+        "num_enc_layers": max(2, len([k for k in tensors if k.startswith("_encoder.state") and k.endswith("ln.bias")])),
+        "num_q": len(recording["q_logits_all"]),
+        "batch_size": recording["in_obs"].shape[1],
+        "horizon": len(recording["in_action"]),
+        "num_bins": recording["reward_logits"].shape[-1],
+        "dropout": 0.0,
+    }
+    if plan is not None:
+        iterations, action_dim = int(plan["iterations"]), recording["in_action"].shape[-1]
+        gumbel = next(v for k, v in plan.items() if k.startswith("explore0") and k.endswith("gumbel"))
+        samples = next(v for k, v in plan.items() if k.startswith("explore0") and v.ndim == 3)
+        dims |= {
+            "iterations": iterations - 2 * (action_dim >= 20),
+            "num_elites": len(gumbel),
+            "num_pi_trajs": len(plan["explore0_draw000_normal"]),
+            "num_samples": samples.shape[1] + len(plan["explore0_draw000_normal"]),
+        }
+    return td.Args(**dims)
+
+
+@pytest.fixture(scope="module")
+def agent(golden):
+    """agent(name, layout) -> recording of updates, recording of plans, args, model, params, target_q."""
+
+    def load(name, layout=""):
+        tensors = envs.load_pt(golden(f"{name}{layout}.pt"))["model"]
+        recording = golden(f"{name}_update.npz")
+        plan = golden(f"{name}_plan.npz") if name != "two_q" else None
+        args = args_of(tensors, recording, plan)
+        model = td.make_model(
+            args, recording["in_obs"].shape[-1], recording["in_action"].shape[-1], "termination" in recording
+        )
+        params, target_q = td.from_torch(tensors)
+        td.check_shapes(args, model, params)
+        return recording, plan, args, model, params, target_q
+
+    return load
+
+
+def draws_of(recording, prefix):
+    """The draws under this prefix in the order in which they were made."""
+    return [recording[k] for k in sorted(recording) if k.startswith(prefix + "_draw")]
+
+
+def test_discrete_regression_equals_the_recording(golden):
+    recording, args = golden("maths.npz"), td.Args()
+    x, logits = jnp.asarray(recording["x"])[..., 0], jnp.asarray(recording["logits"])
+    np.testing.assert_allclose(td.symlog(x), recording["symlog"][:, 0], rtol=1e-4)
+    in_bins = jnp.clip(x, args.vmin, args.vmax)  # the recording feeds symexp what fits the bins
+    np.testing.assert_allclose(td.symexp(in_bins), recording["symexp"][:, 0], rtol=1e-4)
+    np.testing.assert_allclose(td.two_hot(args, x), recording["two_hot"], atol=1e-4)
+    np.testing.assert_allclose(td.two_hot_inv(args, logits), recording["two_hot_inv"][:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(td.soft_ce(args, logits, x), recording["soft_ce"][:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_equal_the_recording_in_both_layouts(agent, name, layout):
+    recording, _, args, model, params, target_q = agent(name, layout)
+    obs, action = recording["in_obs"][0], recording["in_action"][0]
+    z = model.encoder.apply(params["encoder"], obs)
+    close(z, recording["encode_obs0"], 1e-4)
+    close(model.dynamics.apply(params["dynamics"], z, action), recording["next"], 1e-4)
+    close(model.reward.apply(params["reward"], z, action), recording["reward_logits"], 1e-4)
+    close(td.q_logits(model, params["q"], z, action), recording["q_logits_all"], 1e-4)
+    close(td.q_logits(model, target_q, z, action), recording["q_target_logits_all"], 1e-4)
+    if model.termination:
+        logit = model.termination.apply(params["termination"], z)
+        probability = recording["termination"]
+        assert min(
+            np.abs(logit - probability).max(), np.abs(jax.nn.sigmoid(logit) - probability).max()
+        ) <= 1e-4 * np.abs(probability).max()
+    pi = td.policy(args, model, params["pi"], z, draws_of(recording, "pi")[0])
+    for field in pi._fields:
+        close(getattr(pi, field), recording[f"pi_{field}"], 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_three_updates_equal_the_recording(agent, name):
+    recording, _, args, model, params, target_q = agent(name)
+    batch = td.Batch(*(jnp.asarray(recording[f"in_{k}"]) for k in td.Batch._fields))
+    batch = batch._replace(reward=batch.reward[..., 0], terminated=batch.terminated[..., 0])
+    state = td.init_state(args, params, target_q, jax.random.key(0))
+    update = jax.jit(td.update, static_argnums=(0, 1))
+    for i in range(3):
+        next_action, target_heads, pi_action, pi_heads = draws_of(recording, f"update{i}")
+        noise = td.UpdateNoise(next_action, target_heads[:2], pi_action, pi_heads[:2], None, None)
+        state, info = update(args, model, state, batch, float(recording["discount"]), noise)
+        for key, value in recording.items():
+            if key.startswith(f"update{i}_info_") and (measure := key.removeprefix(f"update{i}_info_")) in info:
+                close(info[measure], value, 1e-4)
+        assert {"consistency_loss", "value_loss", "pi_loss", "grad_norm", "pi_grad_norm"} <= info.keys()
+        close(state.q_scale, recording[f"update{i}_scale"], 1e-4)
+    after, after_target = td.from_torch(
+        {k.removeprefix("update2_after_"): v for k, v in recording.items() if k.startswith("update2_after_")}
+    )
+    for mine, original in ((state.params, after), (state.target_q, after_target)):
+        jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
+
+
+@pytest.mark.parametrize("mode", ["explore", "eval"])
+@pytest.mark.parametrize("name", [m for m in MODELS if m != "two_q"])
+def test_three_plans_equal_the_recording(agent, name, mode):
+    _, recording, args, model, params, _ = agent(name)
+    discount = float(agent(name)[0]["discount"])
+    iterations, H, A = int(recording["iterations"]), args.horizon, model.action_dim
+    plan = jax.jit(td.plan, static_argnums=(0, 1, 8))
+    mean, first = jnp.zeros((1, H, A)), np.array([True])
+    for i in range(3):
+        draws = draws_of(recording, f"{mode}{i}")
+        loop = draws[H : H + 3 * iterations]
+        noise = td.PlanNoise(
+            pi=np.stack(draws[:H])[None],
+            sample=np.stack(loop[0::3])[None],
+            terminal=np.stack(loop[1::3])[None],
+            heads=np.stack(loop[2::3])[:, :2],
+            gumbel=draws[H + 3 * iterations][None],
+            explore=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
+        )
+        obs = recording["in_obs"][i][None]
+        action, mean = plan(args, model, params, obs, mean, first, discount, noise, mode == "explore")
+        close(action[0], recording[f"{mode}{i}_action"], 1e-3)
+        close(mean[0], recording[f"{mode}{i}_mean"], 1e-3)
+        first = np.array([False])
