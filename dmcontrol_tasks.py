@@ -1,4 +1,4 @@
-"""DMControl's tasks: 28 of dm_control's suite, and 11 of TD-MPC2's own that change a stock task's reward, start or model.
+"""DMControl's tasks: 28 of dm_control's suite, and TD-MPC2's own 11 that change a stock one's reward, start or model.
 
 Only envs.py imports this, when a DMControl task is made. The own tasks subclass the stock ones and change their models
 in memory. They read the simulator's arrays by integer indices, looked up once: dm_control's access by name and its
@@ -207,7 +207,7 @@ class SpinningBall(ball_in_cup.BallInCup):
         if self._in_target(to_target):
             return 0.0
         distance = float(np.hypot(*to_target))
-        speed = float(np.hypot(*physics.data.qvel[self._ball_joints]))  # these joints have as many velocities as positions
+        speed = float(np.hypot(*physics.data.qvel[self._ball_joints]))
         return (tol(distance, 0.5, INF, 0.25, 0.5, "linear") + 2 * tol(speed, 6.0, INF, 3.0, 0.5, "linear")) / 3
 
 

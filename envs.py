@@ -6,12 +6,13 @@
     python envs.py                                       # the table of tasks
 
 Every environment looks the same from outside: observation `Box` float32 flat (or uint8 [64, 64, 3] with obs="rgb"),
-action `Box(-1, 1)` float32, action repeat inside, `truncated` at the time limit, `terminated` only where the task really
-ends, `info["success"]` (float) on every step. Importing this module loads no simulator.
+action `Box(-1, 1)` float32, action repeat inside, `truncated` at the time limit, `terminated` only where the task
+really ends, `info["success"]` (float) on every step. Importing this module loads no simulator.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import functools
@@ -29,9 +30,9 @@ from collections import OrderedDict
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
 
-import cloudpickle
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector.utils import CloudpickleWrapper
 
 
 class UserError(Exception):
@@ -165,11 +166,12 @@ def task_spec(task: str) -> TaskSpec:
         domain = TASKS[name][0]
         settings = DOMAINS[domain]
         return TaskSpec(name, domain, settings.action_repeat, settings.episode_length, False, settings.success)
-    if task.startswith("dm_control/"):
-        _gym_spec(task)
-        return TaskSpec(task, "DMControl", 2, 500, True, False)
     spec = _gym_spec(task)
+    if task.startswith("dm_control/"):  # suite ids are domain-task; of these only lqr ends early
+        can_terminate = "-" not in spec.name or spec.name.startswith("lqr-")
+        return TaskSpec(task, "DMControl", 2, 500, can_terminate, False)
     if spec.max_episode_steps is None:
+        _open_gymnasium(task).close()  # names a worse fault first, if there is one
         raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
     healthy_only = spec.kwargs.get("terminate_when_unhealthy", True)
     can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
@@ -187,8 +189,11 @@ def _gym_spec(task: str) -> Any:
     if task.startswith("dm_control/"):
         _import_dm_control()
         import shimmy  # noqa: F401  registers the dm_control/ ids
+    module, _, env_id = task.rpartition(":")
     try:
-        return gym.spec(task)
+        if module:
+            importlib.import_module(module)
+        return gym.spec(env_id)
     except ImportError as error:
         raise UserError(f"task {task!r} cannot be imported: {error}") from error
     except gym.error.Error:
@@ -237,7 +242,7 @@ def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | No
 
 
 class Task(gym.Wrapper):
-    """What all domains share: repeat, action and observation format, time limit, success, the seed of the first reset."""
+    """What all domains share: repeat, formats of action and observation, time limit, success, first reset's seed."""
 
     def __init__(self, env: gym.Env, spec: TaskSpec, seed: int, repeat: int):
         super().__init__(env)
@@ -260,7 +265,7 @@ class Task(gym.Wrapper):
         return np.asarray(obs, self._obs_dtype), {**info, "success": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """One decision: action in [-1, 1], held for the task's repeat → obs, summed reward, terminated, truncated, info."""
+        """One decision, action in [-1, 1] held for the repeat → obs, summed reward, terminated, truncated, info."""
         action = self._low + (np.asarray(action, np.float64) + 1.0) * self._half_range
         total = 0.0
         for _ in range(self._repeat):
@@ -303,19 +308,25 @@ def _make_missing(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gy
 
 def _make_gymnasium(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
     """Any registered id whose actions are a Box and whose observations are a flat Box."""
-    size = {}
-    if render_mode and str(gym.spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
+    options = {"render_mode": render_mode}
+    if render_mode and str(_gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
         _choose_gl()
-        size = {"width": FRAME, "height": FRAME}
+        options.update(width=FRAME, height=FRAME)
+    return _open_gymnasium(spec.name, **options), spec.action_repeat
+
+
+def _open_gymnasium(task: str, **options: Any) -> gym.Env:
+    """gym.make, with one sentence for what may be wrong with the task's package or its spaces."""
     try:
-        env = gym.make(spec.name, render_mode=render_mode, disable_env_checker=True, **size)
+        env = gym.make(task, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError) as error:
-        raise UserError(f"task {spec.name!r} cannot be made: {error}") from error
+        raise UserError(f"task {task!r} cannot be made: {error}") from error
+    _check_action_space(env.action_space, task)
     space = env.observation_space
     if not isinstance(space, gym.spaces.Box) or _is_image(space) or len(space.shape) != 1:
         kind = "image" if _is_image(space) else type(space).__name__
-        raise UserError(f"task {spec.name!r} has {kind} observations; only a flat Box of numbers is supported")
-    return env, spec.action_repeat
+        raise UserError(f"task {task!r} has {kind} observations; only a flat Box of numbers is supported")
+    return env
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,7 +343,11 @@ def _make_dmcontrol(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[
         return DMControl(dmcontrol_tasks.load(spec.name), spec, obs, render_mode), 1
     if obs == "rgb":
         raise UserError(f"obs='rgb' works with the DMControl tasks of the table, not with {spec.name!r}")
-    return ShimmyDMControl(gym.make(spec.name, disable_env_checker=True), spec, render_mode), spec.action_repeat
+    try:
+        env = gym.make(spec.name, disable_env_checker=True)
+    except RuntimeError as error:  # dm_control draws a first observation where that is an image
+        raise UserError(f"task {spec.name!r} cannot be made (are its observations images?): {error}") from error
+    return ShimmyDMControl(env, spec, render_mode), spec.action_repeat
 
 
 def _import_dm_control() -> None:
@@ -416,7 +431,9 @@ class DMControl(gym.Env):
         return self._frames.frame(self.physics.data.ptr) if self._frames else None
 
     def close(self) -> None:
-        self._frames = self._pixels = None
+        for camera in (self._frames, self._pixels):
+            if camera:
+                camera.close()
         self.dm_env.close()
 
 
@@ -448,8 +465,17 @@ class ShimmyDMControl(gym.Wrapper):
     def render(self) -> np.ndarray | None:
         physics = self.unwrapped.physics
         if self._frames is None or self._frames.model is not physics.model.ptr:  # a reset may rebuild the model
+            self._close_camera()
             self._frames = MujocoCamera(physics.model.ptr, FRAME, 0)
         return self._frames.frame(physics.data.ptr)
+
+    def close(self) -> None:
+        self._close_camera()
+        super().close()
+
+    def _close_camera(self) -> None:
+        if self._frames:
+            self._frames.close()
 
 
 def _flatten(observation: dict[str, Any]) -> np.ndarray:
@@ -541,6 +567,7 @@ class MujocoCamera:
         # The offscreen buffer has the model's size, and copying one of 640 × 480 costs more than a small picture.
         model.vis.global_.offwidth = model.vis.global_.offheight = self._size
         self._gl_context = self._gl.GLContext(self._size, self._size)
+        atexit.register(self._gl_context.free)  # before MuJoCo's own exit handler ends EGL: it registered earlier
         self._gl_context.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -566,6 +593,15 @@ class MujocoCamera:
         picture = np.empty((self._size, self._size, 3), np.uint8)
         mujoco.mjr_readPixels(picture, None, self._viewport, self._context)
         return picture[::-1].copy()  # OpenGL's first row is the lowest
+
+    def close(self) -> None:
+        """Frees the GL context; a later frame opens a new one."""
+        if self._gl_context is not None:
+            atexit.unregister(self._gl_context.free)
+            self._gl_context.make_current()
+            self._context.free()
+            self._gl_context.free()
+            self._gl_context = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,7 +664,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
             try:
                 for rows in self._rows_of:
-                    self._start(shared.fileno(), (sys.path, registered, rows.tolist(), [makers[i] for i in rows]))
+                    self._start(shared.fileno(), (registered, rows.tolist(), [makers[i] for i in rows]))
                 (self.single_observation_space, self.single_action_space, self.metadata), *_ = (
                     self._receive(worker) for worker in range(num_workers)
                 )
@@ -659,7 +695,8 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             )
         self.processes.append(process)
         self._pipes.append(ours)
-        self._send(len(self._pipes) - 1, cloudpickle.dumps(job))
+        self._send(len(self._pipes) - 1, sys.path)
+        self._send(len(self._pipes) - 1, CloudpickleWrapper(job))  # by value what the user's script defines
 
     def _send(self, worker: int, message: Any) -> None:
         try:
@@ -695,7 +732,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         return self._records["obs"].copy(), self._infos()
 
     def step(self, actions: np.ndarray):
-        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminations, truncations, infos."""
+        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos."""
         self._records["action"] = actions
         self._command_all("step", [None] * len(self._pipes))
         rec = self._records
@@ -734,19 +771,19 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
     pipe = Connection(pipe_fd)
     envs: list[gym.Env] = []
     try:
-        sys.path[:], registered, rows, makers = pickle.loads(pipe.recv())
+        sys.path[:] = pipe.recv()
+        registered, rows, makers = pipe.recv().fn
         if registered:
             gym.registry.setdefault(registered.id, registered)
         envs += [make() for make in makers]
         pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
-        pipe.recv()  # "share": the parent has given the shared file its size
         record = _record(envs[0].observation_space, envs[0].action_space)
-        records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows[0] : rows[-1] + 1]
-        pipe.send(("done", None))
         while True:
             command, argument = pipe.recv()
             value = None
-            if command == "reset":
+            if command == "share":  # the parent has given the shared file its size
+                records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows[0] : rows[-1] + 1]
+            elif command == "reset":
                 for record, env, seed in zip(records, envs, argument[0], strict=True):
                     _record_reset(record, env.reset(seed=seed, options=argument[1]))
             elif command == "step":
@@ -758,12 +795,17 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has closed the pipe, or is no more
     except UserError as error:
-        pipe.send(("user error", str(error)))
+        _report(pipe, "user error", str(error))
     except Exception:
-        pipe.send(("failed", f"an environment of worker process {os.getpid()} raised\n{traceback.format_exc()}"))
+        _report(pipe, "failed", f"an environment of worker process {os.getpid()} raised\n{traceback.format_exc()}")
     finally:
         for env in envs:
             env.close()
+
+
+def _report(pipe: Connection, kind: str, text: str) -> None:
+    with contextlib.suppress(OSError):  # the parent may be gone
+        pipe.send((kind, text))
 
 
 def _record_reset(record: np.void, result: tuple[np.ndarray, dict]) -> None:
@@ -796,8 +838,8 @@ def load_pt(path: str | os.PathLike) -> Any:
     Only tensors and plain containers are read; a pickle that names anything else is refused before anything is run.
 
     Returns:
-        What was saved, with numpy arrays for tensors: `load_pt(path)["model"]["_encoder.state.0.weight"]`. float16 stays
-        float16; bfloat16 becomes float32, and per-tensor quantised tensors their float32 values.
+        What was saved, with numpy arrays for tensors: `load_pt(path)["model"]["_encoder.state.0.weight"]`. float16
+        stays float16; bfloat16 becomes float32, and per-tensor quantised tensors their float32 values.
 
     Raises:
         UserError: the file is missing, damaged, no PyTorch file, or holds something else than tensors.
