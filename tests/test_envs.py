@@ -1,0 +1,613 @@
+"""Environments: the original's tasks, one contract for all of them, and worker processes that never hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import envs
+
+ROOT = Path(envs.__file__).parent
+DMCONTROL = [name for name, (domain, _, _) in envs.TASKS.items() if domain == "DMControl"]
+
+
+def run_python(code, timeout=60, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def alive(pid):
+    """Whether a process runs still (a zombie counts as one that was left behind)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# Environments of no known package, for the faults that a simulator does not have on demand.
+
+
+class Counter(gym.Env):
+    """Observes [step, seed, last action]; ends after `last` steps."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, last=10**9, fail_at=None, render_mode=None):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        self.action_space = gym.spaces.Box(0.0, 10.0, (1,), np.float32)
+        self.last, self.fail_at, self.render_mode, self.seed = last, fail_at, render_mode, -1
+
+    def reset(self, *, seed=None, options=None):
+        self.count, self.seed = 0, self.seed if seed is None else seed
+        return np.array([0.0, self.seed, 0.0]), {}
+
+    def step(self, action):
+        self.count += 1
+        if self.count == self.fail_at:
+            raise ValueError("the simulation exploded")
+        return np.array([self.count, self.seed, action[0]]), 1.0, self.count >= self.last, False, {"success": True}
+
+    def render(self):
+        return np.full((4, 4, 3), self.count, np.uint8)
+
+
+class Odd(Counter):
+    """A Counter with one unusable space."""
+
+    def __init__(self, render_mode=None, **spaces):
+        super().__init__()
+        for name, space in spaces.items():
+            setattr(self, name, space)
+
+
+def register(name, limit=5, entry=Counter, **kwargs):
+    gym.register(name, entry_point=entry, max_episode_steps=limit, kwargs=kwargs)
+
+
+register("Counter-v0")
+register("Ends-v0", last=3)
+register("Fails-v0", limit=100, fail_at=50)
+register("NoLimit-v0", limit=None)
+box = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+register("DictObs-v0", entry=Odd, observation_space=gym.spaces.Dict(a=box, b=box))
+register("ImageObs-v0", entry=Odd, observation_space=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8))
+register("DiscreteActions-v0", entry=Odd, action_space=gym.spaces.Discrete(3))
+register("DictActions-v0", entry=Odd, action_space=gym.spaces.Dict(a=box))
+register("UnboundedActions-v0", entry=Odd, action_space=gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
+
+
+# --- the original's tasks ---------------------------------------------------------------------------------------------
+
+
+def set_start(physics, recording, task):
+    """Puts a recorded start state in place. Dog's muscles are no part of it, but of its observation."""
+    for field in ("geom_pos", "geom_size", "site_pos"):
+        getattr(physics.model, field)[:] = recording[f"{task}/{field}"]
+    physics.data.qpos[:] = recording[f"{task}/qpos"]
+    physics.data.qvel[:] = recording[f"{task}/qvel"]
+    if physics.model.nmocap:
+        physics.data.mocap_pos[:] = recording[f"{task}/mocap_pos"]
+    if task.startswith("dog"):
+        muscles = recording[f"{task}/obs"][0, -physics.model.na :]
+        if np.abs(physics.data.act - muscles).max() > 1e-6:  # else keep the seed's: the observation is rounded
+            physics.data.act[:] = muscles
+    physics.after_reset()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("task", DMCONTROL)
+def test_rollouts_equal_the_originals(golden, task):
+    recording = golden("dmcontrol_rollouts.npz")
+    env = envs.make_env(task, seed=3)
+    env.reset()
+    set_start(env.unwrapped.physics, recording, task)
+    observations, rewards = [], []
+    for action in recording[f"{task}/actions"]:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        observations.append(obs)
+        rewards.append(reward)
+        assert not terminated and not truncated
+    expected = recording[f"{task}/obs"][1:]
+    error = np.abs(np.array(observations) - expected) / np.maximum(np.abs(expected), 1.0)
+    assert error.max() <= (0.05 if task.startswith("dog") else 1e-4)
+    expected = recording[f"{task}/rewards"]
+    assert (np.abs(np.array(rewards) - expected) <= 1e-4 * np.maximum(np.abs(expected), 1e-3)).all()
+
+
+def test_task_sets_are_the_originals():
+    assert [len(envs.TASK_SETS[name]) for name in ("mt30", "mt80")] == [30, 80]
+    assert envs.TASK_SETS["mt30"][:2] == ("walker-stand", "walker-walk")
+    assert envs.TASK_SETS["mt30"][29] == "pendulum-spin"
+    assert envs.TASK_SETS["mt80"][:30] == envs.TASK_SETS["mt30"]
+    assert envs.TASK_SETS["mt80"][30] == "mw-assembly" and envs.TASK_SETS["mt80"][79] == "mw-hand-insert"
+    assert all(task in envs.TASKS for task in envs.TASK_SETS["mt80"])
+    assert len(set(envs.TASK_SETS["mt80"])) == 80
+    assert max(envs.TASKS[task][1] for task in envs.TASK_SETS["mt30"]) == 24
+    assert len(DMCONTROL) == 39 and len(envs.TASKS) == 104
+
+
+def test_cup_spin_starts_mostly_in_the_cup():
+    env = envs.make_env("cup-spin", seed=0)
+    task, physics, inside = env.unwrapped.dm_env.task, env.unwrapped.physics, 0
+    for _ in range(100):
+        env.reset()
+        inside += physics.in_target()
+        assert task.get_reward(physics) == 0 or not physics.in_target()
+    assert 80 <= inside < 100
+
+
+@pytest.mark.parametrize(
+    ("own", "stock"),
+    [
+        ("walker-run-backwards", "walker-run"),
+        ("hopper-hop-backwards", "hopper-hop"),
+        ("pendulum-spin", "pendulum-swingup"),
+        ("cheetah-jump", "cheetah-run"),
+        ("cup-spin", "cup-catch"),
+    ],
+)
+def test_own_tasks_observe_what_the_stock_task_of_their_domain_does(own, stock):
+    first, second = envs.make_env(own, seed=0).unwrapped, envs.make_env(stock, seed=1).unwrapped
+    first.reset(seed=0)
+    second.reset(seed=1)
+    state = first.physics.get_state()
+    for env in (first, second):
+        with env.physics.reset_context():
+            env.physics.set_state(state)
+    np.testing.assert_array_equal(first._observe(), second._observe())
+
+
+# --- one contract for all ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [*DMCONTROL, "HalfCheetah-v5", "Hopper-v5", "Pendulum-v1", "Counter-v0"])
+def test_every_task_keeps_the_contract(task):
+    env, spec = envs.make_env(task, seed=1), envs.task_spec(task)
+    obs, info = env.reset()
+    assert env.action_space == gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
+    if task in envs.TASKS:
+        assert (env.observation_space.shape, env.action_space.shape) == tuple((size,) for size in envs.TASKS[task][1:])
+        assert spec == envs.TaskSpec(task, "DMControl", 2, 500, False, False)
+    assert info["success"] == 0.0
+    env.action_space.seed(0)
+    for _ in range(3):
+        assert obs in env.observation_space and obs.dtype == np.float32 and np.isfinite(obs).all()
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        assert type(reward) is float and np.isfinite(reward)
+        assert type(terminated) is bool and type(truncated) is bool
+        assert type(info["success"]) is float
+    env.close()
+
+
+@pytest.mark.parametrize(("task", "decisions"), [("pendulum-swingup", 500), ("cheetah-run", 500), ("Counter-v0", 5)])
+def test_the_time_limit_truncates_and_does_not_terminate(task, decisions):
+    env = envs.make_env(task)
+    for _ in range(2):
+        env.reset()
+        ends = [env.step(np.zeros(env.action_space.shape, np.float32))[2:4] for _ in range(decisions)]
+        assert ends == [(False, False)] * (decisions - 1) + [(False, True)]
+    assert envs.task_spec(task).episode_length == decisions
+
+
+def test_only_a_real_end_terminates():
+    env = envs.make_env("Ends-v0")
+    env.reset()
+    ends = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (True, False)]
+
+
+def test_dmcontrol_holds_an_action_for_two_simulator_steps_and_sums_their_rewards():
+    from dm_control import suite
+
+    env, stock = envs.make_env("walker-walk", seed=4), suite.load("walker", "walk", task_kwargs={"random": 4})
+    np.testing.assert_array_equal(env.reset()[0], flat(stock.reset()))
+    for action in np.random.default_rng(0).uniform(-1, 1, (20, 6)):
+        obs, reward, *_ = env.step(action)
+        timesteps = [stock.step(action), stock.step(action)]
+        assert reward == pytest.approx(sum(timestep.reward for timestep in timesteps), rel=1e-12)
+        np.testing.assert_array_equal(obs, flat(timesteps[1]))
+
+
+def flat(timestep):
+    return np.concatenate([np.ravel(value) for value in timestep.observation.values()]).astype(np.float32)
+
+
+def test_actions_are_scaled_from_minus_one_to_one_to_the_tasks_own_range():
+    env = envs.make_env("Counter-v0")
+    env.reset()
+    assert [env.step(np.array([a], np.float32))[0][2] for a in (-1.0, 0.0, 0.5, 1.0)] == [0.0, 5.0, 7.5, 10.0]
+
+
+@pytest.mark.parametrize("task", ["reacher-three-easy", "cup-spin", "dog-run", "Hopper-v5"])
+def test_a_seed_decides_everything_whatever_else_uses_numpys_global_generator(task):
+    def rollout(seed, noise):
+        np.random.seed(noise)
+        env = envs.make_env(task, seed=seed)
+        observations = [env.reset()[0]]
+        for _ in range(3):
+            np.random.rand()
+            observations.append(env.step(np.full(env.action_space.shape, 0.5, np.float32))[0])
+        return np.array([*observations, env.reset()[0], env.reset(seed=seed)[0]])
+
+    first = rollout(7, noise=0)
+    np.testing.assert_array_equal(first, rollout(7, noise=1))
+    assert not np.array_equal(first, rollout(8, noise=0))
+    np.testing.assert_array_equal(first[0], first[-1])  # reset(seed=…) begins the stream again
+    assert not np.array_equal(first[0], first[-2])  # reset() goes on with it
+
+
+def test_numpys_global_generator_is_left_alone():
+    np.random.seed(5)
+    env = envs.make_env("cup-spin", seed=1)
+    env.reset()
+    env.step(np.zeros(2, np.float32))
+    drawn = np.random.rand()
+    np.random.seed(5)
+    assert drawn == np.random.rand()
+
+
+def test_unwrapped_reaches_the_simulator():
+    env = envs.make_env("walker-walk")
+    env.reset()
+    assert env.unwrapped.physics.torso_height() > 0 and env.unwrapped.dm_env.physics is env.unwrapped.physics
+
+
+@pytest.mark.parametrize(
+    "name", ["cup-catch", "cup_catch", "ball_in_cup-catch", "ball-in-cup_catch", "dm_control/ball_in_cup-catch-v0"]
+)
+def test_a_task_has_many_spellings_and_one_name(name):
+    assert envs.task_spec(name).name == "cup-catch"
+
+
+def test_dm_control_ids_beyond_the_table_work():
+    env, spec = envs.make_env("dm_control/fish-upright-v0", seed=3), envs.task_spec("dm_control/fish-upright-v0")
+    assert (spec.action_repeat, spec.episode_length, spec.can_terminate) == (2, 500, False)
+    obs, _ = env.reset()
+    assert obs.shape == (21,) and obs.dtype == np.float32
+    assert obs in env.observation_space
+    np.testing.assert_array_equal(obs, envs.make_env("dm_control/fish-upright-v0", seed=3).reset()[0])
+    ends = [env.step(np.zeros(5, np.float32))[3] for _ in range(500)]
+    assert ends == [False] * 499 + [True]
+
+
+@pytest.mark.parametrize(("task", "may_end"), [("HalfCheetah-v5", False), ("Hopper-v5", True), ("Pendulum-v1", False)])
+def test_gymnasium_tasks_may_terminate_unless_known_not_to(task, may_end):
+    spec = envs.task_spec(task)
+    assert spec.can_terminate == may_end and spec.action_repeat == 1
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("dog-rum", "unknown task 'dog-rum'; did you mean 'dog-run'.*python envs.py lists all tasks"),
+        ("Walker_Wolk", "did you mean 'walker-walk'"),
+        ("HalfCheeta-v5", "did you mean 'HalfCheetah-v5'"),
+        ("dm_control/dog-rum-v0", "unknown task"),
+        ("nowhere/Nothing-v0", "unknown task 'nowhere/Nothing-v0'; .*python envs.py"),
+        ("no_module:Thing-v0", "cannot be imported: No module named 'no_module'"),
+        ("", "unknown task ''"),
+        ("CartPole-v1", "has actions Discrete"),
+        ("DiscreteActions-v0", "has actions Discrete"),
+        ("DictActions-v0", "has actions Dict"),
+        ("UnboundedActions-v0", "without finite bounds"),
+        ("DictObs-v0", "has Dict observations"),
+        ("ImageObs-v0", "has image observations"),
+        ("NoLimit-v0", "has no time limit: register it with max_episode_steps"),
+        ("mw-reach", "Meta-World"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_task_that_cannot_be_used_is_one_sentence(task, sentence, num_workers):
+    with pytest.raises(envs.UserError, match=sentence) as error:
+        envs.make_env(task) if num_workers is None else envs.make_envs(task, 2, num_workers=num_workers)
+    assert "\n" not in str(error.value)
+
+
+def test_other_wrong_arguments_are_one_sentence():
+    for make, sentence in [
+        (lambda: envs.make_envs("walker-walk", 0), "at least 1, not 0"),
+        (lambda: envs.make_env("walker-walk", obs="depth"), "'state' or 'rgb', not 'depth'"),
+        (lambda: envs.make_env("Pendulum-v1", obs="rgb"), "works with DMControl tasks"),
+        (lambda: envs.make_env("walker-walk", render_mode="human"), "not 'human'"),
+    ]:
+        with pytest.raises(envs.UserError, match=sentence):
+            make()
+
+
+# --- many environments ------------------------------------------------------------------------------------------------
+
+
+def vector_rollout(task, num_workers, steps, num_envs=3, seed=10):
+    vector = envs.make_envs(task, num_envs, seed=seed, num_workers=num_workers)
+    rng = np.random.default_rng(0)
+    obs, infos = vector.reset()
+    results = [(obs, infos["success"])]
+    for _ in range(steps):
+        actions = rng.uniform(-1, 1, vector.action_space.shape).astype(np.float32)
+        obs, reward, terminated, truncated, infos = vector.step(actions)
+        results.append((obs, reward, terminated, truncated, infos["success"]))
+    reseeded = vector.reset(seed=seed)[0]
+    vector.close()
+    return results, reseeded
+
+
+@pytest.mark.parametrize("task", ["Ends-v0", "Counter-v0", "cartpole-swingup"])
+def test_the_number_of_workers_changes_nothing(task):
+    expected, expected_reset = vector_rollout(task, 0, 8)
+    for num_workers in (1, 2):
+        results, reset = vector_rollout(task, num_workers, 8)
+        np.testing.assert_array_equal(reset, expected_reset)
+        for step, expected_step in zip(results, expected, strict=True):
+            for value, expected_value in zip(step, expected_step, strict=True):
+                np.testing.assert_array_equal(value, expected_value)
+                assert value.dtype == expected_value.dtype and value.shape == expected_value.shape
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_step_after_an_end_returns_the_reset_observation_and_ignores_the_action(num_workers):
+    results, _ = vector_rollout("Ends-v0", num_workers, 5)
+    assert [obs[0, 0] for obs, *_ in results] == [0, 1, 2, 3, 0, 1]
+    assert [step[1][0] for step in results[1:]] == [1, 1, 1, 0, 1]
+    assert [bool(step[2][0]) for step in results[1:]] == [False, False, True, False, False]
+    assert not any(step[3].any() for step in results[1:])
+    assert [step[-1][0] for step in results] == [0, 1, 1, 1, 0, 1]  # success
+    assert results[4][0][0, 2] == 0  # the action never came through
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_environment_i_gets_the_seed_plus_i(num_workers):
+    results, reseeded = vector_rollout("Counter-v0", num_workers, 1, seed=10)
+    assert list(results[0][0][:, 1]) == [10, 11, 12] and list(reseeded[:, 1]) == [10, 11, 12]
+    results, _ = vector_rollout("walker-walk", num_workers, 0, seed=10)
+    for i in range(3):
+        np.testing.assert_array_equal(results[0][0][i], envs.make_env("walker-walk", seed=10 + i).reset()[0])
+
+
+def test_the_default_is_this_process_for_one_environment_and_one_worker_per_core_for_more(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    for num_envs, num_workers in [(1, 0), (2, 2), (5, 2)]:
+        vector = envs.make_envs("cartpole-swingup", num_envs)
+        assert vector.num_envs == num_envs and len(getattr(vector, "processes", [])) == num_workers
+        assert vector.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+        assert vector.reset()[0].shape == (num_envs, 5) == vector.observation_space.shape
+        vector.close()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert isinstance(envs.make_envs("cartpole-swingup", 2), gym.vector.SyncVectorEnv)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_only_environment_zero_draws(num_workers):
+    vector = envs.make_envs("Counter-v0", 3, render_mode="rgb_array", num_workers=num_workers)
+    vector.reset()
+    vector.step(np.zeros((3, 1), np.float32))
+    frames = vector.render()
+    assert frames[0].shape == (4, 4, 3) and frames[0][0, 0, 0] == 1 and frames[1:] == (None, None)
+    vector.close()
+    vector = envs.make_envs("Counter-v0", 2, num_workers=num_workers)
+    vector.reset()
+    assert not any(frame is not None for frame in vector.render() or ())
+    vector.close()
+
+
+def test_workers_have_one_thread_each_and_this_process_keeps_its_own():
+    before = dict(os.environ)
+    vector = envs.make_envs("cartpole-swingup", 2, num_workers=2)
+    for process in vector.processes:
+        assert b"OMP_NUM_THREADS=1\0" in Path(f"/proc/{process.pid}/environ").read_bytes()
+    assert dict(os.environ) == before
+    vector.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_environment_that_raises_ends_the_run_with_its_traceback(num_workers):
+    vector = envs.make_envs("Fails-v0", 3, num_workers=num_workers)
+    vector.reset()
+    for _ in range(49):
+        vector.step(np.zeros((3, 1), np.float32))
+    with pytest.raises((RuntimeError, ValueError), match="the simulation exploded") as error:
+        vector.step(np.zeros((3, 1), np.float32))
+    if num_workers:
+        assert "Fails-v0" in str(error.value) and "in step" in str(error.value)
+        assert not any(alive(process.pid) for process in vector.processes)
+        with pytest.raises(RuntimeError, match="closed"):
+            vector.step(np.zeros((3, 1), np.float32))
+    vector.close()
+    vector.close()
+
+
+@pytest.mark.parametrize(("victim", "command"), [(0, "step"), (1, "step"), (1, "reset"), (0, "render"), (1, "close")])
+def test_a_killed_worker_is_an_exception_within_seconds_and_leaves_no_process(victim, command):
+    vector = envs.make_envs("Counter-v0", 3, num_workers=2, render_mode="rgb_array")
+    vector.reset()
+    os.kill(vector.processes[victim].pid, signal.SIGKILL)
+    start = time.perf_counter()
+    calls = {
+        "step": lambda: vector.step(np.zeros((3, 1), np.float32)),
+        "reset": vector.reset,
+        "render": lambda: (vector.render(), vector.step(np.zeros((3, 1), np.float32))),
+    }
+    if command in calls:
+        with pytest.raises(RuntimeError, match=rf"'Counter-v0': environment worker {victim} .* killed by signal 9"):
+            calls[command]()
+    vector.close()
+    assert time.perf_counter() - start < 3
+    assert not any(alive(process.pid) for process in vector.processes)
+
+
+SCRIPT = """
+import envs, numpy as np, os, sys, time
+vector = envs.make_envs("cartpole-swingup", 3, num_workers=2)
+vector.reset()
+print(*[process.pid for process in vector.processes], flush=True)
+"""
+
+
+def pids(text):
+    return [int(pid) for pid in text.split()]
+
+
+def wait_for_end(processes, seconds=5):
+    deadline = time.perf_counter() + seconds
+    while any(alive(pid) for pid in processes) and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in processes)
+
+
+def test_workers_need_no_main_guard_and_end_with_a_script_that_does_not_close_them(tmp_path):
+    (tmp_path / "script.py").write_text("print('imported')\n" + SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments, text in [([str(tmp_path / "script.py")], None), (["-"], "print('imported')\n" + SCRIPT)]:
+        run = subprocess.run(
+            [sys.executable, *arguments], input=text, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert run.returncode == 0 and run.stderr == ""
+        first, second = run.stdout.splitlines()
+        assert first == "imported"  # once: the workers do not run the script again
+        assert wait_for_end(pids(second))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_workers_end_with_a_parent_that_is_stopped(signal_number):
+    code = SCRIPT + "while True: vector.step(np.zeros((3, 1), np.float32))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = pids(parent.stdout.readline())
+    assert all(alive(worker) for worker in workers)
+    if signal_number == signal.SIGKILL:
+        parent.kill()
+    else:
+        os.killpg(parent.pid, signal_number)  # as a terminal and a batch system do: workers get it, too
+    _, stderr = parent.communicate(timeout=10)
+    assert parent.returncode != 0
+    assert stderr.count("Traceback") == (signal_number == signal.SIGINT)  # the parent's own KeyboardInterrupt only
+    assert wait_for_end(workers)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gl():
+    try:
+        envs.check_rendering("cartpole-swingup")
+    except envs.UserError as error:
+        pytest.skip(str(error))
+    return os.environ["MUJOCO_GL"]
+
+
+@pytest.mark.parametrize("task", ["cartpole-swingup", "quadruped-walk", "cup-spin", "HalfCheetah-v5"])
+def test_frames_are_384_pixels_square(gl, task):
+    env = envs.make_env(task, render_mode="rgb_array")
+    env.reset()
+    first = env.render()
+    for _ in range(10):
+        env.step(env.action_space.sample())
+    second = env.render()
+    env.close()
+    assert first.shape == second.shape == (384, 384, 3) and first.dtype == np.uint8
+    assert first.std() > 10 and (first != second).any()
+
+
+def test_frames_are_dm_controls_own_pictures(gl):
+    code = """
+import envs, numpy as np
+for task, camera in [("walker-walk", 0), ("quadruped-walk", 2)]:
+    env = envs.make_env(task, render_mode="rgb_array")
+    env.reset()
+    expected = env.unwrapped.physics.render(384, 384, camera_id=camera)
+    print(np.abs(env.render().astype(int) - expected).mean())
+"""
+    run = run_python(code, MUJOCO_GL=gl)
+    assert run.returncode == 0, run.stderr
+    assert all(float(difference) < 0.5 for difference in run.stdout.split())
+
+
+def test_pixel_observations_are_one_small_frame(gl):
+    env = envs.make_env("walker-walk", obs="rgb")
+    obs, _ = env.reset()
+    assert obs.shape == (64, 64, 3) and obs.dtype == np.uint8 and obs in env.observation_space and obs.std() > 10
+    after = env.step(np.ones(6, np.float32))[0]
+    assert after.dtype == np.uint8 and (after != obs).any()
+    env.close()
+
+
+def test_pictures_come_from_worker_processes_too(gl):
+    vector = envs.make_envs("cartpole-swingup", 2, obs="rgb", render_mode="rgb_array", num_workers=2)
+    obs, _ = vector.reset()
+    assert obs.shape == (2, 64, 64, 3) and obs.dtype == np.uint8 and obs.std() > 10
+    assert vector.render()[0].shape == (384, 384, 3)
+    vector.close()
+
+
+def test_missing_gl_is_one_sentence_that_names_the_packages(monkeypatch):
+    monkeypatch.setattr(envs, "_working_gl", set())
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(envs.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    with pytest.raises(envs.UserError, match="neither EGL nor OSMesa .*: apt-get install .*libegl1.*libosmesa6"):
+        envs.check_rendering("walker-walk")
+
+
+def test_the_users_choice_of_gl_is_respected():
+    code = "import envs; envs.make_env('walker-walk').reset(); envs.check_rendering('walker-walk')"
+    for choice in ("disable", "nonsense"):
+        run = run_python(code, MUJOCO_GL=choice)
+        assert "UserError" in run.stderr.splitlines()[-1] and choice in run.stderr.splitlines()[-1]
+
+
+def test_states_need_no_gl_library_and_no_display():
+    code = """
+import envs
+for task in ("walker-walk", "cheetah-jump", "Hopper-v5"):
+    env = envs.make_env(task)
+    env.reset()
+    env.step(env.action_space.sample())
+    env.close()
+maps = open("/proc/self/maps").read()
+print([name for name in ("libGL", "libEGL", "libOSMesa") if name in maps])
+"""
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+    assert run.stderr == ""
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_importing_and_asking_for_a_task_loads_no_simulator():
+    code = """
+import envs, sys
+envs.task_spec("walker-walk"), envs.task_spec("mw-reach")
+print([name for name in ("dm_control", "mujoco", "jax", "shimmy", "torch") if name in sys.modules])
+"""
+    run = run_python(code)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_the_command_prints_every_task_within_five_seconds():
+    start = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "envs.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 5
+    rows = [line for line in run.stdout.splitlines() if line.split()[0] in envs.DOMAINS]
+    assert len(rows) == 104 and len(run.stdout.splitlines()) == 106
+    assert "mujoco" not in run.stderr and "dm_control" not in run.stderr
