@@ -7,6 +7,7 @@ reward function work on arrays and take most of the time of a small model's step
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +23,17 @@ INF = float("inf")
 
 def load(name: str) -> control.Environment:
     """The dm_control environment of a short name (`walker-walk`, `cup-spin`); seed it with `.task.random.seed`."""
-    if name in OWN_TASKS:
-        physics, task, control_timestep = OWN_TASKS[name]()
-        return control.Environment(physics, task, control_timestep=control_timestep)
-    domain, task_name = name.split("-", 1)
-    return suite.load({"cup": "ball_in_cup"}.get(domain, domain), task_name.replace("-", "_"))
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # MuJoCo calls a word in the stock cheetah deprecated, each time it is made
+    try:
+        if name in OWN_TASKS:
+            physics, task, control_timestep = OWN_TASKS[name]()
+            return control.Environment(physics, task, control_timestep=control_timestep)
+        domain, task_name = name.split("-", 1)
+        return suite.load({"cup": "ball_in_cup"}.get(domain, domain), task_name.replace("-", "_"))
+    finally:
+        log.setLevel(level)
 
 
 def tol(x: float, low: float, high: float, margin: float, at: float = 0.1, shape: str = "gaussian") -> float:

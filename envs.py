@@ -359,7 +359,7 @@ def _import_dm_control() -> None:
     try:
         with _environ(MUJOCO_GL=os.environ.get("MUJOCO_GL") or "disable"):
             import dm_control.suite  # noqa: F401
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         gl = f" with MUJOCO_GL={os.environ['MUJOCO_GL']}" if os.environ.get("MUJOCO_GL") else ""
         raise UserError(f"dm_control cannot be imported{gl}: {error}") from error
 
