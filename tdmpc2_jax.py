@@ -391,8 +391,9 @@ def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> PlanNoi
 
 
 def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
-    """Indices [2] of two different value heads, drawn at random."""
-    return jax.random.permutation(key, model.num_q)[:2]
+    """Indices [2] of two different value heads, drawn at random: any first one, then any step to another."""
+    head, step = jax.random.randint(key, (2,), jnp.array([0, 1]), model.num_q)
+    return jnp.stack([head, (head + step) % model.num_q])
 
 
 def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, heads, eps) -> jax.Array:
@@ -1064,14 +1065,19 @@ def record_evaluation(args: Args, folder, writer, bar, step: int, seconds: float
     if frames:
         path = folder / "videos" / f"step-{step:09d}.mp4"
         write_video(path, frames)
-        small = np.stack(frames)[::4, ::3, ::3].transpose(0, 3, 1, 2)[
-            None
-        ]  # TensorBoard keeps GIFs: a tenth of the size
-        writer.add_video("eval/video", small, step, fps=8)
+        thumbnails = np.stack(frames)[::4, ::3, ::3].transpose(0, 3, 1, 2)  # TensorBoard keeps large GIFs of videos
+        writer.add_video("eval/video", thumbnails[None], step, fps=8)
         if args.track:
             import wandb
 
             wandb.log({"eval/episode": wandb.Video(str(path))})
+    flush(writer)
+
+
+def flush(writer: SummaryWriter) -> None:
+    """Brings all scalars to disk; tensorboardX's own flush passes over what still stands in its queue."""
+    while not writer.file_writer.event_writer._event_queue.empty():
+        time.sleep(0.001)
     writer.flush()
 
 
@@ -1099,7 +1105,7 @@ def run(args: Args) -> None:
         model = model_for(args, envs, spec)
 
         # The state to start from: a fresh one, another agent's parameters, or where this run's last checkpoint left it
-        state = fresh_state(args, model)
+        state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
         replay = init_replay(args.buffer_size // n, n, model.obs_dim, model.action_dim)
         count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
@@ -1132,7 +1138,8 @@ def run(args: Args) -> None:
             if (
                 count["evaluated"] < 0
                 or crossed(step, count["evaluated"], args.eval_freq)
-                or finished > (count["evaluated"] == step)
+                or finished
+                and count["evaluated"] != step
             ):
                 result = evaluate(
                     args, model, train_state.params, discount, eval_envs, args.seed + 1_000_000 + step, stop
@@ -1142,6 +1149,7 @@ def run(args: Args) -> None:
                     count["evaluated"] = step
             if crossed(step, saved, args.checkpoint_freq) or (finished or stop) and saved != step:
                 check_finite(step, folder, **jax.device_get(info))
+                flush(writer)  # first: a checkpoint must not be ahead of the curves
                 save(manager, args, model, step, count, {"train": train_state, "act_key": act_key}, replay)
                 saved = step
             if finished or stop:

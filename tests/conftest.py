@@ -1,17 +1,34 @@
-"""Fixtures shared by the tests. XLA compilation is what costs here, so compiled functions are cached across processes."""
+"""What the tests share: recordings, compiled programs, and the script as a child process."""
 
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", TESTS / "golden"))
+
+# Compilation is what costs: programs are compiled once for all tests and for all processes that they start.
+CACHE = tempfile.TemporaryDirectory(prefix="tdmpc2-jax-tests-")
+os.environ |= {
+    "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+    "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
+}
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden"))
+# A small agent on a fast environment whose episodes have 40 decisions
+SMALL = (
+    "--enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --num-samples 32 --num-elites 8 "
+    "--num-pi-trajs 4 --iterations 2 --seed-steps 100 --buffer-size 3000 --eval-episodes 2 --log-freq 50"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +40,36 @@ def golden():
         return dict(np.load(path)) if path.suffix == ".npz" else path
 
     return read
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start("--task", ...) -> a child process of the script with a small agent, whose runs go to tmp_path/runs."""
+    children = []
+
+    def popen(*flags, small=True):
+        command = [sys.executable, str(ROOT / "tdmpc2_jax.py"), "--runs-dir", str(tmp_path / "runs")]
+        command += [*(SMALL if small else []), *map(str, flags)]
+        env = os.environ | {
+            "XLA_FLAGS": "--xla_backend_optimization_level=0"
+        }  # halves the compilation of tiny networks
+        pipes = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        children.append(subprocess.Popen(command, text=True, cwd=tmp_path, **pipes))
+        return children[-1]
+
+    yield popen
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+@pytest.fixture
+def script(start):
+    """script("--task", ...) -> (exit status, stdout, stderr) of the finished script."""
+
+    def finish(*flags, small=True):
+        child = start(*flags, small=small)
+        out, err = child.communicate(timeout=300)
+        return child.returncode, out, err
+
+    return finish

@@ -96,9 +96,10 @@ def test_networks_equal_the_recording_in_both_layouts(agent, name, layout):
     if model.termination:
         logit = model.termination.apply(params["termination"], z)
         probability = recording["termination"]
-        assert min(
-            np.abs(logit - probability).max(), np.abs(jax.nn.sigmoid(logit) - probability).max()
-        ) <= 1e-4 * np.abs(probability).max()
+        assert (
+            min(np.abs(logit - probability).max(), np.abs(jax.nn.sigmoid(logit) - probability).max())
+            <= 1e-4 * np.abs(probability).max()
+        )
     pi = td.policy(args, model, params["pi"], z, draws_of(recording, "pi")[0])
     for field in pi._fields:
         close(getattr(pi, field), recording[f"pi_{field}"], 1e-4)
@@ -127,11 +128,8 @@ def test_three_updates_equal_the_recording(agent, name):
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
 
 
-@pytest.mark.parametrize("mode", ["explore", "eval"])
-@pytest.mark.parametrize("name", [m for m in MODELS if m != "two_q"])
-def test_three_plans_equal_the_recording(agent, name, mode):
-    _, recording, args, model, params, _ = agent(name)
-    discount = float(agent(name)[0]["discount"])
+def replay_plans(args, model, params, recording, discount, mode):
+    """Repeats the recorded calls of the planner; dimensions of actions that the task does not have are cut off."""
     iterations, H, A = int(recording["iterations"]), args.horizon, model.action_dim
     plan = jax.jit(td.plan, static_argnums=(0, 1, 8))
     mean, first = jnp.zeros((1, H, A)), np.array([True])
@@ -139,15 +137,90 @@ def test_three_plans_equal_the_recording(agent, name, mode):
         draws = draws_of(recording, f"{mode}{i}")
         loop = draws[H : H + 3 * iterations]
         noise = td.PlanNoise(
-            pi=np.stack(draws[:H])[None],
-            sample=np.stack(loop[0::3])[None],
-            terminal=np.stack(loop[1::3])[None],
+            pi=np.stack(draws[:H])[None, ..., :A],
+            sample=np.stack(loop[0::3])[None, ..., :A],
+            terminal=np.stack(loop[1::3])[None, ..., :A],
             heads=np.stack(loop[2::3])[:, :2],
             gumbel=draws[H + 3 * iterations][None],
-            explore=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
+            explore=draws[-1][None, :A] if mode == "explore" else np.zeros((1, A), np.float32),
         )
-        obs = recording["in_obs"][i][None]
+        obs = recording["in_obs"][i][None, : model.obs_dim]
         action, mean = plan(args, model, params, obs, mean, first, discount, noise, mode == "explore")
-        close(action[0], recording[f"{mode}{i}_action"], 1e-3)
-        close(mean[0], recording[f"{mode}{i}_mean"], 1e-3)
+        close(action[0], recording[f"{mode}{i}_action"][:A], 1e-3)
+        close(mean[0], recording[f"{mode}{i}_mean"][:, :A], 1e-3)
         first = np.array([False])
+
+
+@pytest.mark.parametrize("mode", ["explore", "eval"])
+@pytest.mark.parametrize("name", [m for m in MODELS if m != "two_q"])
+def test_three_plans_equal_the_recording(agent, name, mode):
+    updates, plans, args, model, params, _ = agent(name)
+    replay_plans(args, model, params, plans, float(updates["discount"]), mode)
+
+
+def numpy_mlp(tensors, prefix, x, simnorm):
+    """The original's MLP on one input, from its tensors (one head of the Qs if they are stacked)."""
+    i = 0
+    while f"{prefix}.{i}.weight" in tensors:
+        x = x @ tensors[f"{prefix}.{i}.weight"].T + tensors[f"{prefix}.{i}.bias"]
+        if f"{prefix}.{i}.ln.weight" in tensors:
+            x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+            x = x * tensors[f"{prefix}.{i}.ln.weight"] + tensors[f"{prefix}.{i}.ln.bias"]
+            last = f"{prefix}.{i + 1}.weight" not in tensors
+            x = x if last and simnorm else x * np.tanh(np.logaddexp(0, x))
+        i += 1
+    if not simnorm:
+        return x
+    groups = np.exp(x.reshape(-1, 8) - x.max())
+    return (groups / groups.sum(-1, keepdims=True)).ravel()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folded_agent_computes_what_the_multi_task_agent_does_for_all_tasks(golden, layout):
+    tensors = envs.load_pt(golden("multitask.pt"))["model"]
+    tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items() if np.ndim(v)}
+    params, target_q = td.from_torch(envs.load_pt(golden(f"multitask{layout}.pt"))["model"])
+    rng = np.random.default_rng(0)
+    for task_id, task in enumerate(envs.TASK_SETS["mt30"]):
+        _, obs_dim, action_dim = envs.TASKS[task]
+        obs, action = np.zeros(24), np.zeros(6)
+        obs[:obs_dim], action[:action_dim] = rng.normal(size=obs_dim), rng.uniform(-1, 1, action_dim)
+        emb = tensors["_task_emb.weight"][task_id]
+        emb = emb / max(1.0, np.linalg.norm(emb))
+        z = numpy_mlp(tensors, "_encoder.state", np.concatenate([obs, emb]), True)
+        zea = np.concatenate([z, emb, action])
+        heads = [
+            {k: v[head] if k.startswith(("_Qs", "_target_Qs")) else v for k, v in tensors.items()} for head in range(5)
+        ]
+
+        args = td.Args(enc_dim=16, mlp_dim=24, latent_dim=24, num_enc_layers=2, num_q=5)
+        model = td.make_model(args, obs_dim, action_dim, False)
+        folded = td.fold_task(
+            params | {"q_target": target_q}, tensors["_task_emb.weight"][task_id], obs_dim, action_dim
+        )
+        folded_target = folded.pop("q_target")
+        td.check_shapes(args, model, folded)
+        obs, action = obs[:obs_dim], action[:action_dim]
+        close(model.encoder.apply(folded["encoder"], obs), z, 1e-4)
+        close(model.dynamics.apply(folded["dynamics"], z, action), numpy_mlp(tensors, "_dynamics", zea, True), 1e-4)
+        close(model.reward.apply(folded["reward"], z, action), numpy_mlp(tensors, "_reward", zea, False), 1e-4)
+        mean, raw_std = np.split(numpy_mlp(tensors, "_pi", np.concatenate([z, emb]), False), 2)
+        pi = td.policy(args, model, folded["pi"], jnp.asarray(z, jnp.float32), jnp.zeros(action_dim))
+        close(pi.action, np.tanh(mean[:action_dim]), 1e-4)
+        close(pi.log_std, -10 + 6 * (np.tanh(raw_std[:action_dim]) + 1), 1e-4)
+        for prefix, q_params in (("_Qs.params", folded["q"]), ("_target_Qs_params", folded_target)):
+            expected = [numpy_mlp(head, prefix, zea, False) for head in heads]
+            close(td.q_logits(model, q_params, z, action), expected, 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["explore", "eval"])
+def test_plans_of_a_folded_agent_equal_the_multi_task_recording(golden, mode):
+    tensors = envs.load_pt(golden("multitask.pt"))["model"]
+    recording, updates = golden("multitask_plan.npz"), golden("multitask_update.npz")
+    task_id = int(recording["in_task"])
+    _, obs_dim, action_dim = envs.TASKS[envs.TASK_SETS["mt30"][task_id]]
+    args = args_of(tensors, updates, recording)
+    model = td.make_model(args, obs_dim, action_dim, False)
+    params, _ = td.from_torch(tensors)
+    params = td.fold_task(params, tensors["_task_emb.weight"][task_id], obs_dim, action_dim)
+    replay_plans(args, model, params, recording, float(updates["discount"][task_id]), mode)

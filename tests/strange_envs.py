@@ -1,0 +1,58 @@
+"""Environments for tests, named strange_envs:NAME-v0 on the command line."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Point(gym.Env):
+    """A point on a line: two numbers seen, one pushed; the reward is high near 0. Misbehaves as told."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+    def __init__(self, render_mode=None, bad_reward_at=None, bad_obs_at=None, raise_at=None, terminates=False):
+        self.render_mode, self.bad_reward_at, self.bad_obs_at = render_mode, bad_reward_at, bad_obs_at
+        self.raise_at, self.terminates, self.steps = raise_at, terminates, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == self.raise_at:
+            raise RuntimeError("the simulator broke")
+        self.state[1] = 0.8 * self.state[1] + 0.1 * float(action[0])
+        self.state[0] += 0.2 * self.state[1]
+        obs, reward = self.state.copy(), float(np.exp(-4 * self.state[0] ** 2))
+        if self.steps == self.bad_reward_at:
+            reward = float("nan")
+        if self.steps == self.bad_obs_at:
+            obs[:] = 3e38  # finite, but no network survives it
+        return obs, reward, self.terminates and abs(self.state[0]) > 1, False, {}
+
+
+class Discrete(Point):
+    action_space = gym.spaces.Discrete(3)
+
+
+class DictObs(Point):
+    observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (2,))})
+
+
+class Pixels(Point):
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+
+for name, cls, kwargs in [
+    ("Point", Point, {}),
+    ("Falling", Point, {"terminates": True}),
+    ("NanReward", Point, {"bad_reward_at": 250}),
+    ("HugeObs", Point, {"bad_obs_at": 250}),
+    ("Raising", Point, {"raise_at": 50}),
+    ("Discrete", Discrete, {}),
+    ("DictObs", DictObs, {}),
+    ("Pixels", Pixels, {}),
+]:
+    gym.register(f"{name}-v0", entry_point=cls, max_episode_steps=40, kwargs=kwargs)

@@ -1,0 +1,125 @@
+"""The benchmarks count what they claim to count and write what they promise; no timings are judged here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tdmpc2_jax as td
+from benchmarks import speed
+
+O, A = 5, 3  # noqa: E741
+SMALL = {"enc_dim": 24, "mlp_dim": 48, "latent_dim": 32, "num_enc_layers": 2, "num_q": 3, "num_bins": 21}
+ARGS = td.Args(**SMALL, batch_size=16, num_samples=64, num_elites=8, num_pi_trajs=8)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Jaxprs of one update and of one plan of a small model."""
+    model = td.make_model(ARGS, O, A, episodic=False)
+    state, replay = td.fresh_state(ARGS, model)["train"], td.init_replay(50, 1, O, A)
+    obs, prev_mean, first = jnp.zeros((1, O)), jnp.zeros((1, ARGS.horizon, A)), jnp.ones(1, bool)
+    key = jax.random.key(0)
+    update = td.train.trace(ARGS, model, state, replay, 0.99, num_updates=2)
+    plan = td.act.trace(ARGS, model, state.params, obs, prev_mean, first, 0.99, key, explore=True)
+    return update.jaxpr, plan.jaxpr
+
+
+def forward(inputs: int, hidden: int, out: int) -> int:
+    """Operations per row of an MLP with two hidden layers."""
+    return 2 * (inputs * hidden + hidden * hidden + hidden * out)
+
+
+# operations per row, and those of the hidden and last layers alone
+W, Z, K = SMALL["mlp_dim"], SMALL["latent_dim"], SMALL["num_bins"]
+ENCODER, ENCODER_FIRST = 2 * (O * SMALL["enc_dim"] + SMALL["enc_dim"] * Z), 2 * O * SMALL["enc_dim"]
+DYNAMICS, HEAD, PI = forward(Z + A, W, Z), forward(Z + A, W, K), forward(Z, W, 2 * A)
+FROM_Z, FROM_A = 2 * Z * W, 2 * A * W  # first layers' shares
+
+
+def test_products_of_an_update_agree_with_a_count_by_hand(traced):
+    H, B, q = ARGS.horizon, ARGS.batch_size, ARGS.num_q
+    target = H * B * (ENCODER + PI + 2 * HEAD)
+    # behind a forward pass: the weights' gradients (as much again), and the inputs' but for what needs none
+    encoder = B * (3 * ENCODER - ENCODER_FIRST)
+    rollout = H * B * (3 * DYNAMICS - FROM_A)
+    heads = (1 + q) * H * B * (3 * HEAD - FROM_A)
+    policy = (H + 1) * B * (3 * PI - FROM_Z + 2 * (2 * HEAD - FROM_Z))
+    counted = speed.total_gflop(speed.count_products(traced[0])) * 1e9
+    assert counted == pytest.approx(2 * (target + encoder + rollout + heads + policy), rel=0.02)
+
+
+def test_products_of_a_plan_agree_with_a_count_by_hand(traced):
+    H, N, P = ARGS.horizon, ARGS.num_samples, ARGS.num_pi_trajs
+    proposals = P * ((H - 1) * DYNAMICS + H * PI)
+    iteration = N * (H * (DYNAMICS + HEAD) + PI + 2 * HEAD - 2 * FROM_Z)  # the first step's z is shared by all samples
+    counted = speed.total_gflop(speed.count_products(traced[1])) * 1e9
+    assert counted == pytest.approx(proposals + ARGS.iterations * iteration, rel=0.02)
+
+
+def test_products_in_a_loop_of_unknown_length_are_refused():
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+
+    with pytest.raises(ValueError, match="while"):
+        speed.count_products(jax.make_jaxpr(loop)(jnp.eye(3)).jaxpr)
+
+
+def test_products_alone_are_those_that_were_counted():
+    def program(x):  # 5 products of a scan, and one with a batch axis
+        y, _ = jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)
+        return jnp.einsum("bij,bjk->bik", y[None], x[None])
+
+    products = speed.count_products(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr)
+    assert sorted(products.values()) == [1, 5]
+    assert speed.total_gflop(products) * 1e9 == 6 * 2 * 4**3
+    shapes = [out.shape for out in speed.products_alone(products)()]
+    assert sorted(shapes) == [(1, 4, 4), (4, 4)]
+
+
+def test_every_figure_is_measured_and_written():
+    """On a small model and for a moment: the values mean nothing here, only that all are there."""
+    row = speed.measure(ARGS, None, None, repeats=1, loop_s=0.1)
+    written = json.loads(speed.as_json([row]))
+    assert written.pop("rows") == [written]
+    for part in ("update", "plan"):
+        for figure in ("ms", "units", "gflop", "gflops_per_s", "share_of_peak", "compile_s", "products_ms", "draws_ms"):
+            assert written[f"{part}_{figure}"] >= 0
+        assert written[f"{part}_gflop"] > 0 and written[f"{part}_ms"] > 0
+        shares = [written[f"{part}_{name}_share"] for name in ("products", "draws", "rest")]
+        assert sum(shares) == pytest.approx(1)
+    for figure in ("unit_ms", "decisions_per_s", "loop_decisions_per_s", "peak_gflops_per_s", "peak_rss_mb"):
+        assert written[figure] > 0
+    assert {"compile_s", "share_of_peak", "device", "jax_version", "load_average"} <= written.keys()
+    assert json.loads(speed.as_json([row, row])) == {"rows": [written, written]}
+    lines = speed.table([row, row]).splitlines()
+    assert len(lines) == 2 + 2 * 3 and len({line.count("|") for line in lines}) == 1
+
+
+def test_memory_growth_is_judged_from_the_first_reading_with_a_full_buffer():
+    memory = pytest.importorskip("benchmarks.memory")
+    rows = [{"decisions": d, "rss_mb": mb} for d, mb in ((20, 100), (40, 150), (60, 200), (80, 206), (100, 202))]
+    assert memory.growth_when_full(rows, buffer_size=50) == pytest.approx(0.03)
+    with pytest.raises(SystemExit, match="two reports"):
+        memory.growth_when_full(rows, buffer_size=90)
+
+
+def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_path):
+    plot_curves = pytest.importorskip("benchmarks.plot_curves")
+    (tmp_path / "curves").mkdir()
+    head = "step,reward,success,seed\n"
+    (tmp_path / "curves/walker-walk.csv").write_text(head + "0,1,0,1\n500,3,0,1\n0,3,0,2\n500,9,0,2\n900,9,0,2\n")
+    (tmp_path / "curves/walker-walk__5M.csv").write_text(head + "0,1,0,1\n500,900,0,1\n")
+    (tmp_path / "curves/mw-push.csv").write_text(head + "0,1,0,1\n500,900,1,1\n")
+    (tmp_path / "scores.csv").write_text(
+        "method,task,metric,step,mean,min,max,seeds\ntdmpc2,walker-walk,reward,0,5,1,9,3\nother,walker-walk,reward,0,0,0,0,3\n"
+        "tdmpc2,walker-walk,reward,1000,960,950,970,3\ntdmpc2,mw-push,success,0,0,0,0,3\n"
+    )
+    curves = plot_curves.read_curves(tmp_path / "curves")
+    assert {task: list(labels) for task, labels in curves.items()} == {"mw-push": [""], "walker-walk": ["", "5M"]}
+    steps, mean = plot_curves.mean_curve(plot_curves.by_seed(curves["walker-walk"][""], "reward"))
+    assert steps.tolist() == [0, 500] and mean.tolist() == [2, 6]  # 900 was reached by one seed only
+    picture, reference = tmp_path / "curves.png", str(tmp_path / "scores.csv")
+    plot_curves.main(plot_curves.Args(str(tmp_path / "curves"), str(picture), reference))
+    assert picture.stat().st_size > 10_000

@@ -1,0 +1,119 @@
+"""Bad input: one clear sentence and an exit status that is not 0, before anything starts."""
+
+import fcntl
+import json
+import time
+
+import pytest
+
+import envs
+import tdmpc2_jax as td
+
+CARTPOLE = ["--task", "cartpole-balance"]
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """refused(flags) -> the sentence with which the script refuses them, in this process (child processes cost)."""
+    import tyro
+
+    runs = tmp_path_factory.mktemp("runs")
+
+    def refuse(*flags):
+        args = tyro.cli(td.Args, args=["--runs-dir", str(runs), *map(str, flags)])
+        began = time.time()
+        with pytest.raises(SystemExit) as stop:
+            td.main(args)
+        assert time.time() - began < 10
+        sentence = str(stop.value.code)
+        assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
+        assert not list(runs.rglob("eval.csv")), "nothing was started"
+        return sentence
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--task", "dog-rum"], ["dog-rum", "dog-run", "python envs.py"]),
+        (["--task", "HalfChetah-v5"], ["HalfCheetah-v5"]),
+        (["--task", "strange_envs:Discrete-v0"], ["Discrete", "continuous"]),
+        (["--task", "strange_envs:DictObs-v0"], ["Dict", "observations"]),
+        (["--task", "strange_envs:Pixels-v0"], ["image", "observations"]),
+        ([*CARTPOLE, "--num-envs", 0], ["--num-envs", "at least 1"]),
+        ([*CARTPOLE, "--buffer-size", 2000], ["--buffer-size 2000", "2500 seed steps"]),
+        ([*CARTPOLE, "--evaluate"], ["--checkpoint"]),
+        ([*CARTPOLE, "--json", "x.json"], ["--evaluate"]),
+        ([*CARTPOLE, "--source-task", "walker-walk"], ["--checkpoint"]),
+        ([*CARTPOLE, "--evaluate", "--checkpoint", "nowhere"], ["nowhere", "does not exist"]),
+        ([*CARTPOLE, "--evaluate", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
+        ([*CARTPOLE, "--num-elites", 1000], ["--num-elites"]),
+        ([*CARTPOLE, "--latent-dim", 30], ["--simnorm-dim"]),
+        ([*CARTPOLE, "--utd", 0], ["--utd"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40],
+)
+def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, words):
+    sentence = refused(*flags)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, golden):
+    def evaluation_of(path, *flags):
+        return refused(*CARTPOLE, "--evaluate", "--checkpoint", path, *flags)
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoint" in evaluation_of(tmp_path / "empty")
+    foreign = tmp_path / "foreign" / "checkpoints" / "100" / "meta"
+    foreign.mkdir(parents=True)
+    (foreign / "metadata").write_text(json.dumps({"somebody": "else"}))
+    assert "not a checkpoint of tdmpc2_jax.py" in evaluation_of(tmp_path / "foreign")
+    (foreign / "metadata").write_text('{"script": "tdmpc2_')
+    assert "damaged" in evaluation_of(tmp_path / "foreign")
+    whole = golden("single.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    assert "cut.pt" in evaluation_of(tmp_path / "cut.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "text.pt" in evaluation_of(tmp_path / "text.pt")
+    assert "--model-size 5" in evaluation_of(golden("single.pt"))
+    assert "--source-task" in evaluation_of(golden("multitask.pt"))
+    assert "single-task" in evaluation_of(golden("single.pt"), "--source-task", "walker-walk")
+    assert "dog-run" in evaluation_of(golden("multitask.pt"), "--source-task", "dog-run")
+
+
+def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
+    folder = tmp_path / "cartpole-balance" / "tdmpc2_jax" / "1"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by a live run" in refused(*CARTPOLE, "--runs-dir", tmp_path)
+    record = {**td.dataclasses.asdict(td.Args(task="cartpole-balance")), "batch_size": 128}
+    (folder / "args.json").write_text(json.dumps(record))
+    assert "--resume" in refused(*CARTPOLE, "--runs-dir", tmp_path)
+    assert "--batch-size 128" in refused(*CARTPOLE, "--runs-dir", tmp_path, "--resume")
+
+
+def test_video_without_a_gl_library_names_the_packages(refused, monkeypatch):
+    def no_gl(task):
+        raise envs.UserError("no GL library works here: apt-get install libegl1 ...")
+
+    monkeypatch.setattr(envs, "check_rendering", no_gl)  # what it finds is tested in test_envs.py
+    assert "apt-get install" in refused(*CARTPOLE, "--capture-video")
+
+
+def test_the_command_line_exits_at_once_with_one_sentence(script):
+    began = time.time()
+    status, out, err = script("--task", "dog-rum", small=False)
+    assert status == 1 and err.startswith("error: ") and len(err.splitlines()) == 1 and not out
+    status, _, err = script("--model-size", 7, small=False)
+    assert status == 2 and "{1,5,19,48,317}" in err
+    assert time.time() - began < 40  # two processes on a machine that tests other things at the same time
+
+
+def test_help_explains_every_argument(script):
+    status, out, _ = script("--help", small=False)
+    assert status == 0
+    for field in td.dataclasses.fields(td.Args):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert "value heads" in out and "inverse temperature" in out

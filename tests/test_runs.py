@@ -1,0 +1,149 @@
+"""A run as a user sees it: files, kills, resumes, broken environments, equal seeds. Real processes throughout."""
+
+import csv
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tdmpc2_jax as td
+
+POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
+FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
+
+
+def read_curve(folder):
+    rows = list(csv.DictReader((folder / "eval.csv").open()))
+    return [int(row["step"]) for row in rows], [float(row["reward"]) for row in rows]
+
+
+def read_scalars(folder, tag):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def count_of(folder):
+    return td.read_meta(td.find_checkpoint(folder))["count"]
+
+
+def wait_for(condition, child, seconds=120):
+    """Waits until condition() holds; fails if the child ends before."""
+    end = time.time() + seconds
+    while not condition():
+        assert child.poll() is None, child.communicate()
+        assert time.time() < end
+        time.sleep(0.001)
+
+
+def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_path):
+    status, out, err = script(*POINT, "--total-timesteps", 300)
+    assert status == 0, err
+    folder = tmp_path / "runs" / FOLDER
+    steps, rewards = read_curve(folder)
+    assert steps == [0, 100, 200, 300] and np.isfinite(rewards).all()
+    assert all(f"{step:>10}" in out for step in steps), "each evaluation is a line of the table"
+    assert json.loads((folder / "args.json").read_text())["total_timesteps"] == 300
+    assert count_of(folder)["decisions"] == 300
+    assert count_of(folder)["updates"] == 299  # 100 at the end of the seed phase, then one before each next decision
+    assert [step for step, _ in read_scalars(folder, "charts/episodic_return")] == [40 * i for i in range(1, 8)]
+    for tag in ("losses/value_loss", "losses/pi_loss", "charts/SPS", "eval/episodic_return"):
+        assert read_scalars(folder, tag), tag
+
+    status, out, err = script(
+        "--evaluate", "--checkpoint", folder, "--eval-episodes", 3, "--json", "result.json", small=False
+    )
+    assert status == 0, err
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["task"] == "strange_envs:Point-v0" and len(result["returns"]) == len(result["successes"]) == 3
+    assert f"{result['mean']:.1f} ± {result['std']:.1f}" in out and out.count("episode ") == 3
+
+
+def test_a_run_killed_five_times_goes_on_and_counts_no_step_twice(start, tmp_path):
+    folder = tmp_path / "runs" / FOLDER
+    flags = (*POINT, "--total-timesteps", 1300, "--buffer-size", 200_000, "--resume")
+    for kill, where in enumerate(["training", "checkpoint", "training", "checkpoint", "checkpoint"]):
+        child = start(*flags)
+        reached = 200 * (kill + 1)
+
+        def checkpointed(reached=reached):
+            return (folder / "checkpoints" / str(reached)).exists()
+
+        wait_for(checkpointed, child)
+        if where == "checkpoint":  # the next one is being written
+            wait_for(lambda: any("tmp" in path.name for path in (folder / "checkpoints").iterdir()), child)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert count_of(folder)["decisions"] >= reached
+    child = start(*flags)
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+
+    assert read_curve(folder)[0] == list(range(0, 1301, 100))
+    count = count_of(folder)
+    assert count["decisions"] == 1300 and count["updates"] == 1299
+    ends = [step for step, _ in read_scalars(folder, "charts/episodic_return")]
+    assert ends == sorted(set(ends)), "no episode stands twice in the curve"
+    assert [step for step, _ in read_scalars(folder, "eval/episodic_return")] == list(range(0, 1301, 100))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, script, tmp_path, number):
+    folder = tmp_path / "runs" / FOLDER
+    child = start(*POINT, "--total-timesteps", 100_000)
+    wait_for(lambda: (folder / "checkpoints" / "200").exists(), child)
+    time.sleep(0.3)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 128 + number and "--resume" in err
+    count = count_of(folder)
+    assert f"at simulator step {count['decisions']};" in err and count["decisions"] > 200
+    status, _, err = script(*POINT, "--total-timesteps", count["decisions"] + 50, "--resume")
+    assert status == 0, err
+    assert count_of(folder)["decisions"] == count["decisions"] + 50
+
+
+def test_equal_seeds_give_equal_runs_bit_for_bit_and_others_differ(script, tmp_path):
+    def run(name, seed):
+        status, _, err = script(*POINT, "--total-timesteps", 250, "--exp-name", name, "--seed", seed)
+        assert status == 0, err
+        folder = tmp_path / "runs" / "strange_envs:Point-v0" / name / str(seed)
+        tags = ("losses/total_loss", "losses/pi_loss", "losses/grad_norm", "charts/episodic_return")
+        return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
+
+    first = run("a", 1)
+    assert first == run("b", 1)
+    other = run("c", 2)
+    assert all(mine != others for mine, others in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("task, what", [("NanReward", "reward"), ("HugeObs", "loss")])
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(script, tmp_path, task, what):
+    task = f"strange_envs:{task}-v0"
+    status, _, err = script(*POINT[2:], "--task", task, "--total-timesteps", 400)
+    assert status == 1 and "not finite at simulator step 2" in err and what in err.splitlines()[-1], err
+    assert "Traceback" not in err
+    folder = tmp_path / "runs" / task / "tdmpc2_jax" / "1"
+    assert count_of(folder)["decisions"] == 200
+    status, out, err = script("--evaluate", "--checkpoint", folder, "--task", "strange_envs:Point-v0", small=False)
+    assert status == 0, err
+
+
+def test_an_environment_that_raises_ends_the_run_with_its_traceback(script):
+    for flags in (["--num-envs", 1], ["--num-envs", 3]):
+        status, _, err = script("--task", "strange_envs:Raising-v0", "--exp-name", flags[1], *flags)
+        assert status != 0 and "the simulator broke" in err
+
+
+def test_several_environments_with_terminations_share_one_run(script, tmp_path):
+    flags = ("--task", "strange_envs:Falling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
+    status, _, err = script(*flags, "--total-timesteps", 400)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "strange_envs:Falling-v0" / "tdmpc2_jax" / "1"
+    meta = td.read_meta(td.find_checkpoint(folder))
+    assert meta["episodic"] and 400 <= meta["count"]["decisions"] < 404
+    due = 100 + (meta["count"]["decisions"] - 100) * 0.5
+    assert due - 4 <= meta["count"]["updates"] <= due
+    assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
