@@ -1,0 +1,196 @@
+"""Draws the learning curves in benchmarks/results/curves, one panel per task, beside published ones if they are given.
+
+    python benchmarks/plot_curves.py
+    python benchmarks/plot_curves.py --reference scores.csv --runs runs
+
+A curve is a run's eval.csv (step,reward,success,seed; several seeds one below the other), named TASK.csv or
+TASK__LABEL.csv. The reference is a table method,task,metric,step,mean,min,max,seeds.
+"""
+
+import csv
+import dataclasses
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLOURS = ("#1f6fb2", "#c8502d", "#3b8f4f", "#7b4fa3")
+GREY = "#6b6b6b"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    curves: str = "benchmarks/results/curves"
+    """folder of the curves"""
+    output: str = "benchmarks/results/curves.png"
+    """picture to write"""
+    reference: str | None = None
+    """table of published curves"""
+    method: str = "tdmpc2"
+    """method of that table to draw"""
+    method_name: str = "TD-MPC2 as published"
+    """its name in the legend"""
+    runs: str | None = None
+    """folder of runs whose training episodes are drawn as dots (needs tensorboard)"""
+    columns: int = 3
+    """most panels in a row"""
+
+
+class Published(NamedTuple):
+    step: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    seeds: int
+
+
+def read_curves(folder: Path) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Rows of every curve: task -> label -> rows."""
+    curves = defaultdict(dict)
+    for path in sorted(folder.glob("*.csv")):
+        task, _, label = path.stem.partition("__")
+        with path.open(newline="") as file:
+            curves[task][label.replace("_", " ")] = list(csv.DictReader(file))
+    return dict(sorted(curves.items()))
+
+
+def by_seed(rows: list[dict[str, str]], column: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every seed."""
+    seeds = defaultdict(dict)
+    for row in rows:
+        seeds[row["seed"]][float(row["step"])] = float(row[column])
+    return {s: (np.array(sorted(c)), np.array([c[step] for step in sorted(c)])) for s, c in seeds.items()}
+
+
+def mean_curve(seeds: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the seeds at the steps that all of them reached."""
+    steps = sorted(set.intersection(*(set(step.tolist()) for step, _ in seeds.values())))
+    return np.array(steps), np.mean([value[np.isin(step, steps)] for step, value in seeds.values()], axis=0)
+
+
+def read_published(path: str, method: str) -> dict[str, tuple[str, Published]]:
+    """Task -> metric ("reward" or "success") and curve of one method of a reference table."""
+    rows = defaultdict(list)
+    with Path(path).open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["method"] == method:
+                rows[row["task"], row["metric"]].append(
+                    [float(row[k]) for k in ("step", "mean", "min", "max", "seeds")]
+                )
+    published = {}
+    for (task, metric), points in rows.items():
+        step, mean, low, high, seeds = np.array(sorted(points)).T
+        published[task] = metric, Published(step, mean, low, high, int(seeds.max()))
+    return published
+
+
+def read_episodes(runs: Path, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and returns of the training episodes of all runs of a task, from their TensorBoard files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tag, points = "charts/episodic_return", []
+    for folder in sorted({path.parent for path in (runs / task).rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        if tag in events.Tags()["scalars"]:
+            points += [(event.step, event.value) for event in events.Scalars(tag)]
+    return np.array(points).reshape(-1, 2).T
+
+
+def draw_published(axes, reference: Published, shown: np.ndarray, name: str) -> None:
+    """Mean with a band from the lowest to the highest seed; bars where the points are too few to suggest a line."""
+    step, mean, low, high = (
+        reference.step[shown] / 1e3,
+        reference.mean[shown],
+        reference.low[shown],
+        reference.high[shown],
+    )
+    label = f"{name} (mean, min to max of {reference.seeds} seeds)"
+    line = {"color": GREY, "markersize": 5, "clip_on": False, "label": label}
+    if len(step) < 4:
+        axes.errorbar(step, mean, [mean - low, high - mean], fmt="o", capsize=3, elinewidth=1.4, zorder=5, **line)
+    else:
+        axes.fill_between(step, low, high, color=GREY, alpha=0.18, linewidth=0)
+        axes.plot(step, mean, "o--", linewidth=1.4, **line)
+
+
+def draw_panel(axes, task: str, curves, colours, published, episodes, published_name: str) -> None:
+    """One task: training episodes, the published curve, and ours on top."""
+    metric, reference = published or ("reward", None)
+    end = max(float(row["step"]) for rows in curves.values() for row in rows)
+    if reference is not None:  # up to the first published point behind our last, so that one stands beside it
+        behind = reference.step[reference.step >= end]
+        end = max(end, behind[0]) if len(behind) else end
+        draw_published(axes, reference, reference.step <= end, published_name)
+    if episodes is not None and metric == "reward":
+        axes.plot(
+            episodes[0] / 1e3, episodes[1], ".", color=COLOURS[0], alpha=0.25, markersize=3, label="training episodes"
+        )
+    for label, rows in curves.items():
+        seeds = by_seed(rows, metric)
+        for step, value in seeds.values() if len(seeds) > 1 else ():
+            axes.plot(step / 1e3, value, color=colours[label], linewidth=0.8, alpha=0.45)
+        name = ", ".join(filter(None, ["tdmpc2_jax.py", label])) + (" (mean; thin: seeds)" if len(seeds) > 1 else "")
+        step, mean = mean_curve(seeds)
+        axes.plot(step / 1e3, mean, color=colours[label], linewidth=2.4, label=name, solid_capstyle="round")
+    axes.set_title(task, loc="left")
+    axes.set_xlim(0, end / 1e3)
+    axes.locator_params(axis="x", nbins=6)
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    top = 1.0 if metric == "success" else 1000.0 if reference is not None else high  # the range of published tasks
+    axes.set_ylim(min(0.0, 1.05 * low), 1.02 * max(top, high))
+    axes.set_xlabel("thousand simulator steps")
+    axes.set_ylabel("success rate" if metric == "success" else "return")
+
+
+def main(args: Args) -> None:
+    curves = read_curves(Path(args.curves))
+    if not curves:
+        sys.exit(f"error: {args.curves} holds no .csv file")
+    published = read_published(args.reference, args.method) if args.reference else {}
+    labels = sorted({label for task in curves.values() for label in task})
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    columns = min(args.columns, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            rows, columns, figsize=(max(4.2 * columns, 6), 3.1 * rows + 0.5), squeeze=False, layout="constrained"
+        )
+        for axes, task in zip(panels.flat, curves, strict=False):
+            episodes = read_episodes(Path(args.runs), task) if args.runs else None
+            draw_panel(axes, task, curves[task], colours, published.get(task), episodes, args.method_name)
+        for axes in panels.flat[len(curves) :]:
+            axes.remove()
+        legend = {}
+        for axes in figure.axes:
+            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+                legend.setdefault(name, handle)
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), columns))
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.output, dpi=150)
+        plt.close(figure)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
