@@ -729,12 +729,9 @@ def fold_task(params: dict[str, Any], emb: np.ndarray, obs_dim: int, action_dim:
         bias = bias + jnp.einsum("e,...eo->...o", emb, kernel[..., before : before + E, :])
         layers["linear_0"] = {"kernel": jnp.concatenate(keep, axis=-2), "bias": bias}
         if name == "pi":
-            halves = jax.tree.map(lambda p: jnp.split(p, 2, axis=-1), layers["linear_2"])
-            cut = {
-                k: jnp.concatenate([mean[..., :action_dim], std[..., :action_dim]], -1)
-                for k, (mean, std) in halves.items()
-            }
-            layers["linear_2"] = cut
+            half = layers["linear_2"]["bias"].shape[-1] // 2
+            outputs = np.r_[:action_dim, half : half + action_dim]  # means, log stds
+            layers["linear_2"] = jax.tree.map(lambda p: p[..., outputs], layers["linear_2"])
         return {"params": layers}
 
     return {name: fold(name, component) for name, component in params.items()}
@@ -749,16 +746,14 @@ def load_pt_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[s
         want = "is a single-task agent: leave out" if table is None else "is a multi-task agent: name its task with"
         raise environments.UserError(f"{args.checkpoint} {want} --source-task")
     if table is not None:
-        tasks = environments.TASK_SETS.get(f"mt{len(table)}", ())
+        name = f"mt{len(table)}"
+        tasks = environments.TASK_SETS.get(name, ())
         source = environments.task_spec(args.source_task).name
         if source not in tasks:
-            raise environments.UserError(
-                f"{args.checkpoint} was not trained on {source}; its tasks are: {', '.join(tasks)}"
-            )
+            raise environments.UserError(f"{args.checkpoint} was not trained on {source}: it knows the tasks of {name}")
         emb = np.asarray(table[tasks.index(source)], np.float32)
-        folded = fold_task(params | {"q_target": target_q}, emb, model.obs_dim, model.action_dim)
-        target_q = folded.pop("q_target")
-        params = folded
+        params = fold_task(params | {"q_target": target_q}, emb, model.obs_dim, model.action_dim)
+        target_q = params.pop("q_target")
     if model.termination is None:
         params.pop("termination", None)
     check_shapes(args, model, params)
@@ -767,18 +762,12 @@ def load_pt_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[s
 
 def find_checkpoint(path: Path) -> Path:
     """The newest complete checkpoint of a run folder or of its checkpoints/, or the checkpoint folder itself."""
-    for folder in (path / "checkpoints", path, path.parent):
-        if folder.is_dir():
-            steps = {
-                int(p.name): p for p in folder.iterdir() if p.name.isdigit() and (p / "meta" / "metadata").is_file()
-            }
-            if folder == path.parent:
-                steps = {step: p for step, p in steps.items() if p == path}
-            if steps:
-                return steps[max(steps)]
-    raise environments.UserError(
-        f"{path} holds no checkpoint of this script" if path.exists() else f"{path} does not exist"
-    )
+    candidates = [path, *path.glob("*"), *path.glob("checkpoints/*")]
+    complete = [p for p in candidates if p.name.isdigit() and (p / "meta" / "metadata").is_file()]
+    if not complete:
+        what = "holds no checkpoint of this script" if path.exists() else "does not exist"
+        raise environments.UserError(f"{path} {what}")
+    return max(complete, key=lambda p: int(p.name))
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -786,16 +775,16 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta = json.loads((checkpoint / "meta" / "metadata").read_text())
         if meta["script"] == "tdmpc2_jax":
-            return meta
+            return meta | {"args": Args(**meta["args"])}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise environments.UserError(f"{checkpoint} is damaged or not a checkpoint of tdmpc2_jax.py")
 
 
 def restore(checkpoint: Path, item: str, like):
-    """One item of a checkpoint, in the structure and shapes of `like`."""
+    """One item of a checkpoint, in the structure and shapes of `like` (arrays, or their shapes and types)."""
     try:
-        return ocp.StandardCheckpointer().restore(checkpoint.absolute() / item, jax.eval_shape(lambda: like))
+        return ocp.StandardCheckpointer().restore(checkpoint.absolute() / item, like)
     except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise environments.UserError(f"{checkpoint} is damaged or of another size ({item}: {reason})") from error
@@ -809,16 +798,15 @@ def check_shapes(args: Args, model: WorldModel, params) -> None:
 
     there = shapes(params)
     here = shapes(jax.eval_shape(lambda: init_params(args, model, jax.random.key(0))))
-    if wrong := [name for name in here | there if here.get(name) != there.get(name)]:
-        widths = [
-            there.get(f"{name}/params/linear_{i}/bias", (0,))[-1]
-            for name, i in (("encoder", 0), ("reward", 0), ("dynamics", 2))
-        ]
-        hint = "".join(f"; it looks like --model-size {k}" for k, v in MODEL_SIZES.items() if list(v[:3]) == widths)
-        sizes = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here"
-        raise environments.UserError(
-            f"{args.checkpoint} does not fit --model-size {args.model_size} on this task: {sizes}{hint}"
-        )
+    wrong = [name for name in here | there if here.get(name) != there.get(name)]
+    if not wrong:
+        return
+    layers = "encoder/params/linear_0/bias", "reward/params/linear_0/bias", "dynamics/params/linear_2/bias"
+    widths = tuple(there[name][-1] for name in layers if name in there)  # enc_dim, mlp_dim, latent_dim
+    hint = [f"; it looks like --model-size {size}" for size, row in MODEL_SIZES.items() if row[:3] == widths]
+    sizes = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here"
+    what = f"{args.checkpoint} does not fit --model-size {args.model_size} on this task: {sizes}"
+    raise environments.UserError("".join([what, *hint]))
 
 
 def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -827,10 +815,10 @@ def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str,
         return load_pt_agent(args, model)
     checkpoint = find_checkpoint(Path(args.checkpoint))
     meta = read_meta(checkpoint)
-    model_of_run = make_model(Args(**meta["args"]), meta["obs_dim"], meta["action_dim"], meta["episodic"])
-    saved = restore(checkpoint, "state", fresh_state(Args(**meta["args"]), model_of_run))
-    check_shapes(args, model, saved["train"].params)
-    return saved["train"].params, saved["train"].target_q
+    its_args, its_model = meta["args"], make_model(meta["args"], meta["obs_dim"], meta["action_dim"], meta["episodic"])
+    state = restore(checkpoint, "state", jax.eval_shape(partial(fresh_state, its_args, its_model)))["train"]
+    check_shapes(args, model, state.params)
+    return state.params, state.target_q
 
 
 def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
@@ -876,7 +864,7 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int = 25) -> None:
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
     if not args.checkpoint.endswith(".pt"):  # what made the agent comes from its run, but for what the user says now
-        recorded = Args(**read_meta(find_checkpoint(Path(args.checkpoint)))["args"])
+        recorded = read_meta(find_checkpoint(Path(args.checkpoint)))["args"]
         names = [f.name for f in dataclasses.fields(Args)]
         names = ["task", "mpc", *names[names.index("model_size") :]]
         unsaid = [name for name in names if getattr(args, name) == getattr(Args(), name)]
@@ -976,20 +964,18 @@ def open_run(args: Args, folder: Path):
         raise environments.UserError(
             f"{folder} is in use by a live run; choose another --exp-name or --seed"
         ) from error
-    record = folder / "args.json"
-    if record.exists():
+    if (folder / "eval.csv").exists():
         if not args.resume:
             raise environments.UserError(
                 f"{folder} holds a run; continue it with --resume, or choose another --exp-name or --seed"
             )
         free = {"resume", "runs_dir", "total_timesteps", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
         free |= {"track", "wandb_project_name", "wandb_entity", "capture_video"}
-        before = json.loads(record.read_text())
+        before = json.loads((folder / "args.json").read_text())
         changed = [k for k, v in dataclasses.asdict(args).items() if k not in free and before.get(k) != v]
         if changed:
             flags = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
             raise environments.UserError(f"--resume continues a run as it was started, with {flags}")
-    write_atomically(record, json.dumps(dataclasses.asdict(args), indent=2))
     return lock
 
 
@@ -1119,7 +1105,8 @@ def run(args: Args) -> None:
             state["train"] = init_state(args, params, target_q, state["train"].key)
         train_state, act_key = state["train"], state["act_key"]
         step = logged = saved = count["decisions"] * spec.action_repeat
-        trim_curve(folder / "eval.csv", step)
+        write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2))
+        trim_curve(folder / "eval.csv", step)  # from here on the folder holds a run
         writer = stack.enter_context(contextlib.closing(start_writer(args, folder, step)))
         bar = stack.enter_context(progress_bar(args, spec, model, train_state, folder, step))
         stop = catch_signals()
@@ -1166,7 +1153,7 @@ def run(args: Args) -> None:
             action = np.asarray(action)  # the only place where the loop waits for the device
 
             # Learn: dispatched here, computed while the environments step
-            while updates_due(args, seed_steps, count) >= burst and not stop:
+            while updates_due(args, seed_steps, count) >= burst and (count["updates"] or replay.size > 0) and not stop:
                 check_finite(step, folder, **jax.device_get(info))  # of the burst before, which is complete by now
                 train_state, info = train(args, model, train_state, replay, discount, num_updates=burst)
                 count["updates"] += burst

@@ -90,6 +90,7 @@ def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
         assert "in use by a live run" in refused(*CARTPOLE, "--runs-dir", tmp_path)
     record = {**td.dataclasses.asdict(td.Args(task="cartpole-balance")), "batch_size": 128}
     (folder / "args.json").write_text(json.dumps(record))
+    (folder / "eval.csv").write_text("step,reward,success,seed\n")
     assert "--resume" in refused(*CARTPOLE, "--runs-dir", tmp_path)
     assert "--batch-size 128" in refused(*CARTPOLE, "--runs-dir", tmp_path, "--resume")
 
@@ -107,7 +108,7 @@ def test_the_command_line_exits_at_once_with_one_sentence(script):
     status, out, err = script("--task", "dog-rum", small=False)
     assert status == 1 and err.startswith("error: ") and len(err.splitlines()) == 1 and not out
     status, _, err = script("--model-size", 7, small=False)
-    assert status == 2 and "{1,5,19,48,317}" in err
+    assert status == 2 and "invalid choice '7'" in err and "317" in err
     assert time.time() - began < 40  # two processes on a machine that tests other things at the same time
 
 
