@@ -1004,7 +1004,9 @@ def check_finite(step: int, folder: Path, **values) -> None:
     """Stops the run when a number that it lives on is no longer one."""
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
     if bad:
-        kept = "its last checkpoint is kept" if (folder / "checkpoints").is_dir() else "no checkpoint was written yet"
+        kept = (
+            "its last checkpoint is kept" if [*folder.glob("checkpoints/[0-9]*")] else "no checkpoint was written yet"
+        )
         raise environments.UserError(f"{bad[0]} is not finite at simulator step {step}: {folder} stops here; {kept}")
 
 
@@ -1027,7 +1029,10 @@ def start_writer(args: Args, folder: Path, step: int) -> SummaryWriter:
             project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=f"{name}__{folder.stat().st_ino}",
             resume="allow", config=dataclasses.asdict(args), sync_tensorboard=True, dir=str(folder),
         )  # fmt: skip
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+    return writer
 
 
 def progress_bar(args: Args, spec, model: WorldModel, state: TrainState, folder: Path, step: int) -> tqdm:
@@ -1043,6 +1048,7 @@ def progress_bar(args: Args, spec, model: WorldModel, state: TrainState, folder:
 def record_evaluation(args: Args, folder, writer, bar, step: int, seconds: float, returns, successes, frames) -> None:
     """Adds an evaluation to the table, to eval.csv and to the trackers; its video to the folder and the trackers."""
     bar.write(f"{step:>10} {returns.mean():>9.1f} {returns.std():>8.1f} {successes.mean():>8.2f} {seconds / 60:>8.1f}")
+    sys.stdout.flush()
     with (folder / "eval.csv").open("a") as file:
         csv.writer(file, lineterminator="\n").writerow([step, returns.mean(), successes.mean(), args.seed])
     writer.add_scalar("eval/episodic_return", returns.mean(), step)
@@ -1078,6 +1084,21 @@ def updates_due(args: Args, seed_steps: int, count: dict) -> int:
     return int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"] if ready else 0
 
 
+def start_or_resume(args: Args, model: WorldModel, folder: Path) -> tuple[dict[str, Any], Replay, dict[str, Any]]:
+    """Learning state, replay and counters of the run's last checkpoint; if there is none, fresh ones, with the
+    parameters of --checkpoint if that is given."""
+    state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
+    replay = init_replay(args.buffer_size // args.num_envs, args.num_envs, model.obs_dim, model.action_dim)
+    if [*folder.glob("checkpoints/[0-9]*")]:
+        checkpoint = find_checkpoint(folder)
+        count = read_meta(checkpoint)["count"]
+        return restore(checkpoint, "state", state), restore(checkpoint, "replay", replay), count
+    if args.checkpoint:
+        params, target_q = load_agent(args, model)
+        state["train"] = init_state(args, params, target_q, state["train"].key)
+    return state, replay, {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+
+
 def run(args: Args) -> None:
     """Trains one agent: acts, learns, and keeps the run's files."""
     spec = environments.task_spec(args.task)
@@ -1090,19 +1111,9 @@ def run(args: Args) -> None:
         stack.enter_context(contextlib.closing(eval_envs))
         model = model_for(args, envs, spec)
 
-        # The state to start from: a fresh one, another agent's parameters, or where this run's last checkpoint left it
-        state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
-        replay = init_replay(args.buffer_size // n, n, model.obs_dim, model.action_dim)
-        count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        if manager.latest_step() is not None:
-            checkpoint = find_checkpoint(folder)
-            state, replay = restore(checkpoint, "state", state), restore(checkpoint, "replay", replay)
-            count = read_meta(checkpoint)["count"]
-        elif args.checkpoint:
-            params, target_q = load_agent(args, model)
-            state["train"] = init_state(args, params, target_q, state["train"].key)
+        state, replay, count = start_or_resume(args, model, folder)
         train_state, act_key = state["train"], state["act_key"]
         step = logged = saved = count["decisions"] * spec.action_repeat
         write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2))
@@ -1122,15 +1133,9 @@ def run(args: Args) -> None:
         while True:
             finished = step >= args.total_timesteps
             count["seconds"] = time.time() - clock
-            if (
-                count["evaluated"] < 0
-                or crossed(step, count["evaluated"], args.eval_freq)
-                or finished
-                and count["evaluated"] != step
-            ):
-                result = evaluate(
-                    args, model, train_state.params, discount, eval_envs, args.seed + 1_000_000 + step, stop
-                )
+            if crossed(step, count["evaluated"], args.eval_freq) or (finished and count["evaluated"] != step):
+                eval_seed = args.seed + 1_000_000 + step
+                result = evaluate(args, model, train_state.params, discount, eval_envs, eval_seed, stop)
                 if result is not None:
                     record_evaluation(args, folder, writer, bar, step, count["seconds"], *result)
                     count["evaluated"] = step
@@ -1153,10 +1158,13 @@ def run(args: Args) -> None:
             action = np.asarray(action)  # the only place where the loop waits for the device
 
             # Learn: dispatched here, computed while the environments step
-            while updates_due(args, seed_steps, count) >= burst and (count["updates"] or replay.size > 0) and not stop:
+            learnable = count["updates"] > 0 or replay.size > 0  # no window yet if all episodes were shorter
+            while learnable and (due := updates_due(args, seed_steps, count)) >= burst and not stop:
                 check_finite(step, folder, **jax.device_get(info))  # of the burst before, which is complete by now
                 train_state, info = train(args, model, train_state, replay, discount, num_updates=burst)
                 count["updates"] += burst
+                if due > 2 * burst:  # after the seed phase
+                    bar.set_postfix_str(f"{due - burst} updates to go")
 
             # Step; an environment whose episode is over is reset by this step and ignores the action
             obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1179,10 +1187,8 @@ def run(args: Args) -> None:
                     writer.add_scalar(f"losses/{name}", value, step)
                 logged, tick = step, time.time()
     if stop:
-        print(
-            f"stopped by {signal.Signals(stop[0]).name} at simulator step {step}; --resume continues the run",
-            file=sys.stderr,
-        )
+        name = signal.Signals(stop[0]).name
+        print(f"stopped by {name} at simulator step {step}; --resume continues the run", file=sys.stderr)
         sys.exit(128 + stop[0])
 
 
