@@ -338,13 +338,13 @@ def as_json(rows: list[dict[str, Any]]) -> str:
 
 def main(args: Args) -> None:
     sizes = {name: getattr(args, name) for name in ("horizon", "batch_size", "num_samples")}
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     rows = []
     for size, n, dtype in itertools.product(args.model_size, args.num_envs, args.compute_dtype):
         print(f"measuring {size}M, {n} environment(s), {dtype}", file=sys.stderr, flush=True)
         config = tdmpc2_jax.Args(model_size=size, num_envs=n, compute_dtype=dtype, task=args.task, **sizes)
         # a process each and no cache, so that compile times and peak memory are the configuration's own
-        no_cache = {"initializer": jax.config.update, "initargs": ("jax_enable_compilation_cache", False)}
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **no_cache) as process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             rows.append(process.submit(measure, config, args.obs_dim, args.action_dim, args.repeats).result())
     first = rows[0]
     print(f"{first['obs_dim']} observations, {first['action_dim']} actions, ", end="")
