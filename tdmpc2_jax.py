@@ -1167,6 +1167,7 @@ def run(args: Args) -> None:
                     bar.set_postfix_str(f"{due - burst} updates to go")
 
             # Step; an environment whose episode is over is reset by this step and ignores the action
+            check_finite(step, folder, action=action)
             obs, reward, terminated, truncated, _ = envs.step(action)
             check_finite(step, folder, reward=reward, observation=obs)
             first, done = done, terminated | truncated

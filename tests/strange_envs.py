@@ -49,7 +49,7 @@ for name, cls, kwargs in [
     ("Point", Point, {}),
     ("Falling", Point, {"terminates": True}),
     ("NanReward", Point, {"bad_reward_at": 250}),
-    ("HugeObs", Point, {"bad_obs_at": 250}),
+    ("HugeObs", Point, {"bad_obs_at": 50}),
     ("Raising", Point, {"raise_at": 50}),
     ("Discrete", Discrete, {}),
     ("DictObs", DictObs, {}),
