@@ -986,7 +986,8 @@ def trim_curve(path: Path, step: int) -> None:
     write_atomically(path, "".join(",".join(row) + "\n" for row in [["step", "reward", "success", "seed"], *rows]))
 
 
-def catch_signals() -> list[int]:
+@contextlib.contextmanager
+def catch_signals():
     """Lists the SIGINTs and SIGTERMs that come, so that the loop can end in order; a second one ends it at once."""
     received: list[int] = []
 
@@ -995,9 +996,12 @@ def catch_signals() -> list[int]:
             raise KeyboardInterrupt
         received.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
 
 
 def check_finite(step: int, folder: Path, **values) -> None:
@@ -1120,7 +1124,7 @@ def run(args: Args) -> None:
         trim_curve(folder / "eval.csv", step)  # from here on the folder holds a run
         writer = stack.enter_context(contextlib.closing(start_writer(args, folder, step)))
         bar = stack.enter_context(progress_bar(args, spec, model, train_state, folder, step))
-        stop = catch_signals()
+        stop = stack.enter_context(catch_signals())
 
         obs, _ = envs.reset(seed=args.seed + step)  # a resumed run begins new episodes, not the first ones again
         first, done, returns, lengths = np.ones(n, bool), np.zeros(n, bool), np.zeros(n), np.zeros(n, int)

@@ -1,4 +1,4 @@
-"""A small agent in four environments that terminate learns to balance a pole: fails when update or planner are broken."""
+"""A small agent in four environments that terminate learns to balance a pole; not with a broken update or planner."""
 
 import json
 

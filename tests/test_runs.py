@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import envs
 import tdmpc2_jax as td
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
@@ -150,3 +151,23 @@ def test_several_environments_with_terminations_share_one_run(script, tmp_path):
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert due - 4 <= meta["count"]["updates"] <= due
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
+
+
+def test_a_video_of_each_evaluation_is_written_to_the_folder_and_to_tensorboard(script, tmp_path):
+    from moviepy import VideoFileClip
+
+    try:
+        envs.check_rendering("InvertedPendulum-v5")
+    except envs.UserError as error:
+        pytest.skip(str(error))
+    flags = ("--task", "InvertedPendulum-v5", "--total-timesteps", 50, "--eval-freq", 50, "--capture-video")
+    status, _, err = script(*flags)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "InvertedPendulum-v5" / "tdmpc2_jax" / "1"
+    videos = sorted((folder / "videos").iterdir())
+    assert [video.name for video in videos] == ["step-000000000.mp4", "step-000000050.mp4"]
+    with VideoFileClip(str(videos[0])) as clip:
+        frame = clip.get_frame(0)
+    assert frame.shape == (384, 384, 3) and frame.std() > 10, "a picture with something on it"
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("eval/video")] == [0, 50]
