@@ -17,6 +17,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -1029,10 +1030,9 @@ def start_writer(args: Args, folder: Path, step: int) -> SummaryWriter:
         import wandb
 
         name = "__".join(folder.parts[-3:])
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=f"{name}__{folder.stat().st_ino}",
-            resume="allow", config=dataclasses.asdict(args), sync_tensorboard=True, dir=str(folder),
-        )  # fmt: skip
+        run_id = re.sub(r"[^\w-]", "-", f"{name}-{folder.stat().st_ino}")  # the same again when the run is resumed
+        settings = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+        wandb.init(**settings, config=dataclasses.asdict(args), resume="allow", sync_tensorboard=True, dir=str(folder))
     writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
