@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import chex
 import flax
 import flax.linen as nn
+import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 import envs as environments
@@ -856,10 +858,8 @@ def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, s
 
 def write_video(path: Path, frames: list[np.ndarray], fps: int = 25) -> None:
     """Writes uint8 frames [height, width, 3] as an MP4."""
-    from moviepy import ImageSequenceClip  # imported here: it takes a second, and most runs need none
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None, audio=False)
+    imageio.imwrite(path, frames, fps=fps, plugin="FFMPEG", macro_block_size=2)  # H.264 wants even heights and widths
 
 
 def evaluate_checkpoint(args: Args) -> None:
@@ -881,8 +881,8 @@ def evaluate_checkpoint(args: Args) -> None:
         envs.close()
     for i, (episode_return, success) in enumerate(zip(returns, successes, strict=True)):
         print(f"episode {i:3d}  return {episode_return:8.2f}" + (f"  success {success:.0f}" if spec.success else ""))
-    rate = f", success rate {successes.mean():.2f}" if spec.success else ""
-    print(f"{spec.name}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes{rate}")
+    rate = f"success rate {successes.mean():.2f}, " if spec.success else ""
+    print(f"{spec.name}: {rate}return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
     if frames:
         write_video(run_folder(args, spec) / "videos" / "evaluate.mp4", frames)
     if args.json:
@@ -1044,14 +1044,15 @@ def progress_bar(args: Args, spec, model: WorldModel, state: TrainState, folder:
     size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     print(f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {size:.1f}M parameters, ", end="")
     print(f"{args.num_envs} environment(s), on {jax.devices()[0].device_kind}; from simulator step {step}, in {folder}")
-    print(f"{'step':>10} {'return':>9} {'± std':>8} {'success':>8} {'minutes':>8}", flush=True)
+    print(f"{'step':>10} {'success ' * spec.success}{'return':>9} {'± std':>8} {'minutes':>8}", flush=True)
     total, done = -(-args.total_timesteps // spec.action_repeat), step // spec.action_repeat
     return tqdm(total=total, initial=done, unit=" decisions", mininterval=1, disable=None)
 
 
-def record_evaluation(args: Args, folder, writer, bar, step: int, seconds: float, returns, successes, frames) -> None:
+def record_evaluation(args: Args, spec, folder, writer, bar, step, seconds, returns, successes, frames) -> None:
     """Adds an evaluation to the table, to eval.csv and to the trackers; its video to the folder and the trackers."""
-    bar.write(f"{step:>10} {returns.mean():>9.1f} {returns.std():>8.1f} {successes.mean():>8.2f} {seconds / 60:>8.1f}")
+    rate = f"{successes.mean():>7.2f} " if spec.success else ""
+    bar.write(f"{step:>10} {rate}{returns.mean():>9.1f} {returns.std():>8.1f} {seconds / 60:>8.1f}")
     sys.stdout.flush()
     with (folder / "eval.csv").open("a") as file:
         csv.writer(file, lineterminator="\n").writerow([step, returns.mean(), successes.mean(), args.seed])
@@ -1061,8 +1062,10 @@ def record_evaluation(args: Args, folder, writer, bar, step: int, seconds: float
     if frames:
         path = folder / "videos" / f"step-{step:09d}.mp4"
         write_video(path, frames)
-        thumbnails = np.stack(frames)[::4, ::3, ::3].transpose(0, 3, 1, 2)  # TensorBoard keeps large GIFs of videos
-        writer.add_video("eval/video", thumbnails[None], step, fps=8)
+        thumbnails = np.stack(frames)[::4, ::3, ::3]  # TensorBoard shows videos as GIFs, which are large
+        gif = imageio.imwrite("<bytes>", thumbnails, extension=".gif", duration=125, loop=0)
+        image = Summary.Image(height=thumbnails.shape[1], width=thumbnails.shape[2], encoded_image_string=gif)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), step)
         if args.track:
             import wandb
 
@@ -1141,7 +1144,7 @@ def run(args: Args) -> None:
                 eval_seed = args.seed + 1_000_000 + step
                 result = evaluate(args, model, train_state.params, discount, eval_envs, eval_seed, stop)
                 if result is not None:
-                    record_evaluation(args, folder, writer, bar, step, count["seconds"], *result)
+                    record_evaluation(args, spec, folder, writer, bar, step, count["seconds"], *result)
                     count["evaluated"] = step
             if crossed(step, saved, args.checkpoint_freq) or (finished or stop) and saved != step:
                 check_finite(step, folder, **jax.device_get(info))

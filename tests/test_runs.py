@@ -5,6 +5,7 @@ import json
 import signal
 import time
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -154,8 +155,6 @@ def test_several_environments_with_terminations_share_one_run(script, tmp_path):
 
 
 def test_a_video_of_each_evaluation_is_written_to_the_folder_and_to_tensorboard(script, tmp_path):
-    from moviepy import VideoFileClip
-
     try:
         envs.check_rendering("InvertedPendulum-v5")
     except envs.UserError as error:
@@ -166,8 +165,9 @@ def test_a_video_of_each_evaluation_is_written_to_the_folder_and_to_tensorboard(
     folder = tmp_path / "runs" / "InvertedPendulum-v5" / "tdmpc2_jax" / "1"
     videos = sorted((folder / "videos").iterdir())
     assert [video.name for video in videos] == ["step-000000000.mp4", "step-000000050.mp4"]
-    with VideoFileClip(str(videos[0])) as clip:
-        frame = clip.get_frame(0)
-    assert frame.shape == (384, 384, 3) and frame.std() > 10, "a picture with something on it"
+    frames = imageio.imread(videos[0], plugin="FFMPEG")
+    assert frames.shape[1:] == (384, 384, 3) and frames[0].std() > 10, "pictures with something on them"
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("eval/video")] == [0, 50]
+    shown = events.Images("eval/video")
+    assert [event.step for event in shown] == [0, 50]
+    assert imageio.imread(shown[0].encoded_image_string).shape == (-(-len(frames) // 4), 128, 128, 3)
