@@ -2,7 +2,8 @@
 
 Only envs.py imports this, when a DMControl task is made. The own tasks subclass the stock ones and change their models
 in memory. They read the simulator's arrays by integer indices, looked up once: dm_control's access by name and its
-reward function work on arrays and take most of the time of a small model's step.
+reward function work on arrays and take most of the time of a small model's step. For the same reason the stock
+cartpole and walker are written out here once more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from dm_control import suite
 from dm_control.rl import control
-from dm_control.suite import ball_in_cup, cheetah, hopper, pendulum, reacher, walker
+from dm_control.suite import ball_in_cup, cartpole, cheetah, hopper, pendulum, reacher, walker
 
 INF = float("inf")
 
@@ -27,8 +28,8 @@ def load(name: str) -> control.Environment:
     level = log.level
     log.setLevel(logging.ERROR)  # MuJoCo calls a word in the stock cheetah deprecated, each time it is made
     try:
-        if name in OWN_TASKS:
-            physics, task, control_timestep = OWN_TASKS[name]()
+        if name in MADE_HERE:
+            physics, task, control_timestep = MADE_HERE[name]()
             return control.Environment(physics, task, control_timestep=control_timestep)
         domain, task_name = name.split("-", 1)
         return suite.load({"cup": "ball_in_cup"}.get(domain, domain), task_name.replace("-", "_"))
@@ -101,32 +102,67 @@ def _make_cheetah(reward: Callable[[float, float, float, float], float]) -> tupl
     return physics, Cheetah(physics, reward), None
 
 
-# --- walker: backwards ------------------------------------------------------------------------------------------------
+# --- cartpole ---------------------------------------------------------------------------------------------------------
 
 
-class BackwardsWalker(walker.PlanarWalker):
-    """Stand, and move backwards at `move_speed` or faster."""
+class Cartpole(cartpole.Balance):
+    """The stock tasks with one pole, by index."""
+
+    def __init__(self, physics: Any, swing_up: bool, sparse: bool):
+        super().__init__(swing_up, sparse)
+        data = physics.data.ptr
+        self._qpos, self._qvel, self._ctrl = data.qpos, data.qvel, data.ctrl
+        self._pole = data.xmat[physics.model.name2id("pole_1", "body")]
+
+    def get_observation(self, physics: Any) -> OrderedDict:
+        position = np.array([self._qpos[0], self._pole[8], self._pole[2]])
+        return OrderedDict(position=position, velocity=self._qvel.copy())
+
+    def get_reward(self, physics: Any) -> float:
+        cart, cosine = self._qpos.item(0), self._pole.item(8)
+        if self._sparse:
+            return tol(cart, -0.25, 0.25, 0.0) * tol(cosine, 0.995, 1.0, 0.0)
+        centred = (1 + tol(cart, 0.0, 0.0, 2.0)) / 2
+        small_control = (4 + max(0.0, 1 - self._ctrl.item(0) ** 2)) / 5
+        small_velocity = (1 + tol(self._qvel.item(1), 0.0, 0.0, 5.0)) / 2
+        return (cosine + 1) / 2 * small_control * small_velocity * centred
+
+
+def _make_cartpole(swing_up: bool, sparse: bool) -> tuple[Any, Any, float | None]:
+    physics = cartpole.Physics.from_xml_string(*cartpole.get_model_and_assets())
+    return physics, Cartpole(physics, swing_up, sparse), None
+
+
+# --- walker: the stock tasks by index, and backwards ------------------------------------------------------------------
+
+
+class Walker(walker.PlanarWalker):
+    """Stand, and move at `move_speed` or faster; a negative speed is one backwards."""
 
     def __init__(self, physics: Any, move_speed: float):
         super().__init__(move_speed)
-        self._torso, self._velocity = physics.model.name2id("torso", "body"), _sensor(physics, "torso_subtreelinvel")
+        data, torso = physics.data.ptr, physics.model.name2id("torso", "body")
+        self._qvel, self._orientations = data.qvel, data.xmat
+        self._torso_position, self._torso_matrix = data.xpos[torso], data.xmat[torso]
+        self._velocity = data.sensordata[_sensor(physics, "torso_subtreelinvel") :]
 
-    def get_observation(self, physics: Any) -> OrderedDict:  # the stock one, by index
-        data = physics.data
-        orientations, height = data.xmat[1:, [0, 2]].ravel(), data.xpos[self._torso, 2]
-        return OrderedDict(orientations=orientations, height=height, velocity=data.qvel.copy())
+    def get_observation(self, physics: Any) -> OrderedDict:
+        orientations, height = self._orientations[1:, [0, 2]].ravel(), self._torso_position[2]
+        return OrderedDict(orientations=orientations, height=height, velocity=self._qvel.copy())
 
     def get_reward(self, physics: Any) -> float:
-        data = physics.data
-        height, upright = float(data.xpos[self._torso, 2]), float(data.xmat[self._torso, 8])
+        height, upright = self._torso_position.item(2), self._torso_matrix.item(8)
         stand = (3 * tol(height, 1.2, INF, 0.6) + (1 + upright) / 2) / 4
-        speed = float(data.sensordata[self._velocity])
-        return stand * (5 * tol(speed, -INF, -self._move_speed, self._move_speed / 2, 0.5, "linear") + 1) / 6
+        if self._move_speed == 0:
+            return stand
+        speed, wanted = self._velocity.item(0), abs(self._move_speed)
+        forwards = speed if self._move_speed > 0 else -speed
+        return stand * (5 * tol(forwards, wanted, INF, wanted / 2, 0.5, "linear") + 1) / 6
 
 
 def _make_walker(move_speed: float) -> tuple[Any, Any, float | None]:
-    physics = _double_floor(walker.Physics.from_xml_string(*walker.get_model_and_assets()))
-    return physics, BackwardsWalker(physics, move_speed), 0.025
+    physics = walker.Physics.from_xml_string(*walker.get_model_and_assets())
+    return (_double_floor(physics) if move_speed < 0 else physics), Walker(physics, move_speed), 0.025
 
 
 # --- hopper: backwards ------------------------------------------------------------------------------------------------
@@ -275,13 +311,20 @@ def _make_reacher(target_size: float) -> tuple[Any, Any, float | None]:
 
 
 # Each makes (physics, task, seconds per control step or None for one simulation step).
-OWN_TASKS: dict[str, Callable[[], tuple[Any, Any, float | None]]] = {
+MADE_HERE: dict[str, Callable[[], tuple[Any, Any, float | None]]] = {
+    "cartpole-balance": lambda: _make_cartpole(swing_up=False, sparse=False),
+    "cartpole-balance-sparse": lambda: _make_cartpole(swing_up=False, sparse=True),
+    "cartpole-swingup": lambda: _make_cartpole(swing_up=True, sparse=False),
+    "cartpole-swingup-sparse": lambda: _make_cartpole(swing_up=True, sparse=True),
     "cheetah-run-backwards": lambda: _make_cheetah(_cheetah_backwards),
     "cheetah-run-front": lambda: _make_cheetah(_cheetah_on_front),
     "cheetah-run-back": lambda: _make_cheetah(_cheetah_on_back),
     "cheetah-jump": lambda: _make_cheetah(_cheetah_jump),
-    "walker-walk-backwards": lambda: _make_walker(1.0),
-    "walker-run-backwards": lambda: _make_walker(8.0),
+    "walker-stand": lambda: _make_walker(0.0),
+    "walker-walk": lambda: _make_walker(1.0),
+    "walker-run": lambda: _make_walker(8.0),
+    "walker-walk-backwards": lambda: _make_walker(-1.0),
+    "walker-run-backwards": lambda: _make_walker(-8.0),
     "hopper-hop-backwards": _make_hopper,
     "pendulum-spin": _make_pendulum,
     "cup-spin": _make_cup,

@@ -27,6 +27,7 @@ import tempfile
 import traceback
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class Domain(NamedTuple):
     action_repeat: int
     episode_length: int
     success: bool
+    rgb: bool  # obs="rgb" is supported
     module: str  # what must be importable
     install: str  # how to get it
 
@@ -94,13 +96,13 @@ DOMAINS = {
             ("reacher", "three-easy three-hard", 8, 3),
             ("walker", "stand walk run walk-backwards run-backwards", 24, 6),
         ),
-        action_repeat=2, episode_length=500, success=False,
+        action_repeat=2, episode_length=500, success=False, rgb=True,
         module="dm_control", install="pip install -e .",
     ),
     "Meta-World": Domain(
         rows=(("mw", _METAWORLD_TASKS, 39, 4),),
-        action_repeat=2, episode_length=100, success=True,
-        module="metaworld", install="pip install -e '.[metaworld]'",
+        action_repeat=2, episode_length=100, success=True, rgb=True,
+        module="metaworld", install="pip install -e .",
     ),
     "MyoSuite": Domain(
         rows=(
@@ -110,18 +112,18 @@ DOMAINS = {
             ("myo", "key-turn key-turn-hard", 93, 39),
             ("myo", "pen-twirl pen-twirl-hard", 83, 39),
         ),
-        action_repeat=1, episode_length=100, success=True,
+        action_repeat=1, episode_length=100, success=True, rgb=False,
         module="myosuite", install="pip install -e '.[myosuite]'",
     ),
     "ManiSkill": Domain(
         rows=(
-            ("lift", "cube", 42, 4),
+            ("lift", "cube", 36, 4),
             ("pick", "cube", 42, 4),
             ("stack", "cube", 48, 4),
             ("pick", "ycb", None, 7),  # observation size None: known only once the task's assets are downloaded
             ("turn", "faucet", None, 7),
         ),
-        action_repeat=2, episode_length=100, success=True,
+        action_repeat=2, episode_length=100, success=True, rgb=False,
         module="mani_skill", install="pip install -e '.[maniskill]'",
     ),
 }  # fmt: skip
@@ -133,6 +135,18 @@ TASKS: dict[str, tuple[str, int | None, int]] = {
     for prefix, tasks, obs_size, action_size in settings.rows
     for task in tasks.split()
 }
+
+# What tasks are called by their own package, where `make_env` needs it; these ids can be used as names, too.
+_PACKAGE_IDS = {
+    "lift-cube": "LiftCube-v1",
+    "pick-cube": "PickCube-v1",
+    "stack-cube": "StackCube-v1",
+    "pick-ycb": "PickSingleYCB-v1",
+    "turn-faucet": "TurnFaucet-v1",
+}
+for _task in "reach pose obj-hold key-turn pen-twirl".split():
+    _hand = "myoHand" + _task.title().replace("-", "")
+    _PACKAGE_IDS |= {f"myo-{_task}": f"{_hand}Fixed-v0", f"myo-{_task}-hard": f"{_hand}Random-v0"}
 
 # The multi-task sets; a task's place in its set is its id in multi-task models and datasets.
 _MT30 = tuple(
@@ -180,7 +194,11 @@ def task_spec(task: str) -> TaskSpec:
 
 def _canonical(task: str) -> str:
     """`dm_control/ball_in_cup-catch-v0`, `cup_catch` → `cup-catch`; other ids come out as no name of the table."""
-    name = re.sub(r"^dm_control/(.*?)(-v\d+)?$", r"\1", task).replace("_", "-").lower()
+    for name, package_id in _PACKAGE_IDS.items():
+        if task == package_id:
+            return name
+    name = re.sub(r"^dm_control/(.*?)(-v\d+)?$", r"\1", task)
+    name = re.sub(r"^Meta-World/(.*?)(-v\d+)?$", r"mw-\1", name).replace("_", "-").lower()
     return re.sub("^ball-in-cup-", "cup-", name)
 
 
@@ -232,29 +250,52 @@ def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | No
     spec = task_spec(task)
     if obs not in ("state", "rgb"):
         raise UserError(f"obs must be 'state' or 'rgb', not {obs!r}")
-    if obs == "rgb" and spec.domain != "DMControl":
-        raise UserError(f"obs='rgb' works with DMControl tasks, not with {spec.name!r} ({spec.domain})")
+    if obs == "rgb" and not (spec.name in TASKS and DOMAINS[spec.domain].rgb):
+        domains = " and ".join(domain for domain, settings in DOMAINS.items() if settings.rgb)
+        raise UserError(f"obs='rgb' works with the {domains} tasks of the table, not with {spec.name!r}")
     if render_mode not in (None, "rgb_array"):
         raise UserError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-    make = {"DMControl": _make_dmcontrol, "Gymnasium": _make_gymnasium}.get(spec.domain, _make_missing)
-    env, repeat = make(spec, obs, render_mode)
-    return Task(env, spec, seed, repeat)
+    make = {
+        "DMControl": _make_dmcontrol,
+        "Meta-World": _make_metaworld,
+        "MyoSuite": _make_myosuite,
+        "ManiSkill": _make_maniskill,
+        "Gymnasium": _make_gymnasium,
+    }[spec.domain]
+    return Task(make(spec, render_mode), spec, seed, obs, render_mode)
+
+
+class Parts(NamedTuple):
+    """What a domain gives to `Task`."""
+
+    env: gym.Env
+    repeat: int  # how often `Task` steps it per decision: 1 where the environment repeats by itself
+    seconds: float | None = None  # simulated time per decision; None: the environment's own render_fps is right
+    scene: Callable[[], tuple[Any, Any]] | None = None  # MjModel and MjData to draw; None: `env.render()` draws
+    camera: int = 0  # which of the model's cameras
 
 
 class Task(gym.Wrapper):
-    """What all domains share: repeat, formats of action and observation, time limit, success, first reset's seed."""
+    """What all domains share: repeat, format of action and observation, time limit, success, first seed, pictures."""
 
-    def __init__(self, env: gym.Env, spec: TaskSpec, seed: int, repeat: int):
-        super().__init__(env)
-        self._repeat, self._limit, self._first_seed, self._decision = repeat, spec.episode_length, seed, 0
-        low, high = _check_action_space(env.action_space, spec.name)
+    def __init__(self, parts: Parts, spec: TaskSpec, seed: int, obs: str, render_mode: str | None):
+        super().__init__(parts.env)
+        self._parts, self._limit, self._first_seed, self._decision = parts, spec.episode_length, seed, 0
+        self._pixels, self._render_mode, self._cameras = obs == "rgb", render_mode, {}
+        low, high = _check_action_space(parts.env.action_space, spec.name)
         self._low, self._half_range = low, (high - low) / 2
         self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
-        if _is_image(env.observation_space):  # only DMControl with obs="rgb" gets this far with one
-            self._obs_dtype = np.uint8
-        else:
-            self._obs_dtype = np.float32
-            self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, parts.env.observation_space.shape, np.float32)
+        if self._pixels:
+            self.observation_space = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
+        if parts.seconds:
+            self.metadata = {"render_modes": ["rgb_array"], "render_fps": max(1, round(1 / parts.seconds))}
+        if parts.scene and (self._pixels or render_mode):
+            _choose_gl()
+
+    @property
+    def render_mode(self) -> str | None:
+        return self._render_mode
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode → obs, info."""
@@ -262,13 +303,13 @@ class Task(gym.Wrapper):
             seed = self._first_seed
         self._first_seed, self._decision = None, 0
         obs, info = self.env.reset(seed=seed, options=options)
-        return np.asarray(obs, self._obs_dtype), {**info, "success": 0.0}
+        return self._observation(obs), {**info, "success": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """One decision, action in [-1, 1] held for the repeat → obs, summed reward, terminated, truncated, info."""
         action = self._low + (np.asarray(action, np.float64) + 1.0) * self._half_range
         total = 0.0
-        for _ in range(self._repeat):
+        for _ in range(self._parts.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
             if terminated or truncated:
@@ -276,11 +317,41 @@ class Task(gym.Wrapper):
         self._decision += 1
         truncated = not terminated and (truncated or self._decision >= self._limit)
         info = {**info, "success": float(info.get("success", 0.0))}
-        return np.asarray(obs, self._obs_dtype), total, bool(terminated), bool(truncated), info
+        return self._observation(obs), total, bool(terminated), bool(truncated), info
+
+    def _observation(self, obs: Any) -> np.ndarray:
+        return self._draw(PIXELS) if self._pixels else np.asarray(obs, np.float32)
 
     def render(self) -> np.ndarray | None:
         """The current picture, uint8 [height, width, 3], or None without a render_mode."""
-        return self.env.render() if self.render_mode else None
+        if not self.render_mode:
+            return None
+        return self._draw(FRAME) if self._parts.scene else self.env.render()
+
+    def _draw(self, size: int) -> np.ndarray:
+        model, data = self._parts.scene()
+        if size in self._cameras and self._cameras[size].model is not model:  # some resets build a new model
+            self._cameras.pop(size).close()
+        if size not in self._cameras:
+            self._cameras[size] = MujocoCamera(model, size, self._parts.camera)
+        return self._cameras[size].frame(data)
+
+    def close(self) -> None:
+        """Frees the simulator and the GL contexts."""
+        for camera in self._cameras.values():
+            camera.close()
+        self._cameras.clear()
+        super().close()
+
+
+def _import(spec: TaskSpec) -> None:
+    """Imports the simulator of a table's task, without touching a GL library."""
+    domain = DOMAINS[spec.domain]
+    try:
+        with _environ(MUJOCO_GL=os.environ.get("MUJOCO_GL") or "disable"):
+            importlib.import_module(domain.module)
+    except ImportError as error:
+        raise UserError(f"task {spec.name!r} needs {spec.domain}: {domain.install} ({error})") from error
 
 
 def _is_image(space: gym.Space) -> bool:
@@ -296,23 +367,18 @@ def _check_action_space(space: gym.Space, name: str) -> tuple[np.ndarray, np.nda
     return space.low.astype(np.float64), space.high.astype(np.float64)
 
 
-def _make_missing(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
-    # Place of Meta-World, MyoSuite and ManiSkill: one function each, as _make_dmcontrol, named in make_env's table.
-    raise UserError(f"task {spec.name!r} ({spec.domain}) is listed but not supported yet in this version")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Gymnasium
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _make_gymnasium(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
+def _make_gymnasium(spec: TaskSpec, render_mode: str | None) -> Parts:
     """Any registered id whose actions are a Box and whose observations are a flat Box."""
     options = {"render_mode": render_mode}
     if render_mode and str(_gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
         _choose_gl()
         options.update(width=FRAME, height=FRAME)
-    return _open_gymnasium(spec.name, **options), spec.action_repeat
+    return Parts(_open_gymnasium(spec.name, **options), spec.action_repeat)
 
 
 def _open_gymnasium(task: str, **options: Any) -> gym.Env:
@@ -334,20 +400,27 @@ def _open_gymnasium(task: str, **options: Any) -> gym.Env:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _make_dmcontrol(spec: TaskSpec, obs: str, render_mode: str | None) -> tuple[gym.Env, int]:
+def _make_dmcontrol(spec: TaskSpec, render_mode: str | None) -> Parts:
     """A task of the table from dm_control's suite or our own ones; another `dm_control/…` id by way of shimmy."""
     _import_dm_control()
     if spec.name in TASKS:
         import dmcontrol_tasks
 
-        return DMControl(dmcontrol_tasks.load(spec.name), spec, obs, render_mode), 1
-    if obs == "rgb":
-        raise UserError(f"obs='rgb' works with the DMControl tasks of the table, not with {spec.name!r}")
-    try:
-        env = gym.make(spec.name, disable_env_checker=True)
-    except RuntimeError as error:  # dm_control draws a first observation where that is an image
-        raise UserError(f"task {spec.name!r} cannot be made (are its observations images?): {error}") from error
-    return ShimmyDMControl(env, spec, render_mode), spec.action_repeat
+        env, repeat = DMControl(dmcontrol_tasks.load(spec.name), spec.action_repeat), 1
+        seconds = env.dm_env.control_timestep() * spec.action_repeat
+    else:
+        try:
+            env, repeat = ShimmyDMControl(gym.make(spec.name, disable_env_checker=True), spec), spec.action_repeat
+        except RuntimeError as error:  # dm_control draws a first observation where that is an image
+            raise UserError(f"task {spec.name!r} cannot be made (are its observations images?): {error}") from error
+        seconds = env.unwrapped.dt * spec.action_repeat
+    camera = 2 if spec.name.startswith("quadruped") else 0  # quadruped's camera 0 does not follow it
+
+    def scene() -> tuple[Any, Any]:
+        physics = env.unwrapped.physics
+        return physics.model.ptr, physics.data.ptr
+
+    return Parts(env, repeat, seconds, scene, camera)
 
 
 def _import_dm_control() -> None:
@@ -383,24 +456,23 @@ class DMControl(gym.Env):
     """A suite task of dm_control as a Gymnasium environment, with the repeat inside.
 
     The observation is the values of dm_control's observation dict, flattened in its order. The repeat is here and not
-    in `Task` because only the last simulator step needs an observation: 10% less time per decision.
+    in `Task` because only the last simulator step needs an observation, and the simulator is stepped directly: what
+    dm_env.step does around it takes longer than the physics of a small model.
     """
 
-    def __init__(self, dm_env: Any, spec: TaskSpec, obs: str, render_mode: str | None):
-        self.dm_env, self._repeat, self._obs, self.render_mode = dm_env, spec.action_repeat, obs, render_mode
-        self._substeps = round(dm_env.control_timestep() / dm_env.physics.timestep())
-        self.metadata = _dm_metadata(dm_env.control_timestep() * spec.action_repeat)
-        camera_id = 2 if spec.name.startswith("quadruped") else 0  # quadruped's camera 0 does not follow it
-        model = dm_env.physics.model.ptr
-        self._frames = MujocoCamera(model, FRAME, camera_id) if render_mode else None
-        self._pixels = MujocoCamera(model, PIXELS, camera_id) if obs == "rgb" else None
+    def __init__(self, dm_env: Any, repeat: int):
+        import mujoco
+
+        self.dm_env, self._repeat, self._mujoco = dm_env, repeat, mujoco
+        self._model, self._data = self.physics.model.ptr, self.physics.data.ptr
+        self._substeps = round(dm_env.control_timestep() / self.physics.timestep())
+        self._two_halves = self._model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4
+        self._warnings, self._old_warnings = self.physics.data.warning.number, 0
         action = dm_env.action_spec()
         low, high = (np.broadcast_to(bound, action.shape) for bound in (action.minimum, action.maximum))
         self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
         size = sum(int(np.prod(part.shape)) for part in dm_env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        if obs == "rgb":
-            self.observation_space = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
 
     @property
     def physics(self) -> Any:
@@ -411,79 +483,150 @@ class DMControl(gym.Env):
         if seed is not None:
             self.dm_env.task.random.seed(seed)
         self.dm_env.reset()
-        return self._observe(), {}
+        self._old_warnings = self._warnings.sum()
+        return _flatten(self.dm_env.task.get_observation(self.physics)), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        task, physics, total = self.dm_env.task, self.dm_env.physics, 0.0
-        for _ in range(self._repeat):  # what dm_env.step does, without its observation
-            task.before_step(action, physics)
-            physics.step(self._substeps)
-            task.after_step(physics)
-            total += task.get_reward(physics)
-        return self._observe(), total, False, False, {}  # no task of the table terminates
+        self._data.ctrl[:] = action
+        total = 0.0
+        for _ in range(self._repeat):
+            self._step_physics()
+            total += self.dm_env.task.get_reward(self.physics)
+        obs = _flatten(self.dm_env.task.get_observation(self.physics))
+        return obs, total, False, False, {}  # no task of the table terminates
 
-    def _observe(self) -> np.ndarray:
-        if self._pixels:
-            return self._pixels.frame(self.physics.data.ptr)
-        return _flatten(self.dm_env.task.get_observation(self.physics))
-
-    def render(self) -> np.ndarray | None:
-        return self._frames.frame(self.physics.data.ptr) if self._frames else None
+    def _step_physics(self) -> None:
+        """One control step, as dm_control's: what depends on position and velocity is up to date after it."""
+        mujoco, model, data = self._mujoco, self._model, self._data
+        if self._two_halves:  # the first half of this step was the last one's end
+            mujoco.mj_step2(model, data)
+            if self._substeps > 1:
+                mujoco.mj_step(model, data, self._substeps - 1)
+        else:
+            mujoco.mj_step(model, data, self._substeps)
+        mujoco.mj_step1(model, data)
+        if self._warnings.sum() != self._old_warnings:
+            raise RuntimeError("MuJoCo warns that the simulation has become unstable")
 
     def close(self) -> None:
-        for camera in (self._frames, self._pixels):
-            if camera:
-                camera.close()
         self.dm_env.close()
 
 
-class ShimmyDMControl(gym.Wrapper):
+class ShimmyDMControl(gym.ObservationWrapper):
     """Another dm_control environment, which shimmy brings with a dict of observations: flattened in its order."""
 
-    def __init__(self, env: gym.Env, spec: TaskSpec, render_mode: str | None):
+    def __init__(self, env: gym.Env, spec: TaskSpec):
         super().__init__(env)
         parts = env.observation_space.spaces.values()
         if any(_is_image(part) and part.shape[-1] in (1, 3) and len(part.shape) == 3 for part in parts):
             raise UserError(f"task {spec.name!r} has image observations; only numbers are supported")
         size = sum(int(np.prod(part.shape)) for part in parts)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        self.metadata = _dm_metadata(self.unwrapped.dt * spec.action_repeat)
-        self._render_mode, self._frames = render_mode, None
 
-    @property
-    def render_mode(self) -> str | None:
-        return self._render_mode
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(seed=seed, options=options)
-        return _flatten(obs), info
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        return _flatten(obs), reward, terminated, truncated, info
-
-    def render(self) -> np.ndarray | None:
-        physics = self.unwrapped.physics
-        if self._frames is None or self._frames.model is not physics.model.ptr:  # a reset may rebuild the model
-            self._close_camera()
-            self._frames = MujocoCamera(physics.model.ptr, FRAME, 0)
-        return self._frames.frame(physics.data.ptr)
-
-    def close(self) -> None:
-        self._close_camera()
-        super().close()
-
-    def _close_camera(self) -> None:
-        if self._frames:
-            self._frames.close()
+    def observation(self, observation: dict[str, Any]) -> np.ndarray:
+        return _flatten(observation)
 
 
 def _flatten(observation: dict[str, Any]) -> np.ndarray:
     return np.concatenate([np.ravel(value) for value in observation.values()]).astype(np.float32)
 
 
-def _dm_metadata(seconds_per_decision: float) -> dict[str, Any]:
-    return {"render_modes": ["rgb_array"], "render_fps": max(1, round(1 / seconds_per_decision))}
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta-World
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _make_metaworld(spec: TaskSpec, render_mode: str | None) -> Parts:
+    """A Meta-World task with its goal in the observation, seen by camera corner2, moved as in TD-MPC2."""
+    _import(spec)
+    import mujoco
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+
+    simulator = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{spec.name.removeprefix('mw-')}-v3-goal-observable"](seed=0)
+    model, camera = simulator.model, simulator.model.camera("corner2").id
+    model.cam_pos[camera] = 0.75, 0.075, 0.7
+    quat = model.cam_quat[camera]  # as the model has it, the camera hangs upside down
+    mujoco.mju_mulQuat(quat, quat.copy(), [0.0, 0.0, 0.0, 1.0])
+    seconds = simulator.dt * spec.action_repeat
+    return Parts(MetaWorld(simulator), spec.action_repeat, seconds, lambda: (model, simulator.data), camera)
+
+
+class MetaWorld(gym.Wrapper):
+    """Goals drawn anew at every reset, from a stream of our own; the first action, as in TD-MPC2's, is zero."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        env.seeded_rand_vec, env._freeze_rand_vec = True, False  # else one goal forever, or NumPy's global generator
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self.env.seed(int(seed))  # its reset ignores a seed
+        self.env.reset()
+        obs, _, _, _, info = self.env.step(np.zeros(4))
+        return obs, info
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MyoSuite
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _make_myosuite(spec: TaskSpec, render_mode: str | None) -> Parts:
+    """A task of the hand; -hard draws goal or object anew at every reset."""
+    _import(spec)
+    simulator = gym.make(_PACKAGE_IDS[spec.name], disable_env_checker=True).unwrapped  # without its own time limit
+    camera = simulator.model.camera("hand_side_inter").id
+    return Parts(MyoSuite(simulator), 1, simulator.dt, lambda: (simulator.model, simulator.data), camera)
+
+
+class MyoSuite(gym.Wrapper):
+    """Episodes go on when the object is dropped or the hand strays, as in TD-MPC2."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        return self.env.reset(seed=seed)[0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, _, _, info = self.env.step(action)
+        return obs, reward, False, False, {"success": float(info["solved"])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ManiSkill
+# ----------------------------------------------------------------------------------------------------------------------
+
+_MANISKILL_ASSETS = {"pick-ycb": "ycb", "turn-faucet": "partnet_mobility_faucet"}
+_VULKAN_PACKAGES = "libvulkan1 mesa-vulkan-drivers"
+
+
+def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
+    """A ManiSkill 3 task on its CPU simulator; drawn by the GPU if PyTorch sees one."""
+    _import(spec)
+    import torch
+    from mani_skill.utils import assets
+    from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
+
+    import maniskill_tasks  # noqa: F401  registers LiftCube-v1
+
+    torch.set_num_threads(1)  # its tensors have one row, and the cores are XLA's
+    sources = assets.expand_data_group_into_individual_data_source_ids(_PACKAGE_IDS[spec.name])
+    if not all(map(assets.is_data_source_downloaded, sources)):  # else it would ask on the terminal, and wait
+        download = f"python -m mani_skill.utils.download_asset -y {_MANISKILL_ASSETS[spec.name]}"
+        raise UserError(f"task {spec.name!r} needs files that are not here: {download}")
+    try:
+        simulator = gym.make(
+            _PACKAGE_IDS[spec.name],
+            obs_mode="state",
+            control_mode="pd_ee_delta_pos" if spec.name.endswith("-cube") else "pd_ee_delta_pose",
+            sim_backend="physx_cpu",
+            render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            render_mode=render_mode,
+            human_render_camera_configs={"width": FRAME, "height": FRAME},
+        ).unwrapped  # without its own time limit
+    except RuntimeError as error:
+        hint = f"apt-get install -y {_VULKAN_PACKAGES}; without a GPU, Mesa must be 25 or newer"
+        raise UserError(f"task {spec.name!r} needs Vulkan, also without pictures ({error}): {hint}") from error
+    seconds = spec.action_repeat / simulator.control_freq
+    return Parts(CPUGymWrapper(simulator, ignore_terminations=True), spec.action_repeat, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
