@@ -57,9 +57,9 @@ class TaskSpec(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """A family of tasks: common settings, and rows (prefix, tasks, observation size, action size)."""
+    """A family of tasks: common settings, and rows (prefix, tasks, observation size, action size, CPU µs/decision)."""
 
-    rows: tuple[tuple[str, str, int | None, int], ...]
+    rows: tuple[tuple[str, str, int | None, int, int], ...]
     action_repeat: int
     episode_length: int
     success: bool
@@ -80,48 +80,48 @@ _METAWORLD_TASKS = (
 DOMAINS = {
     "DMControl": Domain(
         rows=(
-            ("acrobot", "swingup", 6, 1),
-            ("cartpole", "balance balance-sparse swingup swingup-sparse", 5, 1),
-            ("cheetah", "run run-backwards run-front run-back jump", 17, 6),
-            ("cup", "catch spin", 8, 2),
-            ("dog", "run stand trot walk", 223, 38),
-            ("finger", "spin", 9, 2),
-            ("finger", "turn-easy turn-hard", 12, 2),
-            ("fish", "swim", 24, 5),
-            ("hopper", "stand hop hop-backwards", 15, 4),
-            ("humanoid", "stand walk run", 67, 21),
-            ("pendulum", "swingup spin", 3, 1),
-            ("quadruped", "walk run", 78, 12),
-            ("reacher", "easy hard", 6, 2),
-            ("reacher", "three-easy three-hard", 8, 3),
-            ("walker", "stand walk run walk-backwards run-backwards", 24, 6),
+            ("acrobot", "swingup", 6, 1, 70),
+            ("cartpole", "balance balance-sparse swingup swingup-sparse", 5, 1, 30),
+            ("cheetah", "run run-backwards run-front run-back jump", 17, 6, 40),
+            ("cup", "catch spin", 8, 2, 100),
+            ("dog", "run stand trot walk", 223, 38, 1400),
+            ("finger", "spin", 9, 2, 50),
+            ("finger", "turn-easy turn-hard", 12, 2, 95),
+            ("fish", "swim", 24, 5, 160),
+            ("hopper", "stand hop hop-backwards", 15, 4, 110),
+            ("humanoid", "stand walk run", 67, 21, 450),
+            ("pendulum", "swingup spin", 3, 1, 25),
+            ("quadruped", "walk run", 78, 12, 260),
+            ("reacher", "easy hard", 6, 2, 90),
+            ("reacher", "three-easy three-hard", 8, 3, 30),
+            ("walker", "stand walk run walk-backwards run-backwards", 24, 6, 165),
         ),
         action_repeat=2, episode_length=500, success=False, rgb=True,
         module="dm_control", install="pip install -e .",
     ),
     "Meta-World": Domain(
-        rows=(("mw", _METAWORLD_TASKS, 39, 4),),
+        rows=(("mw", _METAWORLD_TASKS, 39, 4, 600),),
         action_repeat=2, episode_length=100, success=True, rgb=True,
         module="metaworld", install="pip install -e .",
     ),
     "MyoSuite": Domain(
         rows=(
-            ("myo", "reach reach-hard", 115, 39),
-            ("myo", "pose pose-hard", 108, 39),
-            ("myo", "obj-hold obj-hold-hard", 91, 39),
-            ("myo", "key-turn key-turn-hard", 93, 39),
-            ("myo", "pen-twirl pen-twirl-hard", 83, 39),
+            ("myo", "reach reach-hard", 115, 39, 1400),
+            ("myo", "pose pose-hard", 108, 39, 1400),
+            ("myo", "obj-hold obj-hold-hard", 91, 39, 1400),
+            ("myo", "key-turn key-turn-hard", 93, 39, 1400),
+            ("myo", "pen-twirl pen-twirl-hard", 83, 39, 1400),
         ),
         action_repeat=1, episode_length=100, success=True, rgb=False,
         module="myosuite", install="pip install -e '.[myosuite]'",
     ),
     "ManiSkill": Domain(
         rows=(
-            ("lift", "cube", 36, 4),
-            ("pick", "cube", 42, 4),
-            ("stack", "cube", 48, 4),
-            ("pick", "ycb", None, 7),  # observation size None: known only once the task's assets are downloaded
-            ("turn", "faucet", None, 7),
+            ("lift", "cube", 36, 4, 9000),
+            ("pick", "cube", 42, 4, 9000),
+            ("stack", "cube", 48, 4, 9000),
+            ("pick", "ycb", None, 7, 9000),  # observation size None: known only once the task's assets are downloaded
+            ("turn", "faucet", None, 7, 9000),
         ),
         action_repeat=2, episode_length=100, success=True, rgb=False,
         module="mani_skill", install="pip install -e '.[maniskill]'",
@@ -132,7 +132,13 @@ DOMAINS = {
 TASKS: dict[str, tuple[str, int | None, int]] = {
     f"{prefix}-{task}": (domain, obs_size, action_size)
     for domain, settings in DOMAINS.items()
-    for prefix, tasks, obs_size, action_size in settings.rows
+    for prefix, tasks, obs_size, action_size, _ in settings.rows
+    for task in tasks.split()
+}
+_MICROSECONDS = {
+    f"{prefix}-{task}": microseconds
+    for settings in DOMAINS.values()
+    for prefix, tasks, _, _, microseconds in settings.rows
     for task in tasks.split()
 }
 
@@ -487,13 +493,14 @@ class DMControl(gym.Env):
         return _flatten(self.dm_env.task.get_observation(self.physics)), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        task, physics, total = self.dm_env.task, self.physics, 0.0
         self._data.ctrl[:] = action
-        total = 0.0
         for _ in range(self._repeat):
             self._step_physics()
-            total += self.dm_env.task.get_reward(self.physics)
-        obs = _flatten(self.dm_env.task.get_observation(self.physics))
-        return obs, total, False, False, {}  # no task of the table terminates
+            total += task.get_reward(physics)
+        if self._warnings.sum() != self._old_warnings:
+            raise RuntimeError("MuJoCo warns that the simulation has become unstable")
+        return _flatten(task.get_observation(physics)), total, False, False, {}  # no task of the table terminates
 
     def _step_physics(self) -> None:
         """One control step, as dm_control's: what depends on position and velocity is up to date after it."""
@@ -505,8 +512,6 @@ class DMControl(gym.Env):
         else:
             mujoco.mj_step(model, data, self._substeps)
         mujoco.mj_step1(model, data)
-        if self._warnings.sum() != self._old_warnings:
-            raise RuntimeError("MuJoCo warns that the simulation has become unstable")
 
     def close(self) -> None:
         self.dm_env.close()
@@ -626,7 +631,16 @@ def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
         hint = f"apt-get install -y {_VULKAN_PACKAGES}; without a GPU, Mesa must be 25 or newer"
         raise UserError(f"task {spec.name!r} needs Vulkan, also without pictures ({error}): {hint}") from error
     seconds = spec.action_repeat / simulator.control_freq
-    return Parts(CPUGymWrapper(simulator, ignore_terminations=True), spec.action_repeat, seconds)
+    return Parts(ManiSkill(CPUGymWrapper(simulator, ignore_terminations=True)), spec.action_repeat, seconds)
+
+
+class ManiSkill(gym.Wrapper):
+    """Every reset with a seed, of a stream of our own: its others draw from PyTorch's global generator."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self._seeds = np.random.default_rng(seed)
+        return self.env.reset(seed=int(self._seeds.integers(2**31)), options=options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -770,8 +784,8 @@ def make_envs(
         task, seed, obs: as in `make_env`.
         num_envs: number of environments, at least 1.
         render_mode: "rgb_array": `envs.render()[0]` is a frame of environment 0; the others draw nothing.
-        num_workers: worker processes to spread the environments over; 0 steps them in this process. Default: one per
-            CPU core, and 0 where there is only one environment or one core.
+        num_workers: worker processes to spread the environments over; 0 steps them in this process. Default: what
+            should be fastest for this task and number of cores (`default_workers`).
 
     Raises:
         UserError: as `make_env`, or num_envs < 1.
@@ -780,13 +794,27 @@ def make_envs(
         raise UserError(f"the number of environments must be at least 1, not {num_envs}")
     spec = task_spec(task)
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = 0 if num_envs == 1 or cores == 1 else min(num_envs, cores)
+        num_workers = default_workers(spec.name, num_envs)
     modes = [render_mode] + [None] * (num_envs - 1)
     makers = [functools.partial(make_env, spec.name, seed + i, obs, mode) for i, mode in enumerate(modes)]
     if num_workers == 0:
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     return WorkerVectorEnv(spec.name, makers, min(num_workers, num_envs), render_mode)
+
+
+def default_workers(task: str, num_envs: int, cores: int | None = None) -> int:
+    """The number of worker processes that should step the environments fastest; 0: this process does.
+
+    n environments of t µs take n·t in this process. w workers take 1.3·⌈n/w⌉·t (their caches cool while they wait)
+    and 50 + 30·w for the messages, as measured by benchmarks/environments.py. So 8 cartpoles (30 µs) stay here and two
+    dogs (1.4 ms) get a worker each. Other Gymnasium tasks are taken for 100 µs.
+    """
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    each = _MICROSECONDS.get(task, 100)
+    workers = range(2, min(num_envs, cores) + 1)
+    times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
+    return min(times, key=times.get)
 
 
 class WorkerVectorEnv(gym.vector.VectorEnv):
@@ -843,7 +871,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
 
     def _send(self, worker: int, message: Any) -> None:
         try:
-            self._pipes[worker].send(message)
+            self._pipes[worker].send_bytes(pickle.dumps(message))  # Connection.send's pickler takes 5 µs longer
         except OSError:
             pass  # it has ended: _receive tells why
 
@@ -934,7 +962,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
                     _record_step(record, env)
             elif command == "render":
                 value = envs[0].render()
-            pipe.send(("done", value))
+            pipe.send_bytes(pickle.dumps(("done", value)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has closed the pipe, or is no more
     except UserError as error:

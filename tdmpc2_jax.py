@@ -19,6 +19,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -35,6 +36,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from imageio_ffmpeg import get_ffmpeg_exe
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
@@ -859,7 +861,15 @@ def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, s
 def write_video(path: Path, frames: list[np.ndarray], fps: int = 25) -> None:
     """Writes uint8 frames [height, width, 3] as an MP4."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, frames, fps=fps, plugin="FFMPEG", macro_block_size=2)  # H.264 wants even heights and widths
+    height, width, _ = frames[0].shape
+    raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
+    even = "-pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2"  # as H.264 wants heights and widths
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", *raw.split(), *even.split(), str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as ffmpeg:  # Ctrl-C is not for it
+        for frame in frames:
+            ffmpeg.stdin.write(frame.tobytes())
+    if ffmpeg.returncode:
+        raise RuntimeError(f"ffmpeg could not write {path}")
 
 
 def evaluate_checkpoint(args: Args) -> None:

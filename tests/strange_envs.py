@@ -1,5 +1,7 @@
 """Environments for tests, named strange_envs:NAME-v0 on the command line."""
 
+import time
+
 import gymnasium as gym
 import numpy as np
 
@@ -33,6 +35,12 @@ class Point(gym.Env):
         return obs, reward, self.terminates and abs(self.state[0]) > 1, False, {}
 
 
+class Slow(Point):
+    def step(self, action):
+        time.sleep(0.2 if self.steps >= 50 else 0.0)  # from the second evaluation on
+        return super().step(action)
+
+
 class Discrete(Point):
     action_space = gym.spaces.Discrete(3)
 
@@ -51,6 +59,7 @@ for name, cls, kwargs in [
     ("NanReward", Point, {"bad_reward_at": 250}),
     ("HugeObs", Point, {"bad_obs_at": 50}),
     ("Raising", Point, {"raise_at": 50}),
+    ("Slow", Slow, {}),
     ("Discrete", Discrete, {}),
     ("DictObs", DictObs, {}),
     ("Pixels", Pixels, {}),

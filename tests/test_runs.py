@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import signal
 import time
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -136,10 +138,62 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_good_check
     assert status == 0, err
 
 
-def test_an_environment_that_raises_ends_the_run_with_its_traceback(script):
-    for flags in (["--num-envs", 1], ["--num-envs", 3]):
-        status, _, err = script("--task", "strange_envs:Raising-v0", "--exp-name", flags[1], *flags)
-        assert status != 0 and "the simulator broke" in err
+def children(pid):
+    """The processes that a process has started."""
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pids):
+    """Whether all processes end within seconds, none left as a zombie."""
+    end = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.time() < end:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def evaluates(script, folder):
+    status, out, err = script("--evaluate", "--checkpoint", folder, "--task", "strange_envs:Point-v0", small=False)
+    return status == 0 and "return" in out, err
+
+
+@pytest.mark.parametrize("num_envs", [1, 8])  # 8 are stepped by workers, where there are cores for them
+def test_an_environment_that_raises_ends_the_run_with_its_traceback(script, tmp_path, num_envs):
+    flags = ("--task", "strange_envs:Raising-v0", "--num-envs", num_envs, "--checkpoint-freq", 20 * num_envs)
+    status, _, err = script(*flags, "--eval-freq", 10_000)
+    assert status != 0 and "the simulator broke" in err and "strange_envs.py" in err
+    assert evaluates(script, tmp_path / "runs" / "strange_envs:Raising-v0" / "tdmpc2_jax" / "1")[0]
+
+
+def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_checkpoint(start, script, tmp_path):
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("no workers on one core")
+    child = start(*POINT, "--num-envs", 8, "--total-timesteps", 1_000_000)
+    folder = tmp_path / "runs" / FOLDER
+    wait_for(lambda: (folder / "checkpoints" / "200").exists(), child)
+    workers = children(child.pid)
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode not in (0, -9) and "Traceback" in err
+    sentence = err.strip().splitlines()[-1]
+    assert "strange_envs:Point-v0" in sentence and f"(process {workers[0]}) was killed by signal 9" in sentence
+    assert gone(workers)
+    assert evaluates(script, folder)[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, script, tmp_path, number):
+    flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 100)
+    child = start(*flags, "--checkpoint-freq", 50, "--total-timesteps", 1_000_000)
+    folder = tmp_path / "runs" / "strange_envs:Slow-v0" / "tdmpc2_jax" / "1"
+    wait_for(lambda: (folder / "checkpoints" / "50").exists(), child)
+    wait_for(lambda: len((folder / "eval.csv").read_text().splitlines()) == 2, child)
+    time.sleep(1.5)  # the evaluation at step 100 takes some 8 seconds
+    workers = children(child.pid)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 128 + number and "--resume" in err and "Traceback" not in err
+    assert gone(workers)
+    assert evaluates(script, folder)[0]
 
 
 def test_several_environments_with_terminations_share_one_run(script, tmp_path):
