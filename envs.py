@@ -24,7 +24,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -64,7 +66,7 @@ class Domain(NamedTuple):
     episode_length: int
     success: bool
     rgb: bool  # obs="rgb" is supported
-    module: str  # what must be importable
+    module: str  # what to import
     install: str  # how to get it
 
 
@@ -97,7 +99,7 @@ DOMAINS = {
             ("walker", "stand walk run walk-backwards run-backwards", 24, 6, 165),
         ),
         action_repeat=2, episode_length=500, success=False, rgb=True,
-        module="dm_control", install="pip install -e .",
+        module="dm_control.suite", install="pip install -e .",
     ),
     "Meta-World": Domain(
         rows=(("mw", _METAWORLD_TASKS, 39, 4, 600),),
@@ -120,25 +122,29 @@ DOMAINS = {
             ("lift", "cube", 36, 4, 9000),
             ("pick", "cube", 42, 4, 9000),
             ("stack", "cube", 48, 4, 9000),
-            ("pick", "ycb", None, 7, 9000),  # observation size None: known only once the task's assets are downloaded
+            ("pick", "ycb", None, 7, 9000),  # None: its files must be downloaded before it can tell
             ("turn", "faucet", None, 7, 9000),
         ),
         action_repeat=2, episode_length=100, success=True, rgb=False,
-        module="mani_skill", install="pip install -e '.[maniskill]'",
+        module="mani_skill.envs", install="pip install -e '.[maniskill]'",
     ),
 }  # fmt: skip
 
-# Canonical name → (domain, observation size, action size), in the order of the printed table.
-TASKS: dict[str, tuple[str, int | None, int]] = {
-    f"{prefix}-{task}": (domain, obs_size, action_size)
+
+class Row(NamedTuple):
+    """A task of the printed table."""
+
+    domain: str
+    obs_size: int | None
+    action_size: int
+    microseconds: int  # of CPU per decision, for `default_workers`
+
+
+# By canonical name, in the order of the printed table.
+TASKS: dict[str, Row] = {
+    f"{prefix}-{task}": Row(domain, *sizes_and_time)
     for domain, settings in DOMAINS.items()
-    for prefix, tasks, obs_size, action_size, _ in settings.rows
-    for task in tasks.split()
-}
-_MICROSECONDS = {
-    f"{prefix}-{task}": microseconds
-    for settings in DOMAINS.values()
-    for prefix, tasks, _, _, microseconds in settings.rows
+    for prefix, tasks, *sizes_and_time in settings.rows
     for task in tasks.split()
 }
 
@@ -183,7 +189,7 @@ def task_spec(task: str) -> TaskSpec:
     """
     name = _canonical(task)
     if name in TASKS:
-        domain = TASKS[name][0]
+        domain = TASKS[name].domain
         settings = DOMAINS[domain]
         return TaskSpec(name, domain, settings.action_repeat, settings.episode_length, False, settings.success)
     spec = _gym_spec(task)
@@ -200,25 +206,28 @@ def task_spec(task: str) -> TaskSpec:
 
 def _canonical(task: str) -> str:
     """`dm_control/ball_in_cup-catch-v0`, `cup_catch` → `cup-catch`; other ids come out as no name of the table."""
-    for name, package_id in _PACKAGE_IDS.items():
-        if task == package_id:
+    package_id = task.rpartition(":")[2]
+    for name, known in _PACKAGE_IDS.items():
+        if package_id == known:
             return name
-    name = re.sub(r"^dm_control/(.*?)(-v\d+)?$", r"\1", task)
-    name = re.sub(r"^Meta-World/(.*?)(-v\d+)?$", r"mw-\1", name).replace("_", "-").lower()
-    return re.sub("^ball-in-cup-", "cup-", name)
+    name = re.sub(r"^dm_control/(.*)-v0$|^dm_control/(.*)$", r"\1\2", task).replace("_", "-").lower()
+    name = re.sub("^ball-in-cup-", "cup-", name)
+    if task.startswith("dm_control/"):
+        return name if name in TASKS and TASKS[name].domain == "DMControl" else task
+    return re.sub(r"^(.*)-v3$", r"mw-\1", name)
 
 
 def _gym_spec(task: str) -> Any:
     """The Gymnasium registry's entry of an id; UserError where there is none."""
     if task.startswith("dm_control/"):
-        _import_dm_control()
+        _import("DMControl")
         import shimmy  # noqa: F401  registers the dm_control/ ids
     module, _, env_id = task.rpartition(":")
     try:
         if module:
             importlib.import_module(module)
         return gym.spec(env_id)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the latter two: no name of a module
         raise UserError(f"task {task!r} cannot be imported: {error}") from error
     except gym.error.Error:
         names = [*TASKS, *gym.registry]
@@ -244,7 +253,7 @@ def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | No
     Args:
         task: see `task_spec`.
         seed: seed of the first reset.
-        obs: "state" → float32 [size]; "rgb" → uint8 [64, 64, 3], one frame (DMControl).
+        obs: "state" → float32 [size]; "rgb" → uint8 [64, 64, 3], one frame (DMControl, Meta-World).
         render_mode: None, or "rgb_array": `render()` gives uint8 [384, 384, 3] where the simulator lets us choose.
 
     Returns:
@@ -308,12 +317,13 @@ class Task(gym.Wrapper):
         if seed is None:
             seed = self._first_seed
         self._first_seed, self._decision = None, 0
-        obs, info = self.env.reset(seed=seed, options=options)
+        obs, info = self.env.reset(seed=None if seed is None else int(seed), options=options)
         return self._observation(obs), {**info, "success": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """One decision, action in [-1, 1] held for the repeat → obs, summed reward, terminated, truncated, info."""
         action = self._low + (np.asarray(action, np.float64) + 1.0) * self._half_range
+        action = action.astype(self.env.action_space.dtype, copy=False)
         total = 0.0
         for _ in range(self._parts.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -350,14 +360,34 @@ class Task(gym.Wrapper):
         super().close()
 
 
-def _import(spec: TaskSpec) -> None:
-    """Imports the simulator of a table's task, without touching a GL library."""
-    domain = DOMAINS[spec.domain]
+def _import(domain: str) -> None:
+    """Imports a domain's simulator such that it touches no GL library, unless the user's MUJOCO_GL wants one.
+
+    dm_control and others bind their renderer when they are imported, and fail there when that one does not work. We
+    draw with MuJoCo's own functions instead (`MujocoCamera`), so they can always be told to do without.
+    """
+    settings, gl = DOMAINS[domain], os.environ.get("MUJOCO_GL")
     try:
-        with _environ(MUJOCO_GL=os.environ.get("MUJOCO_GL") or "disable"):
-            importlib.import_module(domain.module)
-    except ImportError as error:
-        raise UserError(f"task {spec.name!r} needs {spec.domain}: {domain.install} ({error})") from error
+        with _environ(MUJOCO_GL=gl or "disable"):
+            importlib.import_module(settings.module)
+    except (ImportError, RuntimeError) as error:
+        under = f" with MUJOCO_GL={gl}" if gl else ""
+        raise UserError(f"{domain} cannot be imported{under} ({error}); to install it: {settings.install}") from error
+
+
+@contextlib.contextmanager
+def _environ(**values: str):
+    """Sets environment variables for the length of a with block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _is_image(space: gym.Space) -> bool:
@@ -380,7 +410,7 @@ def _check_action_space(space: gym.Space, name: str) -> tuple[np.ndarray, np.nda
 
 def _make_gymnasium(spec: TaskSpec, render_mode: str | None) -> Parts:
     """Any registered id whose actions are a Box and whose observations are a flat Box."""
-    options = {"render_mode": render_mode}
+    options = {"render_mode": render_mode} if render_mode else {}
     if render_mode and str(_gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
         _choose_gl()
         options.update(width=FRAME, height=FRAME)
@@ -408,7 +438,7 @@ def _open_gymnasium(task: str, **options: Any) -> gym.Env:
 
 def _make_dmcontrol(spec: TaskSpec, render_mode: str | None) -> Parts:
     """A task of the table from dm_control's suite or our own ones; another `dm_control/…` id by way of shimmy."""
-    _import_dm_control()
+    _import("DMControl")
     if spec.name in TASKS:
         import dmcontrol_tasks
 
@@ -429,35 +459,6 @@ def _make_dmcontrol(spec: TaskSpec, render_mode: str | None) -> Parts:
     return Parts(env, repeat, seconds, scene, camera)
 
 
-def _import_dm_control() -> None:
-    """Imports dm_control such that it touches no GL library, unless the user's MUJOCO_GL wants one.
-
-    dm_control binds its renderer when it is imported, and fails there when that one does not work. We draw with
-    MuJoCo's own functions instead (`MujocoCamera`), so it can always be told to do without.
-    """
-    try:
-        with _environ(MUJOCO_GL=os.environ.get("MUJOCO_GL") or "disable"):
-            import dm_control.suite  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        gl = f" with MUJOCO_GL={os.environ['MUJOCO_GL']}" if os.environ.get("MUJOCO_GL") else ""
-        raise UserError(f"dm_control cannot be imported{gl}: {error}") from error
-
-
-@contextlib.contextmanager
-def _environ(**values: str):
-    """Sets environment variables for the length of a with block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 class DMControl(gym.Env):
     """A suite task of dm_control as a Gymnasium environment, with the repeat inside.
 
@@ -476,7 +477,7 @@ class DMControl(gym.Env):
         self._warnings, self._old_warnings = self.physics.data.warning.number, 0
         action = dm_env.action_spec()
         low, high = (np.broadcast_to(bound, action.shape) for bound in (action.minimum, action.maximum))
-        self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        self.action_space = gym.spaces.Box(low, high, dtype=np.float64)
         size = sum(int(np.prod(part.shape)) for part in dm_env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
@@ -543,15 +544,13 @@ def _flatten(observation: dict[str, Any]) -> np.ndarray:
 
 def _make_metaworld(spec: TaskSpec, render_mode: str | None) -> Parts:
     """A Meta-World task with its goal in the observation, seen by camera corner2, moved as in TD-MPC2."""
-    _import(spec)
-    import mujoco
+    _import(spec.domain)
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
     simulator = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{spec.name.removeprefix('mw-')}-v3-goal-observable"](seed=0)
     model, camera = simulator.model, simulator.model.camera("corner2").id
     model.cam_pos[camera] = 0.75, 0.075, 0.7
-    quat = model.cam_quat[camera]  # as the model has it, the camera hangs upside down
-    mujoco.mju_mulQuat(quat, quat.copy(), [0.0, 0.0, 0.0, 1.0])
+    _turn_upright(model, simulator.data, camera)
     seconds = simulator.dt * spec.action_repeat
     return Parts(MetaWorld(simulator), spec.action_repeat, seconds, lambda: (model, simulator.data), camera)
 
@@ -578,9 +577,11 @@ class MetaWorld(gym.Wrapper):
 
 def _make_myosuite(spec: TaskSpec, render_mode: str | None) -> Parts:
     """A task of the hand; -hard draws goal or object anew at every reset."""
-    _import(spec)
+    _import(spec.domain)
     simulator = gym.make(_PACKAGE_IDS[spec.name], disable_env_checker=True).unwrapped  # without its own time limit
     camera = simulator.model.camera("hand_side_inter").id
+    simulator.reset(seed=0)
+    _turn_upright(simulator.model, simulator.data, camera)  # it is fixed to the arm, which some tasks' resets turn over
     return Parts(MyoSuite(simulator), 1, simulator.dt, lambda: (simulator.model, simulator.data), camera)
 
 
@@ -605,7 +606,7 @@ _VULKAN_PACKAGES = "libvulkan1 mesa-vulkan-drivers"
 
 def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
     """A ManiSkill 3 task on its CPU simulator; drawn by the GPU if PyTorch sees one."""
-    _import(spec)
+    _import(spec.domain)
     import torch
     from mani_skill.utils import assets
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
@@ -700,6 +701,15 @@ def _choose_gl() -> None:
 _working_gl: set[str] = set()
 
 
+def _turn_upright(model: Any, data: Any, camera: int) -> None:
+    """Turns a camera that hangs upside down in this state by 180° about its line of sight."""
+    import mujoco
+
+    mujoco.mj_forward(model, data)
+    if data.cam_xmat[camera, 7] < -0.5:  # z of the picture's upward direction
+        mujoco.mju_mulQuat(model.cam_quat[camera], model.cam_quat[camera].copy(), [0.0, 0.0, 0.0, 1.0])
+
+
 class MujocoCamera:
     """Draws square RGB frames of a MuJoCo model.
 
@@ -712,21 +722,26 @@ class MujocoCamera:
     """
 
     def __init__(self, model: Any, size: int, camera_id: int):
+        self._gl_context = None
         import mujoco
 
         _choose_gl()
-        self._mujoco, self.model, self._gl_context = mujoco, model, None
+        self._mujoco, self.model = mujoco, model
         self._gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
         self._size, self._camera_id = size, camera_id
 
     def _open(self) -> None:
         mujoco, model = self._mujoco, self.model
-        # The offscreen buffer has the model's size, and copying one of 640 × 480 costs more than a small picture.
-        model.vis.global_.offwidth = model.vis.global_.offheight = self._size
         self._gl_context = self._gl.GLContext(self._size, self._size)
-        atexit.register(self._gl_context.free)  # before MuJoCo's own exit handler ends EGL: it registered earlier
+        _close_cameras_at_exit()
         self._gl_context.make_current()
+        # The offscreen buffer has the model's size, and copying one of 640 × 480 costs more than a small picture.
+        settings = model.vis.global_
+        before = settings.offwidth, settings.offheight
+        settings.offwidth = settings.offheight = self._size
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        settings.offwidth, settings.offheight = before
+        _open_cameras.add(self)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, 10_000)
         self._viewport = mujoco.MjrRect(0, 0, self._size, self._size)
@@ -753,12 +768,29 @@ class MujocoCamera:
 
     def close(self) -> None:
         """Frees the GL context; a later frame opens a new one."""
-        if self._gl_context is not None:
-            atexit.unregister(self._gl_context.free)
-            self._gl_context.make_current()
+        gl_context, self._gl_context = self._gl_context, None
+        if gl_context is not None:
+            gl_context.make_current()
             self._context.free()
-            self._gl_context.free()
-            self._gl_context = None
+            gl_context.free()
+
+    def __del__(self):
+        self.close()  # in its own GL context; else MuJoCo would free its numbers in whichever is current
+
+
+_open_cameras: weakref.WeakSet[MujocoCamera] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_cameras_at_exit() -> None:
+    """To be called when a GL context was made: MuJoCo's own exit handler ends EGL, and the last ones run first."""
+
+    def close() -> None:
+        for camera in list(_open_cameras):
+            with contextlib.suppress(Exception):  # another library's handler may have ended EGL already
+                camera.close()
+
+    atexit.register(close)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -798,6 +830,7 @@ def make_envs(
     modes = [render_mode] + [None] * (num_envs - 1)
     makers = [functools.partial(make_env, spec.name, seed + i, obs, mode) for i, mode in enumerate(modes)]
     if num_workers == 0:
+        makers = [functools.partial(lambda maker: SuccessOnly(maker()), maker) for maker in makers]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     return WorkerVectorEnv(spec.name, makers, min(num_workers, num_envs), render_mode)
 
@@ -811,10 +844,22 @@ def default_workers(task: str, num_envs: int, cores: int | None = None) -> int:
     """
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = _MICROSECONDS.get(task, 100)
+    each = TASKS[task].microseconds if task in TASKS else 100
     workers = range(2, min(num_envs, cores) + 1)
     times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
     return min(times, key=times.get)
+
+
+class SuccessOnly(gym.Wrapper):
+    """Leaves of info what workers send: infos of all simulators cannot be joined, and joining them takes long."""
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return obs, {"success": info["success"]}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        *rest, info = self.env.step(action)
+        return *rest, {"success": info["success"]}
 
 
 class WorkerVectorEnv(gym.vector.VectorEnv):
@@ -823,7 +868,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
     A worker is a fresh Python that imports this module and the simulator, nothing else. Gymnasium's AsyncVectorEnv
     either forks a process that has JAX's threads (deadlock), or imports the user's script, and with it JAX, in every
     worker (start 7 s instead of 1.7 s with four of them), and waits forever for one whose exception cannot be pickled.
-    Our workers end when their pipe is closed, so none outlives its parent, whatever becomes of that.
+    Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
     """
 
     def __init__(self, task: str, makers: list[Any], num_workers: int, render_mode: str | None):
@@ -885,15 +930,18 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             answer, value = "failed", f"environment worker {worker} (process {self.processes[worker].pid}) {reason}"
         if answer == "done":
             return value
-        self.close()
         raise UserError(value) if answer == "user error" else RuntimeError(f"task {self._task!r}: {value}")
 
     def _command_all(self, command: str, arguments: list[Any]) -> list[Any]:
         if self.closed:
             raise RuntimeError(f"task {self._task!r}: these environments are closed")
-        for worker, argument in enumerate(arguments):
-            self._send(worker, (command, argument))
-        return [self._receive(worker) for worker in range(len(arguments))]
+        try:
+            for worker, argument in enumerate(arguments):
+                self._send(worker, (command, argument))
+            return [self._receive(worker) for worker in range(len(arguments))]
+        except BaseException:  # a KeyboardInterrupt, too: unread answers would be taken for those of later commands
+            self.close()
+            raise
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
         """Starts an episode in every environment → obs [num_envs, …], infos."""
@@ -904,7 +952,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
 
     def step(self, actions: np.ndarray):
         """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos."""
-        self._records["action"] = actions
+        self._records["action"] = np.reshape(actions, self.action_space.shape)
         self._command_all("step", [None] * len(self._pipes))
         rec = self._records
         return rec["obs"].copy(), rec["reward"].copy(), rec["terminated"].copy(), rec["truncated"].copy(), self._infos()
@@ -919,12 +967,13 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         return (self._command_all("render", [None])[0],) + (None,) * (self.num_envs - 1)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Ends the workers, also those that hang or have failed."""
+        """Ends the workers within 5 s, also those that hang or have failed."""
+        deadline = time.monotonic() + 5
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
             try:
-                process.wait(timeout=5)
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -945,7 +994,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
         sys.path[:] = pipe.recv()
         registered, rows, makers = pipe.recv().fn
         if registered:
-            gym.registry.setdefault(registered.id, registered)
+            gym.registry[registered.id] = registered
         envs += [make() for make in makers]
         pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
         record = _record(envs[0].observation_space, envs[0].action_space)
@@ -967,7 +1016,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
         pass  # the parent has closed the pipe, or is no more
     except UserError as error:
         _report(pipe, "user error", str(error))
-    except Exception:
+    except BaseException:
         _report(pipe, "failed", f"an environment of worker process {os.getpid()} raised\n{traceback.format_exc()}")
     finally:
         for env in envs:
@@ -1094,9 +1143,9 @@ def _rebuild_quantised(storage: np.ndarray, offset: int, size: tuple, stride: tu
 def main() -> None:
     """Prints every task of the table; loads no simulator."""
     print(f"{'domain':<12}{'task':<34}{'obs':>5}{'action':>8}{'episode':>9}  installed")
-    for name, (domain, obs_size, action_size) in TASKS.items():
+    for name, (domain, obs_size, action_size, _) in TASKS.items():
         settings = DOMAINS[domain]
-        installed = "yes" if importlib.util.find_spec(settings.module) else settings.install
+        installed = "yes" if importlib.util.find_spec(settings.module.split(".")[0]) else settings.install
         obs_text = "?" if obs_size is None else obs_size
         print(f"{domain:<12}{name:<34}{obs_text:>5}{action_size:>8}{settings.episode_length:>9}  {installed}")
     print(f"{len(TASKS)} tasks; episode = decisions. Any Gymnasium id with Box actions works too (HalfCheetah-v5).")

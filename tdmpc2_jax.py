@@ -834,12 +834,17 @@ def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, stop=()):
-    """One episode in each of the E vectorised environments, without exploration noise.
+class Evaluation(NamedTuple):
+    """One episode in each of E environments."""
 
-    Returns the returns [E], the successes [E] at the episodes' ends, and the frames of the first environment (none
-    without --capture-video); None if a signal in `stop` came in the middle.
-    """
+    returns: np.ndarray  # [E]
+    successes: np.ndarray  # [E], at the episodes' ends
+    frames: list[np.ndarray]  # of the first environment; none without --capture-video
+    fps: int  # frames per second of simulated time
+
+
+def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, stop=()) -> Evaluation | None:
+    """Acts without exploration noise; None if a signal in `stop` came in the middle."""
     obs, _ = envs.reset(seed=seed)
     prev_mean = jnp.zeros((envs.num_envs, args.horizon, model.action_dim))
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
@@ -855,17 +860,18 @@ def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, s
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
         first = np.zeros(envs.num_envs, bool)
-    return returns, successes, frames
+    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
 
 
-def write_video(path: Path, frames: list[np.ndarray], fps: int = 25) -> None:
+def write_video(path: Path, frames: list[np.ndarray], fps: int) -> None:
     """Writes uint8 frames [height, width, 3] as an MP4."""
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width, _ = frames[0].shape
     raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
     even = "-pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2"  # as H.264 wants heights and widths
     command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", *raw.split(), *even.split(), str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as ffmpeg:  # Ctrl-C is not for it
+    ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
+    with contextlib.suppress(BrokenPipeError), ffmpeg:
         for frame in frames:
             ffmpeg.stdin.write(frame.tobytes())
     if ffmpeg.returncode:
@@ -886,7 +892,7 @@ def evaluate_checkpoint(args: Args) -> None:
         model = model_for(args, envs, spec)
         params, _ = load_agent(args, model)
         discount = discount_of(args, spec.episode_length)
-        returns, successes, frames = evaluate(args, model, params, discount, envs, args.seed)
+        returns, successes, frames, fps = evaluate(args, model, params, discount, envs, args.seed)
     finally:
         envs.close()
     for i, (episode_return, success) in enumerate(zip(returns, successes, strict=True)):
@@ -894,11 +900,15 @@ def evaluate_checkpoint(args: Args) -> None:
     rate = f"success rate {successes.mean():.2f}, " if spec.success else ""
     print(f"{spec.name}: {rate}return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
     if frames:
-        write_video(run_folder(args, spec) / "videos" / "evaluate.mp4", frames)
+        write_video(run_folder(args, spec) / "videos" / "evaluate.mp4", frames, fps)
     if args.json:
         results = {"task": spec.name, "checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
         results |= {"returns": returns.tolist(), "successes": successes.tolist()}
-        results |= {"mean": returns.mean(), "std": returns.std(), "success_rate": successes.mean()}
+        results |= {
+            "mean": returns.mean(),
+            "std": returns.std(),
+            "success_rate": successes.mean() if spec.success else None,
+        }
         write_atomically(Path(args.json), json.dumps(results, indent=2))
 
 
@@ -1059,8 +1069,9 @@ def progress_bar(args: Args, spec, model: WorldModel, state: TrainState, folder:
     return tqdm(total=total, initial=done, unit=" decisions", mininterval=1, disable=None)
 
 
-def record_evaluation(args: Args, spec, folder, writer, bar, step, seconds, returns, successes, frames) -> None:
+def record_evaluation(args: Args, spec, folder, writer, bar, step: int, seconds: float, result: Evaluation) -> None:
     """Adds an evaluation to the table, to eval.csv and to the trackers; its video to the folder and the trackers."""
+    returns, successes, frames, fps = result
     rate = f"{successes.mean():>7.2f} " if spec.success else ""
     bar.write(f"{step:>10} {rate}{returns.mean():>9.1f} {returns.std():>8.1f} {seconds / 60:>8.1f}")
     sys.stdout.flush()
@@ -1071,7 +1082,7 @@ def record_evaluation(args: Args, spec, folder, writer, bar, step, seconds, retu
     writer.add_scalar("eval/success_rate", successes.mean(), step)
     if frames:
         path = folder / "videos" / f"step-{step:09d}.mp4"
-        write_video(path, frames)
+        write_video(path, frames, fps)
         thumbnails = np.stack(frames)[::4, ::3, ::3]  # TensorBoard shows videos as GIFs, which are large
         gif = imageio.imwrite("<bytes>", thumbnails, extension=".gif", duration=125, loop=0)
         image = Summary.Image(height=thumbnails.shape[1], width=thumbnails.shape[2], encoded_image_string=gif)
@@ -1154,7 +1165,7 @@ def run(args: Args) -> None:
                 eval_seed = args.seed + 1_000_000 + step
                 result = evaluate(args, model, train_state.params, discount, eval_envs, eval_seed, stop)
                 if result is not None:
-                    record_evaluation(args, spec, folder, writer, bar, step, count["seconds"], *result)
+                    record_evaluation(args, spec, folder, writer, bar, step, count["seconds"], result)
                     count["evaluated"] = step
             if crossed(step, saved, args.checkpoint_freq) or (finished or stop) and saved != step:
                 check_finite(step, folder, **jax.device_get(info))

@@ -136,7 +136,8 @@ def draw_published(axes, reference: Published, shown: np.ndarray, name: str) -> 
 
 def draw_panel(axes, task: str, curves, colours, published, episodes, published_name: str) -> None:
     """One task: training episodes, the published curve, and ours on top."""
-    metric, reference = published or ("reward", None)
+    succeeds = any(float(row["success"]) for rows in curves.values() for row in rows)
+    metric, reference = published or ("success" if succeeds else "reward", None)
     end = max(float(row["step"]) for rows in curves.values() for row in rows)
     if reference is not None:  # up to the first published point behind our last, so that one stands beside it
         behind = reference.step[reference.step >= end]

@@ -37,7 +37,7 @@ class Point(gym.Env):
 
 class Slow(Point):
     def step(self, action):
-        time.sleep(0.2 if self.steps >= 50 else 0.0)  # from the second evaluation on
+        time.sleep(0.2 if self.steps >= 40 else 0.0)  # from the second evaluation on
         return super().step(action)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import tdmpc2_jax as td
-from benchmarks import speed
+from benchmarks import environments, speed
 
 O, A = 5, 3  # noqa: E741
 SMALL = {"enc_dim": 24, "mlp_dim": 48, "latent_dim": 32, "num_enc_layers": 2, "num_q": 3, "num_bins": 21}
@@ -132,3 +132,14 @@ def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_p
     picture, reference = tmp_path / "curves.png", str(tmp_path / "scores.csv")
     plot_curves.main(plot_curves.Args(str(tmp_path / "curves"), str(picture), reference))
     assert picture.stat().st_size > 10_000
+
+
+def test_environments_are_stepped_with_and_without_workers_and_beside_dm_controls(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environments, "ROUND", 0.05)
+    path = tmp_path / "envs.json"
+    tasks = {"tasks": ("cartpole-swingup",), "stock": ("cartpole-swingup",)}
+    environments.main(environments.Args(**tasks, num_envs=2, workers=(0, 2), rounds=1, json=str(path)))
+    results = json.loads(path.read_text())
+    assert all(min(figures) > 0 for figures in results["workers"]["cartpole-swingup"].values())
+    assert list(results["workers"]["cartpole-swingup"]) == ["0", "2"] and len(results["stock"]["cartpole-swingup"]) == 2
+    assert capsys.readouterr().out.count("| cartpole-swingup |") == 2

@@ -178,7 +178,7 @@ def test_a_folded_agent_computes_what_the_multi_task_agent_does_for_all_tasks(go
     params, target_q = td.from_torch(envs.load_pt(golden(f"multitask{layout}.pt"))["model"])
     rng = np.random.default_rng(0)
     for task_id, task in enumerate(envs.TASK_SETS["mt30"]):
-        _, obs_dim, action_dim = envs.TASKS[task]
+        _, obs_dim, action_dim, _ = envs.TASKS[task]
         obs, action = np.zeros(24), np.zeros(6)
         obs[:obs_dim], action[:action_dim] = rng.normal(size=obs_dim), rng.uniform(-1, 1, action_dim)
         emb = tensors["_task_emb.weight"][task_id]
@@ -214,7 +214,7 @@ def test_plans_of_a_folded_agent_equal_the_multi_task_recording(golden, mode):
     tensors = envs.load_pt(golden("multitask.pt"))["model"]
     recording, updates = golden("multitask_plan.npz"), golden("multitask_update.npz")
     task_id = int(recording["in_task"])
-    _, obs_dim, action_dim = envs.TASKS[envs.TASK_SETS["mt30"][task_id]]
+    _, obs_dim, action_dim, _ = envs.TASKS[envs.TASK_SETS["mt30"][task_id]]
     args = args_of(tensors, updates, recording)
     model = td.make_model(args, obs_dim, action_dim, False)
     params, _ = td.from_torch(tensors)

@@ -182,18 +182,32 @@ def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_ch
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, script, tmp_path, number):
-    flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 100)
+    flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 60)
     child = start(*flags, "--checkpoint-freq", 50, "--total-timesteps", 1_000_000)
     folder = tmp_path / "runs" / "strange_envs:Slow-v0" / "tdmpc2_jax" / "1"
     wait_for(lambda: (folder / "checkpoints" / "50").exists(), child)
-    wait_for(lambda: len((folder / "eval.csv").read_text().splitlines()) == 2, child)
-    time.sleep(1.5)  # the evaluation at step 100 takes some 8 seconds
+    time.sleep(3)  # five random decisions later begins an evaluation of at least 40 slow steps
+    assert len((folder / "eval.csv").read_text().splitlines()) == 2  # header and step 0
     workers = children(child.pid)
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 128 + number and "--resume" in err and "Traceback" not in err
     assert gone(workers)
     assert evaluates(script, folder)[0]
+
+
+def test_the_success_rate_is_the_headline_of_tasks_that_have_one(script, tmp_path):
+    flags = ("--task", "mw-reach", "--total-timesteps", 200, "--eval-freq", 10_000, "--seed-steps", 200)
+    status, out, err = script(*flags, "--eval-episodes", 1)
+    assert status == 0, err
+    assert out.splitlines()[1].split()[:3] == ["step", "success", "return"]
+    assert [len(line.split()) for line in out.splitlines()[2:]] == [5, 5]
+    folder, results = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax" / "1", tmp_path / "results.json"
+    flags = ("--evaluate", "--checkpoint", folder, "--no-mpc", "--eval-episodes", 2, "--json", results)
+    status, out, err = script(*flags, small=False)
+    assert status == 0, err
+    assert out.splitlines()[-1].startswith("mw-reach: success rate 0.")
+    assert json.loads(results.read_text())["success_rate"] == np.mean(json.loads(results.read_text())["successes"])
 
 
 def test_several_environments_with_terminations_share_one_run(script, tmp_path):
