@@ -142,12 +142,13 @@ class Walker(walker.PlanarWalker):
     def __init__(self, physics: Any, move_speed: float):
         super().__init__(move_speed)
         data, torso = physics.data.ptr, physics.model.name2id("torso", "body")
-        self._qvel, self._orientations = data.qvel, data.xmat
+        self._qvel, self._xmat = data.qvel, data.xmat.reshape(-1)  # a view, as all of these
+        self._xx_and_xz = np.arange(9, data.xmat.size).reshape(-1, 9)[:, [0, 2]].ravel()  # of all bodies but the world
         self._torso_position, self._torso_matrix = data.xpos[torso], data.xmat[torso]
         self._velocity = data.sensordata[_sensor(physics, "torso_subtreelinvel") :]
 
     def get_observation(self, physics: Any) -> OrderedDict:
-        orientations, height = self._orientations[1:, [0, 2]].ravel(), self._torso_position[2]
+        orientations, height = self._xmat[self._xx_and_xz], self._torso_position[2]
         return OrderedDict(orientations=orientations, height=height, velocity=self._qvel.copy())
 
     def get_reward(self, physics: Any) -> float:

@@ -534,7 +534,7 @@ class ShimmyDMControl(gym.ObservationWrapper):
 
 
 def _flatten(observation: dict[str, Any]) -> np.ndarray:
-    return np.concatenate([np.ravel(value) for value in observation.values()]).astype(np.float32)
+    return np.concatenate([*observation.values()], axis=None, dtype=np.float32, casting="unsafe")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
