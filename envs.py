@@ -21,6 +21,7 @@ import mmap
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1052,14 +1053,20 @@ _STORAGE_DTYPES = {
 }  # fmt: skip
 
 
-def load_pt(path: str | os.PathLike) -> Any:
+def load_pt(path: str | os.PathLike, in_place: bool = False) -> Any:
     """Reads a file written by torch.save (the zip format, PyTorch 1.6 or later) without PyTorch.
 
     Only tensors and plain containers are read; a pickle that names anything else is refused before anything is run.
 
+    Args:
+        path: the file.
+        in_place: leave the numbers in the file and map them into memory, read-only: costs no memory of the process, and
+            checks no checksum. The file must not change while the arrays are in use.
+
     Returns:
-        What was saved, with numpy arrays for tensors: `load_pt(path)["model"]["_encoder.state.0.weight"]`. float16
-        stays float16; bfloat16 becomes float32, and per-tensor quantised tensors their float32 values.
+        What was saved, with numpy arrays for tensors: `load_pt(path)["model"]["_encoder.state.0.weight"]`, and dicts
+        for TensorDicts. float16 stays float16; bfloat16 becomes float32, and per-tensor quantised tensors their
+        float32 values.
 
     Raises:
         UserError: the file is missing, damaged, no PyTorch file, or holds something else than tensors.
@@ -1070,7 +1077,7 @@ def load_pt(path: str | os.PathLike) -> Any:
             if len(pickles) != 1:
                 raise UserError(f"{path} is a zip file, but not one that PyTorch wrote")
             with archive.open(pickles[0]) as file:
-                return _TensorUnpickler(file, archive, pickles[0].removesuffix("data.pkl")).load()
+                return _TensorUnpickler(file, archive, pickles[0].removesuffix("data.pkl"), in_place).load()
     except UserError as error:
         raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     except FileNotFoundError:
@@ -1086,9 +1093,11 @@ def load_pt(path: str | os.PathLike) -> Any:
 class _TensorUnpickler(pickle.Unpickler):
     """Unpickles tensors and plain containers; everything else is refused by name."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str, in_place: bool):
         super().__init__(file, encoding="utf-8")
-        self._archive, self._prefix = archive, prefix
+        self._archive, self._prefix, self._map = archive, prefix, None
+        if in_place:
+            self._map = mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_READ)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGE_DTYPES:
@@ -1097,9 +1106,15 @@ class _TensorUnpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): tuple,
             ("torch", "per_tensor_affine"): "per_tensor_affine",
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor if self._map is None else _view_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
             ("torch._utils", "_rebuild_qtensor"): _rebuild_quantised,
+            ("tensordict.tensordict", "TensorDict"): _TensorDict,  # up to version 0.2
+            ("tensordict._td", "TensorDict"): _TensorDict,  # from version 0.3 on
+            ("tensordict._reductions", "_make_td"): _make_tensordict,
+            ("tensordict.utils", "_StringOnlyDict"): dict,
+            ("__builtin__", "set"): set,
+            ("builtins", "set"): set,
         }
         if (module, name) not in allowed:
             raise UserError(f"refused, since it would run {module}.{name}; only tensors and plain containers are read")
@@ -1108,19 +1123,46 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: tuple) -> np.ndarray:
         """A storage, ("storage", dtype, key, device, number of elements) → its numbers [n]."""
         _, dtype, key, _, _ = pid
+        if self._map is not None and dtype != "bfloat16":
+            return self._storage_in_place(f"{self._prefix}data/{key}", np.dtype(dtype).newbyteorder("<"))
         data = self._archive.read(f"{self._prefix}data/{key}")  # checks the CRC, so damaged numbers do not pass
         if dtype == "bfloat16":  # the upper half of a float32
             return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
 
+    def _storage_in_place(self, name: str, dtype: np.dtype) -> np.ndarray:
+        member = self._archive.getinfo(name)
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise UserError("its numbers are compressed, which PyTorch never does")
+        header = self._map[member.header_offset : member.header_offset + 30]  # the local one: its lengths may differ
+        name_length, extra_length = struct.unpack("<26x2H", header)
+        start = member.header_offset + 30 + name_length + extra_length
+        return np.frombuffer(self._map, dtype, member.file_size // dtype.itemsize, start)
+
+
+class _TensorDict(dict):
+    """tensordict.TensorDict: a dict of tensors, pickled as the state of an object."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state["_tensordict"])
+
+
+def _make_tensordict(cls: type, state: dict) -> _TensorDict:
+    tensors = cls()
+    tensors.__setstate__(state)
+    return tensors
+
 
 def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    return np.array(_view_tensor(storage, offset, size, stride), order="C")  # writable, and the storage is freed
+
+
+def _view_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)):
         raise UserError("damaged, a tensor reaches beyond its storage")
     strides = [step * storage.itemsize for step in stride]
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
-    return np.array(view, order="C")  # writable, and the storage is freed
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
 def _rebuild_parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:

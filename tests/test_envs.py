@@ -500,9 +500,10 @@ def test_environments_need_no_render_mode_and_may_tell_what_they_like(num_worker
     assert len(results) == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
 def test_workers_make_the_task_that_this_process_has_registered():
     before = gym.spec("Pendulum-v1")
-    gym.register("Pendulum-v1", entry_point=Counter, max_episode_steps=5)  # Gymnasium warns and obeys
+    gym.register("Pendulum-v1", entry_point=Counter, max_episode_steps=5)
     try:
         vector = envs.make_envs("Pendulum-v1", 2, num_workers=2)
         assert vector.reset(seed=3)[0].tolist() == [[0, 3, 0], [0, 4, 0]]

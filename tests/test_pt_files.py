@@ -14,6 +14,8 @@ import pytest
 import envs
 
 MODELS = ["single", "wide", "episodic", "two_q", "multitask"]
+CHUNKS = [f"{version}_{kind}" for version in ("0.1.2", "0.2.1", "0.12.4") for kind in ("float32", "float16")]
+CHUNKS += ["0.1.2_views", "0.12.4_views"]
 
 
 def write_pt(path, data, storages=None, folder="archive"):
@@ -226,3 +228,54 @@ def test_files_of_another_kind_are_one_sentence(tmp_path):
         with pytest.raises(envs.UserError) as error:
             envs.load_pt(tmp_path / name)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_datasets_of_three_tensordict_versions_are_read(golden, chunk, in_place):
+    tensors, expected = envs.load_pt(golden(f"chunk_{chunk}.pt"), in_place), golden(f"chunk_{chunk}.npz")
+    assert set(tensors) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(tensors[name], value)
+        assert tensors[name].dtype == value.dtype and tensors[name].flags.writeable != in_place
+
+
+def test_numbers_in_place_cost_no_memory_of_the_process(tmp_path):
+    size = 64 * 2**20
+    path = write_pt(tmp_path / "a.pt", pickled({"obs": tensor("FloatStorage", "0", size, 0, (size // 4, 4), (4, 1))}))
+    with zipfile.ZipFile(path, "a") as archive, archive.open("archive/data/0", "w", force_zip64=True) as file:
+        for i in range(16):
+            file.write(np.full(size // 16, i, "<f4").tobytes())
+    code = f"""
+import envs
+def anonymous():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+before = anonymous()
+obs = envs.load_pt({str(path)!r}, in_place=True)["obs"]
+print(sum(float(obs[i : i + 2**20].sum()) for i in range(0, len(obs), 2**20)), anonymous() - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(envs.__file__)
+    )
+    assert run.returncode == 0, run.stderr
+    total, grown = map(float, run.stdout.split())
+    assert total == size // 16 * sum(range(16)) and grown < 0.05 * 4 * size
+
+
+def test_compressed_numbers_cannot_be_read_in_place(tmp_path):
+    path = write_pt(tmp_path / "a.pt", pickled(tensor("FloatStorage", "0", 4, 0, (4,), (1,))))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(16))
+    assert envs.load_pt(path).tolist() == [0.0] * 4
+    with pytest.raises(envs.UserError, match="compressed"):
+        envs.load_pt(path, in_place=True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_dataset_that_names_anything_else_is_refused(tmp_path, in_place):
+    state = {"_tensordict": {"obs": Call("os", "getcwd")}}
+    call = Call("tensordict._reductions", "_make_td", FakeTorch("tensordict._td", "TensorDict"), state)
+    path = write_pt(tmp_path / "chunk_0.pt", pickled(call))
+    with pytest.raises(envs.UserError, match="refused, since it would run os.getcwd"):
+        envs.load_pt(path, in_place)
