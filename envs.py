@@ -3,6 +3,7 @@
     env = make_env("walker-walk", seed=1)                # one gymnasium.Env
     envs = make_envs("walker-walk", num_envs=4, seed=1)  # one gymnasium.vector.VectorEnv
     weights = load_pt("walker.pt")["model"]              # a PyTorch file, read without PyTorch
+    episodes = load_dataset("mt30", "data/mt30")         # an offline dataset, read where it lies
     python envs.py                                       # the table of tasks
 
 Every environment looks the same from outside: observation `Box` float32 flat (or uint8 [64, 64, 3] with obs="rgb"),
@@ -17,8 +18,10 @@ import contextlib
 import difflib
 import functools
 import importlib.util
+import itertools
 import mmap
 import os
+import pathlib
 import pickle
 import re
 import struct
@@ -27,10 +30,12 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import weakref
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
 
@@ -1175,6 +1180,154 @@ def _rebuild_quantised(storage: np.ndarray, offset: int, size: tuple, stride: tu
         raise UserError("per-channel quantised tensors are not supported")
     tensor = _rebuild_tensor(storage, offset, size, stride)
     return (tensor.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Offline datasets
+# ----------------------------------------------------------------------------------------------------------------------
+
+_CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
+
+
+def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike, storage: str = "disk") -> Dataset:
+    """Opens the episodes of a set of tasks: the original's files `chunk_0.pt`, `chunk_1.pt`, … as they are.
+
+    A file is a TensorDict [episodes, entries] of obs [·, ·, O], action [·, ·, A], reward and task, the task's place in
+    the set. O and A are the sizes of the set's largest tasks, smaller ones are padded with zeros. Entry 0 of an episode
+    is its reset, with filler for action and reward; entry i has the action that led to it and the reward it brought.
+
+    Args:
+        task_set: "mt30", "mt80", or names of tasks.
+        data_dir: folder of the files.
+        storage: "disk" reads what is sampled from the files; "host" holds all of it in memory.
+
+    Raises:
+        UserError: names the file that is missing, cannot be read, or does not fit the set.
+    """
+    if isinstance(task_set, str) and task_set not in TASK_SETS:
+        raise UserError(f"unknown task set {task_set!r}; there are {' and '.join(TASK_SETS)}, and lists of tasks")
+    tasks = TASK_SETS[task_set] if isinstance(task_set, str) else tuple(task_spec(task).name for task in task_set)
+    if storage not in ("disk", "host"):
+        raise UserError(f"storage must be 'disk' or 'host', not {storage!r}")
+    folder = pathlib.Path(data_dir)
+    found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
+    if not found:
+        raise UserError(f"{folder} holds no chunk_0.pt, chunk_1.pt, …")
+    missing = [folder / f"chunk_{i}.pt" for i in range(max(found)) if i not in found]
+    if missing:
+        raise UserError(f"{missing[0]} is missing, though there is {found[max(found)].name}")
+    expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
+    if expected and len(found) < expected:
+        warnings.warn(f"{folder} holds {len(found)} of the {expected} files of {task_set}", stacklevel=2)
+    chunks = []
+    for _, path in sorted(found.items()):
+        chunk = _check_chunk(path, load_pt(path, in_place=True), tasks, chunks[0] if chunks else None)
+        chunks.append(chunk if storage == "disk" else Chunk(path, *map(np.array, chunk[1:])))
+    return Dataset(tasks, chunks)
+
+
+class Chunk(NamedTuple):
+    """One file of a dataset."""
+
+    path: pathlib.Path
+    obs: np.ndarray  # [episodes, entries, O]
+    action: np.ndarray  # [episodes, entries, A]
+    reward: np.ndarray  # [episodes, entries]
+    task: np.ndarray  # [episodes, entries]
+
+
+def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], first: Chunk | None) -> Chunk:
+    names = Chunk._fields[1:]
+    if not isinstance(tensors, dict) or not set(names) <= set(tensors):
+        raise UserError(f"{path} is no dataset: it must hold {', '.join(names)}")
+    chunk = Chunk(path, *(tensors[name] for name in names))
+    for name, ndim in (("obs", 3), ("action", 3), ("reward", 2), ("task", 2)):
+        array = getattr(chunk, name)
+        if not isinstance(array, np.ndarray) or array.ndim != ndim or array.shape[:2] != chunk.obs.shape[:2]:
+            raise UserError(f"{path}: {name} has shape {np.shape(array)}, which does not fit obs {chunk.obs.shape}")
+    obs_size, action_size = (max(TASKS[task][i] for task in tasks) for i in (1, 2))
+    for name, size in (("obs", obs_size), ("action", action_size)):
+        if getattr(chunk, name).shape[2] != size:
+            raise UserError(f"{path}: {name} has size {getattr(chunk, name).shape[2]}, these tasks need {size}")
+    if first is not None and chunk.obs.shape[1] != first.obs.shape[1]:
+        raise UserError(f"{path} has {chunk.obs.shape[1]} entries an episode, {first.path} has {first.obs.shape[1]}")
+    return chunk
+
+
+class Dataset:
+    """Episodes of several tasks, from `load_dataset`.
+
+    Attributes:
+        tasks: names, in the order of their ids.
+        chunks: the files.
+        num_episodes, entries: size of the whole; entries is that of each episode.
+        nbytes: of all arrays.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], chunks: list[Chunk]):
+        self.tasks, self.chunks = tasks, chunks
+        self._starts = np.cumsum([0] + [len(chunk.obs) for chunk in chunks])
+        self.num_episodes, self.entries = int(self._starts[-1]), chunks[0].obs.shape[1]
+        self.nbytes = sum(array.nbytes for chunk in chunks for array in chunk[1:])
+
+    def sample(self, rng: np.random.Generator, batch_size: int, horizon: int) -> dict[str, np.ndarray]:
+        """Draws windows of horizon + 1 entries within one episode, each start equally likely.
+
+        Returns:
+            float32 obs [H+1, B, O], action [H, B, A], reward [H, B]; int32 task [B].
+
+        Raises:
+            UserError: what was drawn holds NaN, or a task that is not of the set; names the file and the episode.
+        """
+        if horizon >= self.entries:
+            raise UserError(f"episodes of {self.entries} entries have no windows of {horizon + 1}")
+        episode = rng.integers(self.num_episodes, size=batch_size)
+        entry = rng.integers(self.entries - horizon, size=batch_size)[:, None] + np.arange(horizon + 1)
+        sizes = self.chunks[0].obs.shape[2], self.chunks[0].action.shape[2]
+        batch = {
+            "obs": np.empty((batch_size, horizon + 1, sizes[0]), np.float32),
+            "action": np.empty((batch_size, horizon, sizes[1]), np.float32),
+            "reward": np.empty((batch_size, horizon), np.float32),
+            "task": np.empty(batch_size, np.int32),
+        }
+        which = np.searchsorted(self._starts, episode, side="right") - 1
+        for i in np.unique(which):
+            rows, chunk = which == i, self.chunks[i]
+            row, column = (episode[rows] - self._starts[i])[:, None], entry[rows]
+            drawn = {"obs": chunk.obs[row, column]}
+            drawn |= {"action": chunk.action[row, column[:, 1:]], "reward": chunk.reward[row, column[:, 1:]]}
+            for name, values in drawn.items():
+                finite = np.isfinite(values.reshape(len(row), -1)).all(1)
+                if not finite.all():
+                    raise UserError(f"{chunk.path}: {name} of episode {row[~finite][0, 0]} is not finite")
+                batch[name][rows] = values
+            task = chunk.task[row[:, 0], column[:, 0]]
+            outside = (task < 0) | (task >= len(self.tasks))
+            if outside.any():
+                where = f"episode {row[outside][0, 0]} is of task {task[outside][0]}"
+                raise UserError(f"{chunk.path}: {where}, but the set has {len(self.tasks)} tasks")
+            batch["task"][rows] = task
+        return {name: values if name == "task" else values.swapaxes(0, 1) for name, values in batch.items()}
+
+    def batches(self, seed: int, batch_size: int, horizon: int, first: int = 0, readers: int = 4):
+        """Endless batches of `sample`, drawn ahead by threads; batch i depends on the seed and i only.
+
+        Args:
+            first: number of the first batch: a resumed run goes on where it was.
+            readers: threads; each holds two batches ready. Reading lets other threads run.
+        """
+
+        def draw(i: int) -> dict[str, np.ndarray]:
+            return self.sample(np.random.default_rng((seed, i)), batch_size, horizon)
+
+        pool = ThreadPoolExecutor(readers)
+        try:
+            ahead = deque(pool.submit(draw, i) for i in range(first, first + 2 * readers))
+            for i in itertools.count(first + 2 * readers):
+                yield ahead.popleft().result()
+                ahead.append(pool.submit(draw, i))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

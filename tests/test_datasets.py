@@ -1,0 +1,189 @@
+"""Offline datasets: windows come from the right places of the files, and files that do not fit are named."""
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_pt_files import pickled, tensor, write_pt
+
+import envs
+
+ENTRIES, H = 9, 3
+STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}
+TASKS = ("walker-walk", "cheetah-run", "cartpole-swingup")  # the largest: 24 observations, 6 actions
+
+
+def episodes(count, tasks=TASKS, first=0, number_type="f4"):
+    """Episodes that tell where they are: obs [episode, entry, 0…], action [entry, 0…], reward entry + episode / 10."""
+    sizes = [max(envs.TASKS[task][i] for task in tasks) for i in (1, 2)]
+    episode, entry = np.meshgrid(first + np.arange(count), np.arange(ENTRIES), indexing="ij")
+    arrays = {"obs": np.zeros((count, ENTRIES, sizes[0])), "action": np.zeros((count, ENTRIES, sizes[1]))}
+    arrays["obs"][..., 0], arrays["obs"][..., 1], arrays["action"][..., 0] = episode, entry, entry
+    arrays["action"][:, 0] = np.nan
+    arrays["reward"] = np.where(entry == 0, np.nan, entry + episode / 10)
+    arrays = {name: array.astype(number_type) for name, array in arrays.items()}
+    return arrays | {"task": (episode % len(tasks)).astype("i8")}
+
+
+def write_chunk(path, arrays):
+    tensors, storages = {}, {}
+    for key, (name, array) in enumerate(arrays.items()):
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        tensors[name] = tensor(STORAGES[array.dtype.str[1:]], str(key), array.size, 0, array.shape, strides)
+        storages[str(key)] = array.tobytes()
+    return write_pt(path, pickled(tensors), storages)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three files of 5, 1 and 20 episodes, of which the last is of half precision."""
+    for i, (first, count) in enumerate([(0, 5), (5, 1), (6, 20)]):
+        write_chunk(tmp_path / f"chunk_{i}.pt", episodes(count, first=first, number_type="f2" if i == 2 else "f4"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("storage", ["disk", "host"])
+def test_every_window_is_as_likely_and_comes_from_one_episode(folder, storage):
+    data = envs.load_dataset(TASKS, folder, storage)
+    assert (data.num_episodes, data.entries, data.tasks) == (26, ENTRIES, TASKS)
+    batch = data.sample(np.random.default_rng(0), 26 * 6 * 100, H)
+    assert {name: (value.shape[0], value.dtype) for name, value in batch.items() if name != "task"} == {
+        "obs": (H + 1, np.float32), "action": (H, np.float32), "reward": (H, np.float32)
+    }  # fmt: skip
+    episode, entry = batch["obs"][..., 0], batch["obs"][..., 1]
+    assert (episode == episode[0]).all() and (np.diff(entry, axis=0) == 1).all()
+    np.testing.assert_array_equal(batch["action"][..., 0], entry[1:])
+    np.testing.assert_allclose(batch["reward"], entry[1:] + episode[1:] / 10, rtol=1e-3)  # half precision
+    np.testing.assert_array_equal(batch["task"], episode[0] % 3)
+    counts = np.zeros((26, ENTRIES - H))
+    np.add.at(counts, (episode[0].astype(int), entry[0].astype(int)), 1)
+    chi_square = ((counts - 100) ** 2 / 100).sum()
+    assert counts.min() > 0 and chi_square < 155 + 4 * np.sqrt(2 * 155)
+
+
+def test_the_tiers_draw_the_same_and_only_one_holds_the_numbers(folder):
+    disk, host = (envs.load_dataset(TASKS, folder, storage) for storage in ("disk", "host"))
+    first, second = (data.sample(np.random.default_rng(3), 64, H) for data in (disk, host))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    assert disk.nbytes == host.nbytes > 0
+    assert not any(array.flags.owndata for chunk in disk.chunks for array in chunk[1:])
+    assert all(array.flags.owndata for chunk in host.chunks for array in chunk[1:])
+
+
+def test_batches_drawn_ahead_are_those_of_their_numbers(folder):
+    data = envs.load_dataset(TASKS, folder)
+    batches, later = data.batches(7, 16, H), data.batches(7, 16, H, first=5, readers=1)
+    drawn = [next(batches) for _ in range(8)]
+    for i in (5, 6, 7):
+        np.testing.assert_array_equal(drawn[i]["obs"], next(later)["obs"])
+    assert not np.array_equal(drawn[0]["obs"], drawn[1]["obs"])
+    np.testing.assert_array_equal(drawn[2]["obs"], data.sample(np.random.default_rng((7, 2)), 16, H)["obs"])
+    batches.close()
+    later.close()
+
+
+@pytest.mark.golden
+def test_the_recorded_files_open_as_the_set_that_they_are_of(golden, tmp_path):
+    (tmp_path / "chunk_0.pt").write_bytes(golden("chunk_0.2.1_float16.pt").read_bytes())
+    with pytest.warns(UserWarning, match="1 of the 4 files of mt30"):
+        data = envs.load_dataset("mt30", tmp_path)
+    batch = data.sample(np.random.default_rng(0), 500, H)
+    expected = golden("chunk_0.2.1_float16.npz")["obs"]
+    assert (data.num_episodes, data.entries) == expected.shape[:2]
+    assert set(batch["obs"][0, :, 0].tolist()) == set(expected[:, : data.entries - H, 0].ravel().tolist())
+
+
+def test_a_full_set_of_files_gives_no_warning(tmp_path):
+    for i in range(4):
+        write_chunk(tmp_path / f"chunk_{i}.pt", episodes(2, envs.TASK_SETS["mt30"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs.load_dataset("mt30", tmp_path)
+
+
+def changed(**arrays):
+    return lambda good: good | {name: change(good[name]) for name, change in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda good: {"obs": good["obs"]}, "chunk_1.pt is no dataset: it must hold obs, action, reward, task"),
+        (changed(obs=lambda x: x[..., :17].copy()), "chunk_1.pt: obs has size 17, these tasks need 24"),
+        (changed(action=lambda x: x[..., :1].copy()), "chunk_1.pt: action has size 1, these tasks need 6"),
+        (changed(reward=lambda x: x[:, 1:].copy()), "chunk_1.pt: reward has shape (4, 8), which does not fit"),
+        (lambda good: {k: v[:, :7].copy() for k, v in good.items()}, "chunk_1.pt has 7 entries an episode"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(tmp_path, change, sentence):
+    write_chunk(tmp_path / "chunk_0.pt", episodes(4))
+    write_chunk(tmp_path / "chunk_1.pt", change(episodes(4)))
+    with pytest.raises(envs.UserError, match=re.escape(sentence)) as error:
+        envs.load_dataset(TASKS, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("obs", np.nan, "chunk_1.pt: obs of episode 2 is not finite"),
+        ("action", np.inf, "chunk_1.pt: action of episode 2 is not finite"),
+        ("reward", np.nan, "chunk_1.pt: reward of episode 2 is not finite"),
+        ("task", 3, "chunk_1.pt: episode 2 is of task 3, but the set has 3 tasks"),
+        ("task", -1, "chunk_1.pt: episode 2 is of task -1, but the set has 3 tasks"),
+    ],
+)
+def test_numbers_that_do_not_belong_there_are_named_when_they_are_drawn(tmp_path, name, value, sentence):
+    write_chunk(tmp_path / "chunk_0.pt", episodes(4))
+    arrays = episodes(4)
+    arrays[name][2, 1:] = value
+    arrays[name][2, 0] = value if name == "task" else arrays[name][2, 0]
+    write_chunk(tmp_path / "chunk_1.pt", arrays)
+    data = envs.load_dataset(TASKS, tmp_path)
+    with pytest.raises(envs.UserError, match=re.escape(sentence)):
+        next(data.batches(0, 1000, H))
+
+
+def test_folders_and_arguments_that_cannot_work_are_one_sentence(folder):
+    (folder / "chunk_1.pt").rename(folder / "chunk_1.bak")
+    for arguments, sentence in [
+        ((TASKS, folder), "chunk_1.pt is missing, though there is chunk_2.pt"),
+        ((TASKS, folder / "nowhere"), "nowhere holds no chunk_0.pt"),
+        (("mt31", folder), "unknown task set 'mt31'; there are mt30 and mt80"),
+        ((("walker-wolk",), folder), "did you mean 'walker-walk'"),
+        ((TASKS, folder, "tape"), "storage must be 'disk' or 'host', not 'tape'"),
+    ]:
+        with pytest.raises(envs.UserError, match=sentence):
+            envs.load_dataset(*arguments)
+    (folder / "chunk_1.pt").write_bytes((folder / "chunk_0.pt").read_bytes()[:2000])
+    with pytest.raises(envs.UserError, match="chunk_1.pt is damaged"):
+        envs.load_dataset(TASKS, folder)
+    (folder / "chunk_1.bak").rename(folder / "chunk_1.pt")
+    with pytest.raises(envs.UserError, match="episodes of 9 entries have no windows of 10"):
+        envs.load_dataset(TASKS, folder).sample(np.random.default_rng(0), 2, ENTRIES)
+
+
+def test_a_dataset_on_disk_takes_no_memory_of_the_process(tmp_path):
+    arrays = episodes(40_000)  # 49 MB
+    write_chunk(tmp_path / "chunk_0.pt", arrays)
+    code = f"""
+import envs
+def anonymous():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+data = envs.load_dataset({TASKS!r}, {str(tmp_path)!r})
+batches = data.batches(0, 256, 3)
+next(batches)
+before = anonymous()
+for _ in range(300):
+    next(batches)
+print(data.nbytes, anonymous() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(envs.__file__).parent)
+    assert run.returncode == 0, run.stderr
+    size, grown = map(int, run.stdout.split())
+    assert size > 45e6 and grown < 5e6
