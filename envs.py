@@ -623,7 +623,7 @@ def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
     sources = assets.expand_data_group_into_individual_data_source_ids(_PACKAGE_IDS[spec.name])
     if not all(map(assets.is_data_source_downloaded, sources)):  # else it would ask on the terminal, and wait
         download = f"python -m mani_skill.utils.download_asset -y {_MANISKILL_ASSETS[spec.name]}"
-        raise UserError(f"task {spec.name!r} needs files that are not here: {download}")
+        raise UserError(f"task {spec.name!r} needs files that are not here; download them with {download}")
     try:
         simulator = gym.make(
             _PACKAGE_IDS[spec.name],

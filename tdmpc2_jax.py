@@ -775,6 +775,11 @@ def find_checkpoint(path: Path) -> Path:
     return max(complete, key=lambda p: int(p.name))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint that was written to its end (others have longer names)."""
+    return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
+
+
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: its script, arguments, sizes and counters."""
     try:
@@ -848,14 +853,15 @@ def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, s
     obs, _ = envs.reset(seed=seed)
     prev_mean = jnp.zeros((envs.num_envs, args.horizon, model.action_dim))
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
-    returns, successes, frames, key = np.zeros(envs.num_envs), np.zeros(envs.num_envs), [], jax.random.key(seed)
+    returns, successes, key = np.zeros(envs.num_envs), np.zeros(envs.num_envs), jax.random.key(seed)
+    frames = [envs.render()[0]] if args.capture_video else []
     while running.any():
         if stop:
             return None
-        if args.capture_video and running[0]:
-            frames.append(envs.render()[0])
         action, prev_mean, key = act(args, model, params, obs, prev_mean, first, discount, key, explore=False)
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
+        if args.capture_video and running[0]:
+            frames.append(envs.render()[0])
         returns += reward * running
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
@@ -909,7 +915,7 @@ def evaluate_checkpoint(args: Args) -> None:
             "std": returns.std(),
             "success_rate": successes.mean() if spec.success else None,
         }
-        write_atomically(Path(args.json), json.dumps(results, indent=2))
+        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
@@ -1029,9 +1035,7 @@ def check_finite(step: int, folder: Path, **values) -> None:
     """Stops the run when a number that it lives on is no longer one."""
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
     if bad:
-        kept = (
-            "its last checkpoint is kept" if [*folder.glob("checkpoints/[0-9]*")] else "no checkpoint was written yet"
-        )
+        kept = "its last checkpoint is kept" if has_checkpoint(folder) else "no checkpoint was written yet"
         raise environments.UserError(f"{bad[0]} is not finite at simulator step {step}: {folder} stops here; {kept}")
 
 
@@ -1053,7 +1057,7 @@ def start_writer(args: Args, folder: Path, step: int) -> SummaryWriter:
         run_id = re.sub(r"[^\w-]", "-", f"{name}-{folder.stat().st_ino}")  # the same again when the run is resumed
         settings = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
         wandb.init(**settings, config=dataclasses.asdict(args), resume="allow", sync_tensorboard=True, dir=str(folder))
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
     return writer
@@ -1117,7 +1121,7 @@ def start_or_resume(args: Args, model: WorldModel, folder: Path) -> tuple[dict[s
     parameters of --checkpoint if that is given."""
     state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
     replay = init_replay(args.buffer_size // args.num_envs, args.num_envs, model.obs_dim, model.action_dim)
-    if [*folder.glob("checkpoints/[0-9]*")]:
+    if has_checkpoint(folder):
         checkpoint = find_checkpoint(folder)
         count = read_meta(checkpoint)["count"]
         return restore(checkpoint, "state", state), restore(checkpoint, "replay", replay), count
@@ -1145,7 +1149,7 @@ def run(args: Args) -> None:
         train_state, act_key = state["train"], state["act_key"]
         step = logged = saved = count["decisions"] * spec.action_repeat
         write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2))
-        trim_curve(folder / "eval.csv", step)  # from here on the folder holds a run
+        trim_curve(folder / "eval.csv", count["evaluated"])  # from here on the folder holds a run
         writer = stack.enter_context(contextlib.closing(start_writer(args, folder, step)))
         bar = stack.enter_context(progress_bar(args, spec, model, train_state, folder, step))
         stop = stack.enter_context(catch_signals())
@@ -1227,6 +1231,9 @@ def main(args: Args) -> None:
         evaluate_checkpoint(args) if args.evaluate else run(args)
     except environments.UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # during start-up, or a second one
+        print("interrupted; --resume goes on from the last complete checkpoint, if there is one", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,25 @@ def test_a_run_killed_five_times_goes_on_and_counts_no_step_twice(start, tmp_pat
     assert [step for step, _ in read_scalars(folder, "eval/episodic_return")] == list(range(0, 1301, 100))
 
 
+def test_a_run_whose_first_checkpoint_was_cut_off_starts_again(script, tmp_path):
+    flags = ("--task", "strange_envs:Point-v0", "--eval-freq", 60, "--total-timesteps", 60)
+    status, _, err = script(*flags)
+    assert status == 0, err
+    folder = tmp_path / "runs" / FOLDER
+    (folder / "checkpoints" / "60").rename(folder / "checkpoints" / "60.orbax-checkpoint-tmp")
+    status, out, err = script(*flags, "--resume")
+    assert status == 0 and "from simulator step 0" in out, err
+    assert read_curve(folder)[0] == [0, 60] and count_of(folder)["decisions"] == 60
+
+
+def test_a_ctrl_c_before_the_run_has_begun_is_one_sentence(start, tmp_path):
+    child = start(*POINT, "--total-timesteps", 1_000_000)
+    wait_for(lambda: (tmp_path / "runs" / FOLDER / ".lock").exists(), child)  # it makes its environments now
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "--resume" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, script, tmp_path, number):
     folder = tmp_path / "runs" / FOLDER
