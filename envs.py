@@ -162,9 +162,11 @@ _PACKAGE_IDS = {
     "pick-ycb": "PickSingleYCB-v1",
     "turn-faucet": "TurnFaucet-v1",
 }
-for _task in "reach pose obj-hold key-turn pen-twirl".split():
-    _hand = "myoHand" + _task.title().replace("-", "")
-    _PACKAGE_IDS |= {f"myo-{_task}": f"{_hand}Fixed-v0", f"myo-{_task}-hard": f"{_hand}Random-v0"}
+_PACKAGE_IDS |= {
+    f"myo-{task}{hard}": f"myoHand{task.title().replace('-', '')}{kind}-v0"
+    for task in "reach pose obj-hold key-turn pen-twirl".split()
+    for hard, kind in (("", "Fixed"), ("-hard", "Random"))
+}
 
 # The multi-task sets; a task's place in its set is its id in multi-task models and datasets.
 _MT30 = tuple(
@@ -187,8 +189,9 @@ def task_spec(task: str) -> TaskSpec:
     """The facts of a task, without loading its simulator.
 
     Args:
-        task: a name of the table (`walker-walk`; dashes or underscores; `dm_control/walker-walk-v0`) or any Gymnasium
-            id with a time limit (`HalfCheetah-v5`, `module:Id-v0`, other `dm_control/…` ids).
+        task: a name of the table (`walker-walk`; dashes or underscores), its package's id (`myoHandReachFixed-v0`,
+            `dm_control/walker-walk-v0`), or any Gymnasium id with a time
+            limit (`HalfCheetah-v5`, `module:Id-v0`, other `dm_control/…` ids).
 
     Raises:
         UserError: there is no such task, or it has no time limit.
@@ -607,7 +610,6 @@ class MyoSuite(gym.Wrapper):
 # ----------------------------------------------------------------------------------------------------------------------
 
 _MANISKILL_ASSETS = {"pick-ycb": "ycb", "turn-faucet": "partnet_mobility_faucet"}
-_VULKAN_PACKAGES = "libvulkan1 mesa-vulkan-drivers"
 
 
 def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
@@ -635,7 +637,7 @@ def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
             human_render_camera_configs={"width": FRAME, "height": FRAME},
         ).unwrapped  # without its own time limit
     except RuntimeError as error:
-        hint = f"apt-get install -y {_VULKAN_PACKAGES}; without a GPU, Mesa must be 25 or newer"
+        hint = "apt-get install -y libvulkan1 mesa-vulkan-drivers; without a GPU, Mesa must be 25 or newer"
         raise UserError(f"task {spec.name!r} needs Vulkan, also without pictures ({error}): {hint}") from error
     seconds = spec.action_repeat / simulator.control_freq
     return Parts(ManiSkill(CPUGymWrapper(simulator, ignore_terminations=True)), spec.action_repeat, seconds)
@@ -836,7 +838,7 @@ def make_envs(
     modes = [render_mode] + [None] * (num_envs - 1)
     makers = [functools.partial(make_env, spec.name, seed + i, obs, mode) for i, mode in enumerate(modes)]
     if num_workers == 0:
-        makers = [functools.partial(lambda maker: SuccessOnly(maker()), maker) for maker in makers]
+        makers = [lambda make=make: SuccessOnly(make()) for make in makers]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     return WorkerVectorEnv(spec.name, makers, min(num_workers, num_envs), render_mode)
 
@@ -927,7 +929,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             pass  # it has ended: _receive tells why
 
     def _receive(self, worker: int) -> Any:
-        """A worker's answer; closes all and raises what went wrong if it failed or died."""
+        """A worker's answer; raises what went wrong if it failed or died."""
         try:
             answer, value = self._pipes[worker].recv()
         except (EOFError, OSError):
@@ -1207,6 +1209,9 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike, sto
     if isinstance(task_set, str) and task_set not in TASK_SETS:
         raise UserError(f"unknown task set {task_set!r}; there are {' and '.join(TASK_SETS)}, and lists of tasks")
     tasks = TASK_SETS[task_set] if isinstance(task_set, str) else tuple(task_spec(task).name for task in task_set)
+    sizeless = [task for task in tasks if task not in TASKS or TASKS[task].obs_size is None]
+    if sizeless:
+        raise UserError(f"task {sizeless[0]!r} cannot be in a set: only tasks of the table whose sizes it gives can")
     if storage not in ("disk", "host"):
         raise UserError(f"storage must be 'disk' or 'host', not {storage!r}")
     folder = pathlib.Path(data_dir)
@@ -1245,7 +1250,10 @@ def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], first
         array = getattr(chunk, name)
         if not isinstance(array, np.ndarray) or array.ndim != ndim or array.shape[:2] != chunk.obs.shape[:2]:
             raise UserError(f"{path}: {name} has shape {np.shape(array)}, which does not fit obs {chunk.obs.shape}")
-    obs_size, action_size = (max(TASKS[task][i] for task in tasks) for i in (1, 2))
+    obs_size, action_size = (
+        max(TASKS[task].obs_size for task in tasks),
+        max(TASKS[task].action_size for task in tasks),
+    )
     for name, size in (("obs", obs_size), ("action", action_size)):
         if getattr(chunk, name).shape[2] != size:
             raise UserError(f"{path}: {name} has size {getattr(chunk, name).shape[2]}, these tasks need {size}")

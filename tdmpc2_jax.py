@@ -910,11 +910,8 @@ def evaluate_checkpoint(args: Args) -> None:
     if args.json:
         results = {"task": spec.name, "checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
         results |= {"returns": returns.tolist(), "successes": successes.tolist()}
-        results |= {
-            "mean": returns.mean(),
-            "std": returns.std(),
-            "success_rate": successes.mean() if spec.success else None,
-        }
+        results |= {"mean": returns.mean(), "std": returns.std()}
+        results["success_rate"] = successes.mean() if spec.success else None
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
 
 
@@ -1232,7 +1229,8 @@ def main(args: Args) -> None:
     except environments.UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # during start-up, or a second one
-        print("interrupted; --resume goes on from the last complete checkpoint, if there is one", file=sys.stderr)
+        way_on = "" if args.evaluate else "; --resume goes on from the last complete checkpoint, if there is one"
+        print(f"interrupted{way_on}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

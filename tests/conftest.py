@@ -1,6 +1,7 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
 }
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and children would inherit that
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402

@@ -156,6 +156,8 @@ def test_folders_and_arguments_that_cannot_work_are_one_sentence(folder):
         ((TASKS, folder / "nowhere"), "nowhere holds no chunk_0.pt"),
         (("mt31", folder), "unknown task set 'mt31'; there are mt30 and mt80"),
         ((("walker-wolk",), folder), "did you mean 'walker-walk'"),
+        ((("pick-ycb",), folder), "task 'pick-ycb' cannot be in a set"),
+        ((("Pendulum-v1",), folder), "task 'Pendulum-v1' cannot be in a set"),
         ((TASKS, folder, "tape"), "storage must be 'disk' or 'host', not 'tape'"),
     ]:
         with pytest.raises(envs.UserError, match=sentence):
