@@ -807,44 +807,75 @@ def _close_cameras_at_exit() -> None:
 
 
 def make_envs(
-    task: str,
+    task: str | Sequence[str],
     num_envs: int,
     seed: int = 0,
     obs: str = "state",
     render_mode: str | None = None,
     num_workers: int | None = None,
+    sizes: tuple[int, int] | None = None,
 ) -> gym.vector.VectorEnv:
     """Makes `num_envs` environments that step together; environment i is `make_env(task, seed + i)`.
+
+    With several tasks, they are `num_envs` of the first task, then as many of the next, and so on; observations are
+    padded with zeros to the largest of them, and of an action each takes the entries that it needs.
 
     The step after an episode's end returns the next episode's first observation and ignores the action (NEXT_STEP).
     `reset(seed=s)` gives environment i the seed s + i. `infos["success"]` is float64 [num_envs]. What an environment
     returns depends on its seed and actions only, not on the number of workers.
 
     Args:
-        task, seed, obs: as in `make_env`.
-        num_envs: number of environments, at least 1.
-        render_mode: "rgb_array": `envs.render()[0]` is a frame of environment 0; the others draw nothing.
+        task, seed, obs: as in `make_env`; task may also be several names of the table (with obs="state" only).
+        num_envs: number of environments (of each task), at least 1.
+        render_mode: "rgb_array": `envs.render()[i]` is a frame of environment i if it is the first of its task; the
+            others draw nothing.
         num_workers: worker processes to spread the environments over; 0 steps them in this process. Default: what
             should be fastest for this task and number of cores (`default_workers`).
+        sizes: of observation and action, if larger ones than those of the largest of several tasks are wanted.
 
     Raises:
         UserError: as `make_env`, or num_envs < 1.
     """
     if num_envs < 1:
         raise UserError(f"the number of environments must be at least 1, not {num_envs}")
-    spec = task_spec(task)
+    names, modes = [task_spec(task).name] if isinstance(task, str) else list(set_tasks(task)), [render_mode]
+    modes += [None] * (num_envs - 1)
+    sizes = None if isinstance(task, str) else sizes or set_sizes(names)
+    one_each = [(name, mode) for name in names for mode in modes]
+    makers = [functools.partial(_make_one, name, seed + i, obs, mode, sizes) for i, (name, mode) in enumerate(one_each)]
     if num_workers is None:
-        num_workers = default_workers(spec.name, num_envs)
-    modes = [render_mode] + [None] * (num_envs - 1)
-    makers = [functools.partial(make_env, spec.name, seed + i, obs, mode) for i, mode in enumerate(modes)]
+        num_workers = default_workers(names, num_envs)
     if num_workers == 0:
         makers = [lambda make=make: SuccessOnly(make()) for make in makers]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    return WorkerVectorEnv(spec.name, makers, min(num_workers, num_envs), render_mode)
+    return WorkerVectorEnv(names, makers, min(num_workers, len(makers)), render_mode)
 
 
-def default_workers(task: str, num_envs: int, cores: int | None = None) -> int:
-    """The number of worker processes that should step the environments fastest; 0: this process does.
+def _make_one(name: str, seed: int, obs: str, render_mode: str | None, sizes: tuple[int, int] | None) -> gym.Env:
+    env = make_env(name, seed, obs, render_mode)
+    return Padded(env, *sizes) if sizes else env
+
+
+class Padded(gym.Wrapper):
+    """Observations with zeros behind them, and actions of which the first entries count: one shape for many tasks."""
+
+    def __init__(self, env: gym.Env, obs_size: int, action_size: int):
+        super().__init__(env)
+        self._own, self._padding = env.action_space.shape[0], (0, obs_size - env.observation_space.shape[0])
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (action_size,), np.float32)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return np.pad(obs, self._padding), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, *rest = self.env.step(action[: self._own])
+        return np.pad(obs, self._padding), *rest
+
+
+def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None = None) -> int:
+    """The number of worker processes that should step num_envs environments of each task fastest; 0: this process does.
 
     n environments of t µs take n·t in this process. w workers take 1.3·⌈n/w⌉·t (their caches cool while they wait)
     and 50 + 30·w for the messages, as measured by benchmarks/environments.py. So 8 cartpoles (30 µs) stay here and two
@@ -852,7 +883,9 @@ def default_workers(task: str, num_envs: int, cores: int | None = None) -> int:
     """
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = TASKS[task].microseconds if task in TASKS else 100
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks])
+    num_envs *= len(tasks)
     workers = range(2, min(num_envs, cores) + 1)
     times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
     return min(times, key=times.get)
@@ -879,16 +912,18 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
     Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
     """
 
-    def __init__(self, task: str, makers: list[Any], num_workers: int, render_mode: str | None):
-        self._task, self.num_envs, self.render_mode = task, len(makers), render_mode
+    def __init__(self, tasks: list[str], makers: list[Any], num_workers: int, render_mode: str | None):
+        self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
+        self.num_envs, self.render_mode = len(makers), render_mode
         self.processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
-        self._rows_of = np.array_split(np.arange(self.num_envs), num_workers)
-        registered = gym.registry.get(task)  # a task that the user's script registered is unknown to a fresh Python
+        self._rows_of = [np.arange(i, self.num_envs, num_workers) for i in range(num_workers)]  # every task to many
+        registered = gym.registry.get(tasks[0])  # a task that the user's script registered is unknown to a fresh Python
         with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
             try:
-                for rows in self._rows_of:
-                    self._start(shared.fileno(), (registered, rows.tolist(), [makers[i] for i in rows]))
+                for i, rows in enumerate(self._rows_of):
+                    job = registered, slice(i, self.num_envs, num_workers), [makers[row] for row in rows]
+                    self._start(shared.fileno(), job)
                 (self.single_observation_space, self.single_action_space, self.metadata), *_ = (
                     self._receive(worker) for worker in range(num_workers)
                 )
@@ -969,10 +1004,11 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
 
     def render(self) -> tuple[np.ndarray | None, ...] | None:
-        """(frame of environment 0, None, …)."""
+        """A frame or None for every environment."""
         if self.render_mode is None:
             return None
-        return (self._command_all("render", [None])[0],) + (None,) * (self.num_envs - 1)
+        frames = self._command_all("render", [None] * len(self._pipes))
+        return tuple(frames[i % len(frames)][i // len(frames)] for i in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the workers within 5 s, also those that hang or have failed."""
@@ -1010,7 +1046,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
             command, argument = pipe.recv()
             value = None
             if command == "share":  # the parent has given the shared file its size
-                records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows[0] : rows[-1] + 1]
+                records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows]
             elif command == "reset":
                 for record, env, seed in zip(records, envs, argument[0], strict=True):
                     _record_reset(record, env.reset(seed=seed, options=argument[1]))
@@ -1018,7 +1054,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
                 for record, env in zip(records, envs, strict=True):
                     _record_step(record, env)
             elif command == "render":
-                value = envs[0].render()
+                value = [env.render() for env in envs]
             pipe.send_bytes(pickle.dumps(("done", value)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has closed the pipe, or is no more
@@ -1191,44 +1227,54 @@ def _rebuild_quantised(storage: np.ndarray, offset: int, size: tuple, stride: tu
 _CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
 
 
-def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike, storage: str = "disk") -> Dataset:
-    """Opens the episodes of a set of tasks: the original's files `chunk_0.pt`, `chunk_1.pt`, … as they are.
-
-    A file is a TensorDict [episodes, entries] of obs [·, ·, O], action [·, ·, A], reward and task, the task's place in
-    the set. O and A are the sizes of the set's largest tasks, smaller ones are padded with zeros. Entry 0 of an episode
-    is its reset, with filler for action and reward; entry i has the action that led to it and the reward it brought.
-
-    Args:
-        task_set: "mt30", "mt80", or names of tasks.
-        data_dir: folder of the files.
-        storage: "disk" reads what is sampled from the files; "host" holds all of it in memory.
+def set_tasks(task_set: str | Sequence[str]) -> tuple[str, ...]:
+    """Canonical names of a multi-task set's tasks, in the order of their ids: "mt30", "mt80", or a list of names.
 
     Raises:
-        UserError: names the file that is missing, cannot be read, or does not fit the set.
+        UserError: there is no such set or task, a name stands twice, or the table does not give the task's sizes.
     """
     if isinstance(task_set, str) and task_set not in TASK_SETS:
         raise UserError(f"unknown task set {task_set!r}; there are {' and '.join(TASK_SETS)}, and lists of tasks")
     tasks = TASK_SETS[task_set] if isinstance(task_set, str) else tuple(task_spec(task).name for task in task_set)
-    sizeless = [task for task in tasks if task not in TASKS or TASKS[task].obs_size is None]
-    if sizeless:
-        raise UserError(f"task {sizeless[0]!r} cannot be in a set: only tasks of the table whose sizes it gives can")
-    if storage not in ("disk", "host"):
-        raise UserError(f"storage must be 'disk' or 'host', not {storage!r}")
-    folder = pathlib.Path(data_dir)
-    found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
-    if not found:
-        raise UserError(f"{folder} holds no chunk_0.pt, chunk_1.pt, …")
-    missing = [folder / f"chunk_{i}.pt" for i in range(max(found)) if i not in found]
+    for task in tasks:
+        if task not in TASKS or TASKS[task].obs_size is None:
+            raise UserError(f"task {task!r} cannot be in a set: only tasks of the table whose sizes it gives can")
+        if tasks.count(task) > 1:
+            raise UserError(f"task {task!r} stands twice in the set")
+    return tasks
+
+
+def set_sizes(tasks: Sequence[str]) -> tuple[int, int]:
+    """Sizes of the largest observation and of the largest action of these tasks: those of all others are padded."""
+    return max(TASKS[task].obs_size for task in tasks), max(TASKS[task].action_size for task in tasks)
+
+
+def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> Dataset:
+    """Opens the episodes of a set of tasks where they lie: nothing is copied into memory, see `Dataset.to_host`.
+
+    `data_dir` holds the original's files `chunk_0.pt`, `chunk_1.pt`, … as they are, or a folder of such files for every
+    task, as `EpisodeWriter` leaves it. A file is a TensorDict [episodes, entries] of obs [·, ·, O], action [·, ·, A],
+    reward and task, the task's place in the set. O and A are the sizes of the set's largest tasks, smaller ones are
+    padded with zeros; a file in a task's own folder is a set of this one task. Entry 0 of an episode is its reset, with
+    filler for action and reward; entry i has the action that led to it and the reward it brought.
+
+    Args:
+        task_set: "mt30", "mt80", or names of tasks.
+        data_dir: folder of the files, or of the tasks' folders.
+
+    Raises:
+        UserError: names the file that is missing, cannot be read, or does not fit the set.
+    """
+    tasks, folder = set_tasks(task_set), pathlib.Path(data_dir)
+    if any(folder.glob("chunk_*.pt")):
+        expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
+        return Dataset(tasks, _open_chunks(folder, tasks, np.arange(len(tasks)), expected))
+    missing = [task for task in tasks if not (folder / task).is_dir()]
     if missing:
-        raise UserError(f"{missing[0]} is missing, though there is {found[max(found)].name}")
-    expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
-    if expected and len(found) < expected:
-        warnings.warn(f"{folder} holds {len(found)} of the {expected} files of {task_set}", stacklevel=2)
-    chunks = []
-    for _, path in sorted(found.items()):
-        chunk = _check_chunk(path, load_pt(path, in_place=True), tasks, chunks[0] if chunks else None)
-        chunks.append(chunk if storage == "disk" else Chunk(path, *map(np.array, chunk[1:])))
-    return Dataset(tasks, chunks)
+        raise UserError(f"{folder} holds neither chunk_0.pt, chunk_1.pt, … nor a folder {missing[0]} of such files")
+    return Dataset(
+        tasks, [c for i, task in enumerate(tasks) for c in _open_chunks(folder / task, (task,), np.array([i]))]
+    )
 
 
 class Chunk(NamedTuple):
@@ -1238,27 +1284,37 @@ class Chunk(NamedTuple):
     obs: np.ndarray  # [episodes, entries, O]
     action: np.ndarray  # [episodes, entries, A]
     reward: np.ndarray  # [episodes, entries]
-    task: np.ndarray  # [episodes, entries]
+    task: np.ndarray  # [episodes, entries], place in `ids`
+    ids: np.ndarray  # the set's ids of the tasks that the file is about
 
 
-def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], first: Chunk | None) -> Chunk:
-    names = Chunk._fields[1:]
+def _open_chunks(
+    folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray, expected: int | None = None
+) -> list[Chunk]:
+    found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
+    missing = [folder / f"chunk_{i}.pt" for i in range(max(found, default=0) + 1) if i not in found]
+    if missing:
+        there = f", though there is {found[max(found)].name}" if found else ""
+        raise UserError(f"{missing[0]} is missing{there}")
+    if expected and len(found) < expected:
+        warnings.warn(f"{folder} holds {len(found)} of the {expected} files of this set", stacklevel=3)
+    return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids) for _, path in sorted(found.items())]
+
+
+def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: np.ndarray) -> Chunk:
+    names = Chunk._fields[1:-1]
     if not isinstance(tensors, dict) or not set(names) <= set(tensors):
         raise UserError(f"{path} is no dataset: it must hold {', '.join(names)}")
-    chunk = Chunk(path, *(tensors[name] for name in names))
+    chunk = Chunk(path, *(tensors[name] for name in names), ids)
     for name, ndim in (("obs", 3), ("action", 3), ("reward", 2), ("task", 2)):
         array = getattr(chunk, name)
         if not isinstance(array, np.ndarray) or array.ndim != ndim or array.shape[:2] != chunk.obs.shape[:2]:
             raise UserError(f"{path}: {name} has shape {np.shape(array)}, which does not fit obs {chunk.obs.shape}")
-    obs_size, action_size = (
-        max(TASKS[task].obs_size for task in tasks),
-        max(TASKS[task].action_size for task in tasks),
-    )
-    for name, size in (("obs", obs_size), ("action", action_size)):
+    for name, size in zip(("obs", "action"), set_sizes(tasks), strict=True):
         if getattr(chunk, name).shape[2] != size:
             raise UserError(f"{path}: {name} has size {getattr(chunk, name).shape[2]}, these tasks need {size}")
-    if first is not None and chunk.obs.shape[1] != first.obs.shape[1]:
-        raise UserError(f"{path} has {chunk.obs.shape[1]} entries an episode, {first.path} has {first.obs.shape[1]}")
+    if 0 in chunk.obs.shape:
+        raise UserError(f"{path} holds no episodes")
     return chunk
 
 
@@ -1267,19 +1323,48 @@ class Dataset:
 
     Attributes:
         tasks: names, in the order of their ids.
-        chunks: the files.
-        num_episodes, entries: size of the whole; entries is that of each episode.
+        chunks: the files; episodes of one file have the same number of entries.
+        obs_size, action_size: of the set; smaller observations and actions are padded with zeros.
+        num_episodes, num_entries: of all files together.
         nbytes: of all arrays.
     """
 
     def __init__(self, tasks: tuple[str, ...], chunks: list[Chunk]):
         self.tasks, self.chunks = tasks, chunks
-        self._starts = np.cumsum([0] + [len(chunk.obs) for chunk in chunks])
-        self.num_episodes, self.entries = int(self._starts[-1]), chunks[0].obs.shape[1]
-        self.nbytes = sum(array.nbytes for chunk in chunks for array in chunk[1:])
+        self.obs_size, self.action_size = set_sizes(tasks)
+        self.num_episodes = sum(len(chunk.obs) for chunk in chunks)
+        self.num_entries = sum(chunk.task.size for chunk in chunks)
+        self.nbytes = sum(array.nbytes for chunk in chunks for array in chunk[1:-1])
 
-    def sample(self, rng: np.random.Generator, batch_size: int, horizon: int) -> dict[str, np.ndarray]:
+    def to_host(self) -> Dataset:
+        """The same episodes held in memory; UserError if a number among them is not finite or a task not of the set."""
+        chunks = []
+        for chunk in self.chunks:
+            for i in range(0, len(chunk.obs), 1000):
+                self._read(chunk, np.arange(i, min(i + 1000, len(chunk.obs)))[:, None], np.arange(chunk.obs.shape[1]))
+            chunks.append(Chunk(chunk.path, *map(np.array, chunk[1:-1]), chunk.ids))
+        return Dataset(self.tasks, chunks)
+
+    def window_table(self, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the windows of horizon + 1 entries within one episode are, as int64 arrays over the F files: the
+        windows up to and with each file [F], the file's first entry in the whole [F], and its entries an episode [F].
+        """
+        episodes, entries = np.array([chunk.obs.shape[:2] for chunk in self.chunks]).T
+        windows = np.cumsum(episodes * np.maximum(entries - horizon, 0))
+        if windows[-1] == 0:
+            raise UserError(f"episodes of {entries.max()} entries have no windows of {horizon + 1}")
+        return windows, np.cumsum(episodes * entries) - episodes * entries, entries
+
+    def sample(
+        self, rng: np.random.Generator, batch_size: int, horizon: int, rows: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
         """Draws windows of horizon + 1 entries within one episode, each start equally likely.
+
+        Args:
+            rng: gives as many numbers whatever `rows` is.
+            batch_size: number B of windows drawn.
+            horizon: H.
+            rows: the part of the batch to read and return: what one of several hosts needs.
 
         Returns:
             float32 obs [H+1, B, O], action [H, B, A], reward [H, B]; int32 task [B].
@@ -1287,46 +1372,85 @@ class Dataset:
         Raises:
             UserError: what was drawn holds NaN, or a task that is not of the set; names the file and the episode.
         """
-        if horizon >= self.entries:
-            raise UserError(f"episodes of {self.entries} entries have no windows of {horizon + 1}")
-        episode = rng.integers(self.num_episodes, size=batch_size)
-        entry = rng.integers(self.entries - horizon, size=batch_size)[:, None] + np.arange(horizon + 1)
-        sizes = self.chunks[0].obs.shape[2], self.chunks[0].action.shape[2]
+        ends, _, entries = self.window_table(horizon)
+        window = rng.integers(ends[-1], size=batch_size)[rows]
+        which = np.searchsorted(ends, window, side="right")
         batch = {
-            "obs": np.empty((batch_size, horizon + 1, sizes[0]), np.float32),
-            "action": np.empty((batch_size, horizon, sizes[1]), np.float32),
-            "reward": np.empty((batch_size, horizon), np.float32),
-            "task": np.empty(batch_size, np.int32),
+            "obs": np.zeros((len(window), horizon + 1, self.obs_size), np.float32),
+            "action": np.zeros((len(window), horizon, self.action_size), np.float32),
+            "reward": np.empty((len(window), horizon), np.float32),
+            "task": np.empty(len(window), np.int32),
         }
-        which = np.searchsorted(self._starts, episode, side="right") - 1
         for i in np.unique(which):
-            rows, chunk = which == i, self.chunks[i]
-            row, column = (episode[rows] - self._starts[i])[:, None], entry[rows]
-            drawn = {"obs": chunk.obs[row, column]}
-            drawn |= {"action": chunk.action[row, column[:, 1:]], "reward": chunk.reward[row, column[:, 1:]]}
-            for name, values in drawn.items():
-                finite = np.isfinite(values.reshape(len(row), -1)).all(1)
-                if not finite.all():
-                    raise UserError(f"{chunk.path}: {name} of episode {row[~finite][0, 0]} is not finite")
-                batch[name][rows] = values
-            task = chunk.task[row[:, 0], column[:, 0]]
-            outside = (task < 0) | (task >= len(self.tasks))
-            if outside.any():
-                where = f"episode {row[outside][0, 0]} is of task {task[outside][0]}"
-                raise UserError(f"{chunk.path}: {where}, but the set has {len(self.tasks)} tasks")
-            batch["task"][rows] = task
+            mine = which == i
+            starts = entries[i] - horizon  # in one episode
+            episode, start = np.divmod(window[mine] - (ends[i - 1] if i else 0), starts)
+            read = self._read(self.chunks[i], episode[:, None], start[:, None] + np.arange(horizon + 1))
+            batch["obs"][mine, :, : read["obs"].shape[2]] = read["obs"]
+            batch["action"][mine, :, : read["action"].shape[2]] = read["action"][:, 1:]
+            batch["reward"][mine], batch["task"][mine] = read["reward"][:, 1:], read["task"][:, 0]
         return {name: values if name == "task" else values.swapaxes(0, 1) for name, values in batch.items()}
 
-    def batches(self, seed: int, batch_size: int, horizon: int, first: int = 0, readers: int = 4):
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Entries start … stop of the whole, all episodes of all files in a row, to hold them elsewhere.
+
+        Returns:
+            obs [n, O], action [n, A], reward [n] in the type of the files, with zeros for filler; int16 task [n].
+
+        Raises:
+            UserError: as `sample`.
+        """
+        parts, first = [], 0
+        for chunk in self.chunks:
+            inside = slice(max(start - first, 0), max(min(stop - first, chunk.task.size), 0))
+            episode, entry = np.divmod(np.arange(inside.start, inside.stop), chunk.obs.shape[1])
+            first += chunk.task.size
+            if not len(episode):
+                continue
+            read = self._read(chunk, episode[:, None], entry[:, None])
+            widths = {"obs": self.obs_size, "action": self.action_size}
+            for name, width in widths.items():
+                read[name] = np.pad(read[name], [(0, 0), (0, 0), (0, width - read[name].shape[2])])
+            read["action"][entry == 0], read["reward"][entry == 0] = 0, 0
+            parts.append({name: values[:, 0] for name, values in read.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _read(self, chunk: Chunk, episode: np.ndarray, entry: np.ndarray) -> dict[str, np.ndarray]:
+        """Entries [E, n] of episodes [E, 1], checked; filler stands only at the windows' first entries."""
+        read = {name: getattr(chunk, name)[episode, entry] for name in ("obs", "action", "reward")}
+        behind_reset = np.broadcast_to(entry > 0, read["reward"].shape)
+        for name, values in read.items():
+            finite = np.isfinite(values) if name == "reward" else np.isfinite(values).all(-1)
+            finite |= ~behind_reset & (name != "obs")
+            if not finite.all():
+                where = episode[~finite.all(1)][0, 0]
+                raise UserError(f"{chunk.path}: {name} of episode {where} is not finite")
+        task = chunk.task[episode, entry]
+        outside = (task < 0) | (task >= len(chunk.ids))
+        if outside.any():
+            where = f"episode {episode[outside.any(1)][0, 0]} is of task {task[outside][0]}"
+            raise UserError(f"{chunk.path}: {where}, but the set has {len(chunk.ids)} task(s)")
+        return read | {"task": chunk.ids[task].astype(np.int16)}
+
+    def batches(
+        self,
+        seed: int,
+        batch_size: int,
+        horizon: int,
+        first: int = 0,
+        readers: int = 4,
+        rows: slice = slice(None),
+    ):
         """Endless batches of `sample`, drawn ahead by threads; batch i depends on the seed and i only.
 
         Args:
             first: number of the first batch: a resumed run goes on where it was.
             readers: threads; each holds two batches ready. Reading lets other threads run.
+            rows: as in `sample`.
         """
 
         def draw(i: int) -> dict[str, np.ndarray]:
-            return self.sample(np.random.default_rng((seed, i)), batch_size, horizon)
+            return self.sample(np.random.default_rng((seed, i)), batch_size, horizon, rows)
 
         pool = ThreadPoolExecutor(readers)
         try:
@@ -1336,6 +1460,90 @@ class Dataset:
                 ahead.append(pool.submit(draw, i))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class EpisodeWriter:
+    """Writes a task's episodes to DATA_DIR/TASK/chunk_0.pt, chunk_1.pt, …, as `load_dataset` reads them.
+
+    PyTorch with tensordict reads the files, too. They are complete or absent at any moment, and several runs may write
+    to one folder: each takes the next free number.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike, task: str, num_envs: int):
+        spec = task_spec(task)
+        set_tasks([task])
+        self._folder = pathlib.Path(data_dir, spec.name)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"episodes cannot be written to {self._folder}: {error.strerror}") from None
+        row, length = TASKS[spec.name], spec.episode_length + 1
+        self._open = {  # the episodes under way
+            "obs": np.zeros((num_envs, length, row.obs_size), np.float32),
+            "action": np.zeros((num_envs, length, row.action_size), np.float32),
+            "reward": np.zeros((num_envs, length), np.float32),
+        }
+        self._entry, self._finished = np.full(num_envs, -1), []
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> None:
+        """Takes one step of all environments; where `first`, it is a reset, whose action and reward are filler."""
+        envs, self._entry = np.arange(len(first)), np.where(first, 0, self._entry + 1)
+        self._open["obs"][envs, self._entry] = obs
+        self._open["action"][envs, self._entry] = np.where(first[:, None], np.nan, action)
+        self._open["reward"][envs, self._entry] = np.where(first, np.nan, reward)
+        for i in np.flatnonzero(self._entry + 1 == self._open["reward"].shape[1]):
+            self._finished.append({name: values[i].copy() for name, values in self._open.items()})
+
+    def flush(self) -> None:
+        """Writes the episodes that have ended since the last call, if there are any, to a file of their own."""
+        if not self._finished:
+            return
+        tensors = {name: np.stack([episode[name] for episode in self._finished]) for name in self._open}
+        temporary = self._folder / f".writing-{os.getpid()}"
+        save_tensordict(temporary, tensors | {"task": np.zeros(tensors["reward"].shape, np.int64)})
+        for i in itertools.count():
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, self._folder / f"chunk_{i}.pt")
+                break
+        temporary.unlink()
+        self._finished = []
+
+
+def save_tensordict(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
+    """Writes arrays that share their first two axes as torch.save would write them in a TensorDict, without PyTorch.
+
+    The pickle names the class as tensordict 0.1 and 0.2 do, where later versions find it, too.
+    """
+    kinds = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    def numbers(values: Sequence[int]) -> bytes:
+        return b"(" + b"".join(b"\x8a\x08" + struct.pack("<q", value) for value in values) + b"t"
+
+    def tensor(key: int, array: np.ndarray) -> bytes:
+        kind, strides = kinds[array.dtype.str[1:]], [stride // array.itemsize for stride in array.strides]
+        storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(str(key)) + text("cpu")
+        storage += numbers([array.size])[1:-1] + b"tQ"
+        arguments = storage + numbers([0])[1:-1] + numbers(array.shape) + numbers(strides)
+        return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89ccollections\nOrderedDict\n)RtR"
+
+    members = b"".join(text(name) + tensor(key, array) for key, (name, array) in enumerate(arrays.items()))
+    state = text("_tensordict") + b"}(" + members + b"u" + text("_batch_size")
+    state += b"ctorch\nSize\n" + numbers(next(iter(arrays.values())).shape[:2]) + b"\x85R"
+    state += b"".join(text(name) + b"\x89" for name in ("_is_shared", "_is_memmap", "_is_locked"))
+    state += text("_device") + b"N" + text("_names") + b"N"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02ctensordict.tensordict\nTensorDict\n)\x81}(" + state + b"ub.")
+        archive.writestr("archive/byteorder", "little")
+        for key, array in enumerate(arrays.values()):
+            info = zipfile.ZipInfo(f"archive/data/{key}")
+            padding = -(archive.fp.tell() + 30 + len(info.filename) + 4) % 64  # aligned when they are mapped
+            info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
+            archive.writestr(info, array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        archive.writestr("archive/version", "3\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

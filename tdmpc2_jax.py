@@ -67,6 +67,8 @@ class Args:
     """simulator steps between checkpoints (one more is written at the end, on SIGTERM and on Ctrl-C)"""
     log_freq: int = 2_000
     """simulator steps between two points of the loss curves"""
+    save_episodes: str | None = None
+    """also write the training episodes to SAVE_EPISODES/TASK, at every checkpoint: a dataset for tdmpc2_jax_mt.py"""
     track: bool = False
     """also send everything to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "tdmpc2-jax"
@@ -969,6 +971,8 @@ def check_args(args: Args) -> None:
             raise environments.UserError(sentence)
     if args.capture_video:
         environments.check_rendering(args.task)
+    if args.save_episodes:
+        environments.set_tasks([args.task])
     if args.checkpoint and not args.checkpoint.endswith(".pt"):
         read_meta(find_checkpoint(Path(args.checkpoint)))
 
@@ -976,6 +980,11 @@ def check_args(args: Args) -> None:
 def seed_steps_of(args: Args, spec) -> int:
     """Random decisions before the first update."""
     return max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
+
+
+# what may differ when a run is resumed
+FREE_TO_CHANGE = {"resume", "runs_dir", "total_timesteps", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
+FREE_TO_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video", "save_episodes"}
 
 
 def open_run(args: Args, folder: Path):
@@ -993,21 +1002,22 @@ def open_run(args: Args, folder: Path):
             raise environments.UserError(
                 f"{folder} holds a run; continue it with --resume, or choose another --exp-name or --seed"
             )
-        free = {"resume", "runs_dir", "total_timesteps", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
-        free |= {"track", "wandb_project_name", "wandb_entity", "capture_video"}
         before = json.loads((folder / "args.json").read_text())
-        changed = [k for k, v in dataclasses.asdict(args).items() if k not in free and before.get(k) != v]
+        changed = [k for k, v in dataclasses.asdict(args).items() if k not in FREE_TO_CHANGE and before.get(k) != v]
         if changed:
             flags = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
             raise environments.UserError(f"--resume continues a run as it was started, with {flags}")
     return lock
 
 
+EVAL_COLUMNS = ["step", "reward", "success", "seed"]
+
+
 def trim_curve(path: Path, step: int) -> None:
     """Drops the rows of eval.csv beyond `step`: a resumed run measures them again."""
     rows = list(csv.reader(path.open())) if path.exists() else []
-    rows = [row for row in rows[1:] if len(row) == 4 and int(row[0]) <= step]
-    write_atomically(path, "".join(",".join(row) + "\n" for row in [["step", "reward", "success", "seed"], *rows]))
+    rows = [row for row in rows[1:] if len(row) == len(EVAL_COLUMNS) and int(row[0]) <= step]
+    write_atomically(path, "".join(",".join(row) + "\n" for row in [EVAL_COLUMNS, *rows]))
 
 
 @contextlib.contextmanager
@@ -1155,6 +1165,9 @@ def run(args: Args) -> None:
         first, done, returns, lengths = np.ones(n, bool), np.zeros(n, bool), np.zeros(n), np.zeros(n, int)
         filler = np.zeros((n, model.action_dim), np.float32), np.zeros(n, np.float32), np.zeros(n, bool)
         replay = add(replay, args.horizon, obs, *filler, first)
+        episodes = environments.EpisodeWriter(args.save_episodes, args.task, n) if args.save_episodes else None
+        if episodes:
+            episodes.add(obs, *filler[:2], first)
         prev_mean, info = jnp.zeros((n, args.horizon, model.action_dim)), {}
         burst = max(1, int(args.utd * n))  # updates per dispatch
         clock, tick = time.time() - count["seconds"], time.time()
@@ -1171,6 +1184,8 @@ def run(args: Args) -> None:
             if crossed(step, saved, args.checkpoint_freq) or (finished or stop) and saved != step:
                 check_finite(step, folder, **jax.device_get(info))
                 flush(writer)  # first: a checkpoint must not be ahead of the curves
+                if episodes:
+                    episodes.flush()
                 save(manager, args, model, step, count, {"train": train_state, "act_key": act_key}, replay)
                 saved = step
             if finished or stop:
@@ -1201,6 +1216,8 @@ def run(args: Args) -> None:
             check_finite(step, folder, reward=reward, observation=obs)
             first, done = done, terminated | truncated
             replay = add(replay, args.horizon, obs, action, reward.astype(np.float32), terminated, first)
+            if episodes:
+                episodes.add(obs, action, reward, first)
             count["decisions"] += n - int(first.sum())
             step = count["decisions"] * spec.action_repeat
 
