@@ -1267,8 +1267,11 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
     """
     tasks, folder = set_tasks(task_set), pathlib.Path(data_dir)
     if any(folder.glob("chunk_*.pt")):
+        chunks = _open_chunks(folder, tasks, np.arange(len(tasks)))
         expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
-        return Dataset(tasks, _open_chunks(folder, tasks, np.arange(len(tasks)), expected))
+        if expected and len(chunks) < expected:
+            warnings.warn(f"{folder} holds {len(chunks)} of the {expected} files of {task_set}", stacklevel=2)
+        return Dataset(tasks, chunks)
     missing = [task for task in tasks if not (folder / task).is_dir()]
     if missing:
         raise UserError(f"{folder} holds neither chunk_0.pt, chunk_1.pt, … nor a folder {missing[0]} of such files")
@@ -1288,16 +1291,12 @@ class Chunk(NamedTuple):
     ids: np.ndarray  # the set's ids of the tasks that the file is about
 
 
-def _open_chunks(
-    folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray, expected: int | None = None
-) -> list[Chunk]:
+def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray) -> list[Chunk]:
     found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
     missing = [folder / f"chunk_{i}.pt" for i in range(max(found, default=0) + 1) if i not in found]
     if missing:
         there = f", though there is {found[max(found)].name}" if found else ""
         raise UserError(f"{missing[0]} is missing{there}")
-    if expected and len(found) < expected:
-        warnings.warn(f"{folder} holds {len(found)} of the {expected} files of this set", stacklevel=3)
     return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids) for _, path in sorted(found.items())]
 
 
@@ -1429,7 +1428,7 @@ class Dataset:
         outside = (task < 0) | (task >= len(chunk.ids))
         if outside.any():
             where = f"episode {episode[outside.any(1)][0, 0]} is of task {task[outside][0]}"
-            raise UserError(f"{chunk.path}: {where}, but the set has {len(chunk.ids)} task(s)")
+            raise UserError(f"{chunk.path}: {where}, but the set has {len(chunk.ids)} task{'s' * (len(chunk.ids) > 1)}")
         return read | {"task": chunk.ids[task].astype(np.int16)}
 
     def batches(

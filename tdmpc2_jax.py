@@ -86,9 +86,9 @@ class Args:
     evaluate: bool = False
     """do not train: evaluate --checkpoint, print the returns and exit"""
     checkpoint: str | None = None
-    """start from these parameters: a run folder, a checkpoint folder, or an original .pt file"""
+    """start from these parameters: a run folder (of tdmpc2_jax_mt.py, too), a checkpoint folder, or an original .pt"""
     source_task: str | None = None
-    """task whose embedding is folded in, if --checkpoint is a multi-task .pt file"""
+    """task whose embedding is folded in, if --checkpoint is a multi-task agent"""
     json: str | None = None
     """with --evaluate: write the results to this file"""
     mpc: bool = True
@@ -744,29 +744,6 @@ def fold_task(params: dict[str, Any], emb: np.ndarray, obs_dim: int, action_dim:
     return {name: fold(name, component) for name, component in params.items()}
 
 
-def load_pt_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and target Qs of an original .pt file, folded to args.source_task if it is a multi-task one."""
-    tensors = environments.load_pt(args.checkpoint).get("model", {})
-    params, target_q = from_torch(tensors)
-    table = tensors.get("_task_emb.weight")
-    if (table is None) != (args.source_task is None):
-        want = "is a single-task agent: leave out" if table is None else "is a multi-task agent: name its task with"
-        raise environments.UserError(f"{args.checkpoint} {want} --source-task")
-    if table is not None:
-        name = f"mt{len(table)}"
-        tasks = environments.TASK_SETS.get(name, ())
-        source = environments.task_spec(args.source_task).name
-        if source not in tasks:
-            raise environments.UserError(f"{args.checkpoint} was not trained on {source}: it knows the tasks of {name}")
-        emb = np.asarray(table[tasks.index(source)], np.float32)
-        params = fold_task(params | {"q_target": target_q}, emb, model.obs_dim, model.action_dim)
-        target_q = params.pop("q_target")
-    if model.termination is None:
-        params.pop("termination", None)
-    check_shapes(args, model, params)
-    return params, target_q
-
-
 def find_checkpoint(path: Path) -> Path:
     """The newest complete checkpoint of a run folder or of its checkpoints/, or the checkpoint folder itself."""
     candidates = [path, *path.glob("*"), *path.glob("checkpoints/*")]
@@ -783,11 +760,15 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: its script, arguments, sizes and counters."""
+    """What a checkpoint of this script or of tdmpc2_jax_mt.py says of itself: its script, arguments, sizes, tasks and
+    counters."""
     try:
         meta = json.loads((checkpoint / "meta" / "metadata").read_text())
         if meta["script"] == "tdmpc2_jax":
             return meta | {"args": Args(**meta["args"])}
+        if meta["script"] == "tdmpc2_jax_mt":
+            shared = {k: v for k, v in meta["args"].items() if k in {field.name for field in dataclasses.fields(Args)}}
+            return meta | {"args": Args(**shared)}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise environments.UserError(f"{checkpoint} is damaged or not a checkpoint of tdmpc2_jax.py")
@@ -800,6 +781,20 @@ def restore(checkpoint: Path, item: str, like):
     except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise environments.UserError(f"{checkpoint} is damaged or of another size ({item}: {reason})") from error
+
+
+def restore_multitask(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and target Qs of a checkpoint of tdmpc2_jax_mt.py, on one device, whatever devices have written it."""
+    path, here = checkpoint.absolute() / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        there = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        there = {"params": there["params"], "target_q": there["target_q"]}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
+        options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
+        agent = ocp.PyTreeCheckpointer().restore(path, args=ocp.args.PyTreeRestore(like, **options))
+        return agent["params"], agent["target_q"]
+    except Exception as error:  # as above
+        raise environments.UserError(f"{checkpoint} is damaged ({type(error).__name__})") from error
 
 
 def check_shapes(args: Args, model: WorldModel, params) -> None:
@@ -822,15 +817,38 @@ def check_shapes(args: Args, model: WorldModel, params) -> None:
 
 
 def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and target Qs of args.checkpoint, of whichever kind it is."""
+    """Parameters and target Qs of args.checkpoint, of whichever kind it is; those of a multi-task agent are folded to
+    args.source_task."""
+    table = None  # of the multi-task agent's embeddings [T, E]
     if args.checkpoint.endswith(".pt"):
-        return load_pt_agent(args, model)
-    checkpoint = find_checkpoint(Path(args.checkpoint))
-    meta = read_meta(checkpoint)
-    its_args, its_model = meta["args"], make_model(meta["args"], meta["obs_dim"], meta["action_dim"], meta["episodic"])
-    state = restore(checkpoint, "state", jax.eval_shape(partial(fresh_state, its_args, its_model)))["train"]
-    check_shapes(args, model, state.params)
-    return state.params, state.target_q
+        tensors = environments.load_pt(args.checkpoint).get("model", {})
+        params, target_q = from_torch(tensors)
+        if (table := tensors.get("_task_emb.weight")) is not None:
+            tasks, known = environments.TASK_SETS.get(f"mt{len(table)}", ()), f"the tasks of mt{len(table)}"
+    else:
+        checkpoint = find_checkpoint(Path(args.checkpoint))
+        meta = read_meta(checkpoint)
+        if meta["script"] == "tdmpc2_jax_mt":
+            params, target_q = restore_multitask(checkpoint)
+            table, tasks, known = params.pop("task_emb"), tuple(meta["tasks"]), ", ".join(meta["tasks"])
+        else:
+            its_model = make_model(meta["args"], meta["obs_dim"], meta["action_dim"], meta["episodic"])
+            like = jax.eval_shape(partial(fresh_state, meta["args"], its_model))
+            params, target_q = (train_state := restore(checkpoint, "state", like)["train"]).params, train_state.target_q
+    if (table is None) != (args.source_task is None):
+        want = "is a single-task agent: leave out" if table is None else "is a multi-task agent: name its task with"
+        raise environments.UserError(f"{args.checkpoint} {want} --source-task")
+    if table is not None:
+        source = environments.task_spec(args.source_task).name
+        if source not in tasks:
+            raise environments.UserError(f"{args.checkpoint} was not trained on {source}: it knows {known}")
+        emb = np.asarray(table[tasks.index(source)], np.float32)
+        params = fold_task(params | {"q_target": target_q}, emb, model.obs_dim, model.action_dim)
+        target_q = params.pop("q_target")
+    if args.checkpoint.endswith(".pt") and model.termination is None:
+        params.pop("termination", None)
+    check_shapes(args, model, params)
+    return params, target_q
 
 
 def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
@@ -963,7 +981,7 @@ def check_args(args: Args) -> None:
         (not args.evaluate or args.checkpoint, "--evaluate needs --checkpoint"),
         (not args.json or args.evaluate, "--json goes with --evaluate"),
         (not args.json or Path(args.json).absolute().parent.is_dir(), f"the folder of {args.json} does not exist"),
-        (not args.source_task or (args.checkpoint or "").endswith(".pt"), "--source-task goes with --checkpoint X.pt"),
+        (not args.source_task or args.checkpoint, "--source-task goes with --checkpoint"),
         (not args.track or importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
     ]  # fmt: skip
     for holds, sentence in rules:

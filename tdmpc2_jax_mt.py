@@ -103,7 +103,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of each task in an evaluation; all of all tasks are run side by side"""
     capture_video: bool = False
-    """write one MP4 of every evaluation, a grid of all tasks, to the run folder and the trackers (needs a GL library)"""
+    """write one MP4 of every evaluation, a grid of all tasks, to the run folder and trackers (needs a GL library)"""
     evaluate: bool = False
     """do not train: evaluate --checkpoint, print the table of tasks and exit"""
     checkpoint: str | None = None
@@ -804,7 +804,6 @@ def state_shapes(args: Args, model: WorldModel, mesh: Mesh, shard: bool) -> Trai
     return jax.tree.map(place, jax.eval_shape(partial(fresh_state, args, model)))
 
 
-@partial(jax.jit, static_argnames=("args", "model", "mesh"), donate_argnames=("state",))
 def train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, state: TrainState, source: DeviceData | Batch):
     """One update, on a batch drawn here from device memory or drawn before. Every device computes on its share of the
     batch; the sums over it, and so the gradients, are those of one device. Returns the new state and scalars."""
@@ -812,8 +811,7 @@ def train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, state: TrainS
     batch = source if isinstance(source, Batch) else sample(source, sample_key, args.batch_size, args.horizon)
     batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
     noise = update_noise(args, model, noise_key)
-    new_state, info = update(args, model, tasks, state._replace(key=key), batch, noise)
-    return new_state, info
+    return update(args, model, tasks, state._replace(key=key), batch, noise)
 
 
 def available_bytes() -> int:
@@ -852,7 +850,9 @@ def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, sourc
     }
     program = None
     if sum(parts.values()) <= free:  # compiling takes its time
-        program = train.lower(args, model, mesh, tasks, state, source).compile()
+        places = jax.tree.map(lambda x: x.sharding, state)
+        compute = jax.jit(train, static_argnums=(0, 1, 2), donate_argnums=4, out_shardings=(places, everywhere(mesh)))
+        program = compute.lower(args, model, mesh, tasks, state, source).compile()
         parts["activations"] = program.memory_analysis().temp_size_in_bytes
     text = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
     if jax.process_index() == 0:
@@ -964,6 +964,20 @@ def restore(checkpoint: Path, item: str, like):
         raise environments.UserError(f"{checkpoint} is damaged or of another size ({item}: {reason})") from error
 
 
+def restore_multitask(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and target Qs of a checkpoint of tdmpc2_jax_mt.py, on one device, whatever devices have written it."""
+    path, here = checkpoint.absolute() / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        there = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        there = {"params": there["params"], "target_q": there["target_q"]}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
+        options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
+        agent = ocp.PyTreeCheckpointer().restore(path, args=ocp.args.PyTreeRestore(like, **options))
+        return agent["params"], agent["target_q"]
+    except Exception as error:  # as above
+        raise environments.UserError(f"{checkpoint} is damaged ({type(error).__name__})") from error
+
+
 def check_shapes(args: Args, model: WorldModel, params) -> None:
     """Refuses parameters that are not those of this model, naming the first difference."""
 
@@ -999,10 +1013,7 @@ def load_agent(args: Args) -> tuple[Args, tuple[str, ...], WorldModel, dict[str,
     else:
         checkpoint = find_checkpoint(Path(args.checkpoint))
         meta = read_meta(checkpoint)
-        tasks, its_args = meta["tasks"], meta["args"]
-        like = state_shapes(its_args, make_model(its_args, tasks), Mesh(jax.local_devices()[:1], "devices"), False)
-        state = restore(checkpoint, "state", like)
-        params, target_q = state.params, state.target_q
+        tasks, (params, target_q) = meta["tasks"], restore_multitask(checkpoint)
     unsaid = {name: size for name, size in sizes_of(params).items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unsaid)
     model = make_model(args, tasks)

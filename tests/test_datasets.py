@@ -11,6 +11,7 @@ import pytest
 from test_pt_files import pickled, tensor, write_pt
 
 import envs
+import tdmpc2_jax_mt as mt
 
 ENTRIES, H = 9, 3
 STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}
@@ -48,8 +49,9 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("storage", ["disk", "host"])
 def test_every_window_is_as_likely_and_comes_from_one_episode(folder, storage):
-    data = envs.load_dataset(TASKS, folder, storage)
-    assert (data.num_episodes, data.entries, data.tasks) == (26, ENTRIES, TASKS)
+    data = envs.load_dataset(TASKS, folder)
+    data = data.to_host() if storage == "host" else data
+    assert (data.num_episodes, data.num_entries, data.tasks) == (26, 26 * ENTRIES, TASKS)
     batch = data.sample(np.random.default_rng(0), 26 * 6 * 100, H)
     assert {name: (value.shape[0], value.dtype) for name, value in batch.items() if name != "task"} == {
         "obs": (H + 1, np.float32), "action": (H, np.float32), "reward": (H, np.float32)
@@ -66,13 +68,14 @@ def test_every_window_is_as_likely_and_comes_from_one_episode(folder, storage):
 
 
 def test_the_tiers_draw_the_same_and_only_one_holds_the_numbers(folder):
-    disk, host = (envs.load_dataset(TASKS, folder, storage) for storage in ("disk", "host"))
+    disk = envs.load_dataset(TASKS, folder)
+    host = disk.to_host()
     first, second = (data.sample(np.random.default_rng(3), 64, H) for data in (disk, host))
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
     assert disk.nbytes == host.nbytes > 0
-    assert not any(array.flags.owndata for chunk in disk.chunks for array in chunk[1:])
-    assert all(array.flags.owndata for chunk in host.chunks for array in chunk[1:])
+    assert not any(array.flags.owndata for chunk in disk.chunks for array in chunk[1:-1])
+    assert all(array.flags.owndata for chunk in host.chunks for array in chunk[1:-1])
 
 
 def test_batches_drawn_ahead_are_those_of_their_numbers(folder):
@@ -94,8 +97,9 @@ def test_the_recorded_files_open_as_the_set_that_they_are_of(golden, tmp_path):
         data = envs.load_dataset("mt30", tmp_path)
     batch = data.sample(np.random.default_rng(0), 500, H)
     expected = golden("chunk_0.2.1_float16.npz")["obs"]
-    assert (data.num_episodes, data.entries) == expected.shape[:2]
-    assert set(batch["obs"][0, :, 0].tolist()) == set(expected[:, : data.entries - H, 0].ravel().tolist())
+    entries = expected.shape[1]
+    assert (data.num_episodes, data.num_entries) == (len(expected), len(expected) * entries)
+    assert set(batch["obs"][0, :, 0].tolist()) == set(expected[:, : entries - H, 0].ravel().tolist())
 
 
 def test_a_full_set_of_files_gives_no_warning(tmp_path):
@@ -117,7 +121,7 @@ def changed(**arrays):
         (changed(obs=lambda x: x[..., :17].copy()), "chunk_1.pt: obs has size 17, these tasks need 24"),
         (changed(action=lambda x: x[..., :1].copy()), "chunk_1.pt: action has size 1, these tasks need 6"),
         (changed(reward=lambda x: x[:, 1:].copy()), "chunk_1.pt: reward has shape (4, 8), which does not fit"),
-        (lambda good: {k: v[:, :7].copy() for k, v in good.items()}, "chunk_1.pt has 7 entries an episode"),
+        (lambda good: {k: v[:0].copy() for k, v in good.items()}, "chunk_1.pt holds no episodes"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(tmp_path, change, sentence):
@@ -145,20 +149,21 @@ def test_numbers_that_do_not_belong_there_are_named_when_they_are_drawn(tmp_path
     arrays[name][2, 0] = value if name == "task" else arrays[name][2, 0]
     write_chunk(tmp_path / "chunk_1.pt", arrays)
     data = envs.load_dataset(TASKS, tmp_path)
-    with pytest.raises(envs.UserError, match=re.escape(sentence)):
-        next(data.batches(0, 1000, H))
+    for read in (lambda: next(data.batches(0, 1000, H)), data.to_host, lambda: data.read(0, data.num_entries)):
+        with pytest.raises(envs.UserError, match=re.escape(sentence)):
+            read()
 
 
 def test_folders_and_arguments_that_cannot_work_are_one_sentence(folder):
     (folder / "chunk_1.pt").rename(folder / "chunk_1.bak")
     for arguments, sentence in [
         ((TASKS, folder), "chunk_1.pt is missing, though there is chunk_2.pt"),
-        ((TASKS, folder / "nowhere"), "nowhere holds no chunk_0.pt"),
+        ((TASKS, folder / "nowhere"), "nowhere holds neither chunk_0.pt, chunk_1.pt, … nor a folder walker-walk"),
         (("mt31", folder), "unknown task set 'mt31'; there are mt30 and mt80"),
         ((("walker-wolk",), folder), "did you mean 'walker-walk'"),
         ((("pick-ycb",), folder), "task 'pick-ycb' cannot be in a set"),
         ((("Pendulum-v1",), folder), "task 'Pendulum-v1' cannot be in a set"),
-        ((TASKS, folder, "tape"), "storage must be 'disk' or 'host', not 'tape'"),
+        ((("cup-spin", "cup_spin"), folder), "task 'cup-spin' stands twice"),
     ]:
         with pytest.raises(envs.UserError, match=sentence):
             envs.load_dataset(*arguments)
@@ -189,3 +194,106 @@ print(data.nbytes, anonymous() - before)
     assert run.returncode == 0, run.stderr
     size, grown = map(int, run.stdout.split())
     assert size > 45e6 and grown < 5e6
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """A folder of episodes of two tasks of other sizes and lengths, and the entries that went in, per task [n, ...]."""
+    folder, entries = tmp_path_factory.mktemp("collected"), {}
+    for task, steps in (("cartpole-balance", 1150), ("mw-reach", 250)):
+        writer, rng = envs.EpisodeWriter(folder, task, 2), np.random.default_rng(0)
+        vector = envs.make_envs(task, 2, 0, num_workers=0)
+        obs, _ = vector.reset(seed=0)
+        action, first, done = np.zeros((2, *vector.single_action_space.shape), np.float32), np.ones(2, bool), None
+        reward, log = np.zeros(2), []
+        for step in range(steps):
+            writer.add(obs, action, reward, first)
+            log.append((obs, np.where(first[:, None], 0, action), np.where(first, 0, reward)))
+            if step == 600:
+                writer.flush()
+            action = rng.uniform(-1, 1, action.shape).astype(np.float32)
+            done = np.zeros(2, bool) if done is None else done
+            obs, reward, terminated, truncated, _ = vector.step(action)
+            first, done = done, terminated | truncated
+        writer.flush()
+        writer.flush()  # nothing new: no file
+        vector.close()
+        entries[task] = [np.stack(values) for values in zip(*log, strict=True)]
+    return folder, entries
+
+
+def test_saved_episodes_are_read_back_entry_by_entry(collected):
+    folder, entries = collected
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == ["cartpole-balance/chunk_0.pt", "cartpole-balance/chunk_1.pt", "mw-reach/chunk_0.pt"]
+    for task, length in (("cartpole-balance", 501), ("mw-reach", 101)):
+        data = envs.load_dataset([task], folder)
+        episodes = 4  # two of each environment; what was begun after them is left out
+        assert (data.num_episodes, data.num_entries) == (episodes, episodes * length)
+        read = data.read(0, data.num_entries)
+        for name, written in zip(("obs", "action", "reward"), entries[task], strict=True):
+            in_files = [written[k * length : (k + 1) * length, env] for k in range(2) for env in range(2)]
+            np.testing.assert_array_equal(read[name], np.concatenate(in_files).astype(np.float32))
+        raw = envs.load_pt(folder / task / "chunk_0.pt")
+        assert np.isnan(raw["action"][:, 0]).all() and np.isnan(raw["reward"][:, 0]).all(), "filler, as in the original"
+
+
+def test_episodes_of_several_folders_are_one_set_padded_and_drawn_evenly(collected):
+    folder, _ = collected
+    data = envs.load_dataset(["mw-reach", "cartpole-balance"], folder)
+    assert (data.obs_size, data.action_size, data.num_episodes) == (39, 4, 8)
+    batch = data.sample(np.random.default_rng(0), 4000, H)
+    assert (batch["obs"].shape, batch["action"].shape) == ((H + 1, 4000, 39), (H, 4000, 4))
+    cartpole = batch["task"] == 1
+    assert abs(cartpole.mean() - 498 / (498 + 98)) < 0.03, "each window is as likely, whatever the task"
+    assert (batch["obs"][:, cartpole, 5:] == 0).all() and (batch["action"][:, cartpole, 1:] == 0).all()
+    assert batch["obs"][:, ~cartpole, 36:].any() and batch["action"][:, ~cartpole, 3].all(), "the larger task is whole"
+    with pytest.raises(envs.UserError, match="nor a folder walker-walk of such files"):
+        envs.load_dataset(["mw-reach", "walker-walk"], folder)
+
+
+@pytest.mark.parametrize("dtype", ["files", "float16"])
+def test_a_set_in_device_memory_gives_the_windows_of_the_files_all_as_likely(folder, dtype):
+    import jax
+
+    data = envs.load_dataset(TASKS, folder)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
+    args = mt.Args(storage_dtype=dtype)
+    held = mt.to_devices(args, data, mesh)
+    assert held.obs.dtype == (np.float16 if dtype == "float16" else np.float32)
+    batch = jax.jit(mt.sample, static_argnums=(2, 3))(held, jax.random.key(0), 26 * 6 * 100, H)
+    episode, entry = np.asarray(batch.obs[..., 0]), np.asarray(batch.obs[..., 1])
+    assert (episode == episode[0]).all() and (np.diff(entry, axis=0) == 1).all()
+    np.testing.assert_array_equal(batch.action[..., 0], entry[1:])
+    np.testing.assert_allclose(batch.reward, entry[1:] + episode[1:] / 10, rtol=1e-3)  # half precision
+    np.testing.assert_array_equal(batch.task, episode[0] % 3)
+    counts = np.zeros((26, ENTRIES - H))
+    np.add.at(counts, (episode[0].astype(int), entry[0].astype(int)), 1)
+    chi_square = ((counts - 100) ** 2 / 100).sum()
+    assert counts.min() > 0 and chi_square < 155 + 4 * np.sqrt(2 * 155)
+
+
+def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
+    import jax
+
+    arrays = episodes(4)
+    arrays["obs"][1, 2, 0] = 1e5
+    write_chunk(tmp_path / "chunk_0.pt", arrays)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
+    with pytest.raises(envs.UserError, match="numbers beyond 65504"):
+        mt.to_devices(mt.Args(storage_dtype="float16"), envs.load_dataset(TASKS, tmp_path), mesh)
+
+
+def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refused(tmp_path):
+    for _ in range(2):
+        writer = envs.EpisodeWriter(tmp_path, "mw-reach", 1)
+        for step in range(101):
+            writer.add(np.full((1, 39), step), np.zeros((1, 4)), np.ones(1), np.array([step == 0]))
+        writer.flush()
+    assert sorted(path.name for path in (tmp_path / "mw-reach").iterdir()) == ["chunk_0.pt", "chunk_1.pt"]
+    assert envs.load_dataset(["mw-reach"], tmp_path).num_episodes == 2
+    with pytest.raises(envs.UserError, match="task 'Hopper-v5' cannot be in a set"):
+        envs.EpisodeWriter(tmp_path, "Hopper-v5", 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(envs.UserError, match="episodes cannot be written to"):
+        envs.EpisodeWriter(tmp_path / "file", "mw-reach", 1)

@@ -1,0 +1,114 @@
+"""From nothing to a fine-tuned agent, on a CPU: collect tasks online, learn them all offline, fold, fine-tune on one.
+
+    python benchmarks/multitask.py --folder /tmp/multitask --json benchmarks/results/multitask.json
+
+Every stage is a command of the scripts, printed before it runs; a stage that has been finished is not run again.
+"""
+
+import csv
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    folder: str
+    """folder for runs, episodes and evaluations"""
+    json: str | None = None
+    """write the results to this file"""
+    tasks: str = "cartpole-swingup,walker-stand,finger-spin"
+    """tasks to collect and to learn together"""
+    fine_tune: str = "walker-stand:walker-stand,walker-stand:walker-walk"
+    """pairs SOURCE:TASK: the task to fine-tune on and the learned one to start from"""
+    steps: int = 24_000
+    """simulator steps of a collecting run"""
+    updates: int = 20_000
+    """updates of the multi-task agent"""
+    fine_tune_steps: int = 6_000
+    """simulator steps of fine-tuning and of learning from scratch beside it"""
+    episodes: int = 10
+    """episodes of each final evaluation"""
+    sizes: str = (
+        "--enc-dim 128 --mlp-dim 192 --latent-dim 64 --num-q 2 --num-samples 128 --num-elites 32 --num-pi-trajs 16 "
+        "--iterations 4"
+    )
+    """a model and a planner small enough for a CPU"""
+    online: str = "--batch-size 128 --seed-steps 1000"
+    """further arguments of the online runs"""
+    offline: str = "--batch-size 256"
+    """further arguments of the multi-task run"""
+
+
+def call(folder: Path, script: str, *flags) -> None:
+    """Runs a script in the folder; its output goes on to the terminal."""
+    words = [str(word) for flag in flags for word in (shlex.split(flag) if isinstance(flag, str) else [flag])]
+    print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+    subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, check=True)
+
+
+def evaluation(folder: Path, script: str, name: str, episodes: int, *flags) -> dict:
+    """The results of an evaluation, made if they are not there yet."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        call(folder, script, f"--evaluate --eval-episodes {episodes} --seed 100 --json {path.name}", *flags)
+    return json.loads(path.read_text())
+
+
+def curve(folder: Path) -> list[list[float]]:
+    """[simulator step, return] of each evaluation of a run."""
+    return [[int(row["step"]), float(row["reward"])] for row in csv.DictReader((folder / "eval.csv").open())]
+
+
+def main(args: Args) -> None:
+    folder, tasks, online = Path(args.folder).absolute(), args.tasks.split(","), "tdmpc2_jax.py"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"arguments": dataclasses.asdict(args) | {"folder": None, "json": None}, "tasks": {}, "fine_tuning": {}}
+
+    freq = f"--total-timesteps {args.steps} --eval-freq {args.steps // 4} --checkpoint-freq {args.steps // 4}"
+    for task in tasks:
+        flags = f"--task {task} --exp-name collect --save-episodes data --resume --eval-episodes 5"
+        call(folder, online, flags, freq, args.sizes, args.online)
+        path = f"runs/{task}/collect/1"
+        found = evaluation(folder, online, f"collect-{task}", args.episodes, f"--checkpoint {path}")
+        results["tasks"][task] = {"collector": found["mean"]}
+
+    freq = f"--num-updates {args.updates} --eval-freq {args.updates // 4} --checkpoint-freq {args.updates // 4}"
+    flags = f"--tasks {args.tasks} --data-dir data --resume --eval-episodes 5"
+    call(folder, "tdmpc2_jax_mt.py", flags, freq, args.sizes, args.offline)
+    (agent,) = (folder / "runs").glob("*/tdmpc2_jax_mt/1")
+    path = agent.relative_to(folder)
+    found = evaluation(folder, "tdmpc2_jax_mt.py", "multitask", args.episodes, f"--checkpoint {path}")
+    for task, row in found["tasks"].items():
+        results["tasks"][task] |= {"multitask": row["mean"], "share": row["mean"] / results["tasks"][task]["collector"]}
+    results["share"] = sum(row["share"] for row in results["tasks"].values()) / len(tasks)
+
+    freq = f"--total-timesteps {args.fine_tune_steps} --eval-freq {args.fine_tune_steps // 6} --eval-episodes 5"
+    for source, task in (pair.split(":") for pair in args.fine_tune.split(",")):
+        flags = f"--task {task} --resume"
+        start = f"--checkpoint {path} --source-task {source} --exp-name fine-tune"
+        call(folder, online, flags, freq, args.sizes, args.online, start)
+        call(folder, online, flags, freq, args.sizes, args.online, "--exp-name scratch")
+        runs = {name: curve(folder / "runs" / task / name / "1") for name in ("fine-tune", "scratch")}
+        results["fine_tuning"][f"{source} -> {task}"] = runs
+
+    print(f"\n{'task':<20}{'collector':>11}{'multi-task':>12}{'share':>8}")
+    for task, row in results["tasks"].items():
+        print(f"{task:<20}{row['collector']:>11.1f}{row['multitask']:>12.1f}{row['share']:>8.0%}")
+    for name, runs in results["fine_tuning"].items():
+        print(f"\n{name}\n{'step':>8}{'fine-tuned':>12}{'scratch':>10}")
+        for (step, tuned), (_, scratch) in zip(runs["fine-tune"], runs["scratch"], strict=False):
+            print(f"{step:>8}{tuned:>12.1f}{scratch:>10.1f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
