@@ -38,6 +38,7 @@ import orbax.checkpoint as ocp
 import tyro
 from imageio_ffmpeg import get_ffmpeg_exe
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
@@ -1082,7 +1083,11 @@ def start_writer(args: Args, folder: Path, step: int) -> SummaryWriter:
         run_id = re.sub(r"[^\w-]", "-", f"{name}-{folder.stat().st_ino}")  # the same again when the run is resumed
         settings = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
         wandb.init(**settings, config=dataclasses.asdict(args), resume="allow", sync_tensorboard=True, dir=str(folder))
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+    writer = SummaryWriter(str(folder))
+    events = writer.file_writer.event_writer
+    events.add_event = events._ev_writer.write_event  # not by way of its queue, which flush and close do not wait for
+    purge = Event(session_log=SessionLog(status=SessionLog.START))
+    writer.file_writer.add_event(purge, step + 1 if step else 0)
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
     return writer
@@ -1120,13 +1125,6 @@ def record_evaluation(args: Args, spec, folder, writer, bar, step: int, seconds:
             import wandb
 
             wandb.log({"eval/episode": wandb.Video(str(path))})
-    flush(writer)
-
-
-def flush(writer: SummaryWriter) -> None:
-    """Brings all scalars to disk; tensorboardX's own flush passes over what still stands in its queue."""
-    while not writer.file_writer.event_writer._event_queue.empty():
-        time.sleep(0.001)
     writer.flush()
 
 
@@ -1201,7 +1199,7 @@ def run(args: Args) -> None:
                     count["evaluated"] = step
             if crossed(step, saved, args.checkpoint_freq) or (finished or stop) and saved != step:
                 check_finite(step, folder, **jax.device_get(info))
-                flush(writer)  # first: a checkpoint must not be ahead of the curves
+                writer.flush()  # first: a checkpoint must not be ahead of the curves
                 if episodes:
                     episodes.flush()
                 save(manager, args, model, step, count, {"train": train_state, "act_key": act_key}, replay)

@@ -26,11 +26,15 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-# A small agent on a fast environment whose episodes have 40 decisions
+# A small agent on a fast environment whose episodes have 40 decisions, and one that learns offline
 SMALL = (
     "--enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --num-samples 32 --num-elites 8 "
-    "--num-pi-trajs 4 --iterations 2 --seed-steps 100 --buffer-size 3000 --eval-episodes 2 --log-freq 50"
+    "--num-pi-trajs 4 --iterations 2 --eval-episodes 2 --log-freq 50"
 ).split()
+SMALL = {
+    "tdmpc2_jax.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000".split()],
+    "tdmpc2_jax_mt.py": [*SMALL, *"--task-dim 8".split()],
+}
 
 
 @pytest.fixture(scope="session")
@@ -46,15 +50,15 @@ def golden():
 
 @pytest.fixture
 def start(tmp_path):
-    """start("--task", ...) -> a child process of the script with a small agent, whose runs go to tmp_path/runs."""
+    """start("--task", ...) -> a child process of a script with a small agent, whose runs go to tmp_path/runs."""
     children = []
 
-    def popen(*flags, small=True):
-        command = [sys.executable, str(ROOT / "tdmpc2_jax.py"), "--runs-dir", str(tmp_path / "runs")]
-        command += [*(SMALL if small else []), *map(str, flags)]
-        env = os.environ | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0"
-        }  # halves the compilation of tiny networks
+    def popen(*flags, small=True, name="tdmpc2_jax.py", devices=1):
+        command = [sys.executable, str(ROOT / name), "--runs-dir", str(tmp_path / "runs")]
+        command += [*(SMALL[name] if small else []), *map(str, flags)]
+        xla_flags = "--xla_backend_optimization_level=0"  # halves the compilation of tiny networks
+        xla_flags += f" --xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+        env = os.environ | {"XLA_FLAGS": xla_flags}
         pipes = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         children.append(subprocess.Popen(command, text=True, cwd=tmp_path, **pipes))
         return children[-1]
@@ -67,10 +71,10 @@ def start(tmp_path):
 
 @pytest.fixture
 def script(start):
-    """script("--task", ...) -> (exit status, stdout, stderr) of the finished script."""
+    """script("--task", ...) -> (exit status, stdout, stderr) of a finished script."""
 
-    def finish(*flags, small=True):
-        child = start(*flags, small=small)
+    def finish(*flags, **options):
+        child = start(*flags, **options)
         out, err = child.communicate(timeout=300)
         return child.returncode, out, err
 
