@@ -28,11 +28,11 @@ class Args:
     """tasks to collect and to learn together"""
     fine_tune: str = "walker-stand:walker-stand,walker-stand:walker-walk"
     """pairs SOURCE:TASK: the task to fine-tune on and the learned one to start from"""
-    steps: int = 24_000
+    steps: int = 40_000
     """simulator steps of a collecting run"""
-    updates: int = 20_000
+    updates: int = 30_000
     """updates of the multi-task agent"""
-    fine_tune_steps: int = 6_000
+    fine_tune_steps: int = 5_000
     """simulator steps of fine-tuning and of learning from scratch beside it"""
     episodes: int = 10
     """episodes of each final evaluation"""
@@ -90,7 +90,7 @@ def main(args: Args) -> None:
         results["tasks"][task] |= {"multitask": row["mean"], "share": row["mean"] / results["tasks"][task]["collector"]}
     results["share"] = sum(row["share"] for row in results["tasks"].values()) / len(tasks)
 
-    freq = f"--total-timesteps {args.fine_tune_steps} --eval-freq {args.fine_tune_steps // 6} --eval-episodes 5"
+    freq = f"--total-timesteps {args.fine_tune_steps} --eval-freq {args.fine_tune_steps // 5} --eval-episodes 5"
     for source, task in (pair.split(":") for pair in args.fine_tune.split(",")):
         flags = f"--task {task} --resume"
         start = f"--checkpoint {path} --source-task {source} --exp-name fine-tune"

@@ -11,7 +11,7 @@ COPIES = {
         MODEL_SIZES discount_of
         symlog symexp two_hot two_hot_inv soft_ce mish simnorm
         Linear MLP Policy pick_heads dropout_mask
-        PlanNoise plan_noise two_heads
+        PlanNoise plan_noise two_heads envs_at_once
         UpdateNoise update_noise optimizers
         from_torch find_checkpoint has_checkpoint restore restore_multitask
         write_video write_atomically render_mode

@@ -1,0 +1,235 @@
+"""Speed of tdmpc2_jax_mt.py: updates, the tiers that batches come from, and planning for many tasks at once.
+
+    python benchmarks/speed_multitask.py --json speed_multitask.json
+    python benchmarks/speed_multitask.py --model-size 5 48 317 --dataset-gb 21 --storage-dtype float16      # on a GPU
+
+`updates`: one update on a batch that lies in device memory, for every model size, beside a 2048^3 float32 product of
+the same round (the `unit`); its GFLOP are those of the matrix products in the traced program, and `10M` is how long the
+paper's ten million updates would take. `tiers`: batches a second that a synthetic dataset of mt30's sizes gives from
+the disk (cold: after the system was told to forget the files, where it lets us), from the machine's memory and from
+device memory, alone; and updates a second of the first model size when they are fed by it, with the growth of this
+process's anonymous memory since the dataset was opened. `planning`: one call for environments of all 30 tasks beside
+one call for each.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import envs as environments
+import tdmpc2_jax_mt as mt
+from benchmarks.speed import UNIT, count_products, interleave, square_product, total_gflop
+
+TASKS = environments.TASK_SETS["mt30"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    model_size: tuple[Literal[1, 5, 19, 48, 317], ...] = (1, 5, 19)
+    """millions of parameters, one or several; tiers and planning are measured with the first"""
+    batch_size: int = 1024
+    """windows of an update"""
+    dataset_gb: float = 4.0
+    """size of the synthetic dataset; 0 leaves the tiers out"""
+    data_dir: str | None = None
+    """where it is written and removed again; the disk under test"""
+    storage_dtype: Literal["files", "float16"] = "files"
+    """type of the numbers in device memory"""
+    readers: int = 4
+    """threads that read ahead"""
+    seconds: float = 10.0
+    """time given to each tier's measurement"""
+    plan: bool = True
+    """measure planning, too"""
+    repeats: int = 7
+    """rounds, as many as fit into a minute and three at least"""
+    json: str | None = None
+    """write the results to this file"""
+
+
+def write_dataset(folder: Path, gigabytes: float) -> None:
+    """Random episodes of mt30 in files of at most 1 GB."""
+    obs_size, action_size = environments.set_sizes(TASKS)
+    episodes, rng = int(gigabytes * 1e9 / (501 * (4 * (obs_size + action_size + 1) + 8))), np.random.default_rng(0)
+    for i, count in enumerate(np.diff(np.r_[0 : episodes : int(np.ceil(gigabytes)) * 1j + 1j].astype(int))):
+        arrays = {
+            "obs": rng.standard_normal((count, 501, obs_size), np.float32),
+            "action": rng.uniform(-1, 1, (count, 501, action_size)).astype(np.float32),
+            "reward": rng.uniform(0, 2, (count, 501)).astype(np.float32),
+            "task": np.repeat(np.arange(count)[:, None] % len(TASKS), 501, 1),
+        }
+        environments.save_tensordict(folder / f"chunk_{i}.pt", arrays)
+
+
+def anonymous_mb() -> float:
+    """Memory of this process that no file stands behind."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+
+def forget_files() -> bool:
+    """Tells the system to drop what it has cached of files; False where it does not let us."""
+    try:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return True
+    except OSError:
+        return False
+
+
+class Learner:
+    """A model with its compiled update."""
+
+    def __init__(self, args: mt.Args, source):
+        self.args, self.mesh = args, jax.sharding.Mesh(np.array(jax.devices()), "devices")
+        self.model = mt.make_model(args, TASKS)
+        self.tasks = mt.on_devices(mt.make_tasks(args, TASKS), mt.everywhere(self.mesh))
+        shapes = mt.batch_shapes(args, self.model, self.mesh) if source is None else source(self.mesh)
+        self.program, places = mt.compile_train(args, self.model, self.mesh, self.tasks, shapes)
+        places = jax.tree.map(lambda x: x.sharding, places)
+        self.state = jax.jit(partial(mt.fresh_state, args, self.model), out_shardings=places)()
+
+    def update(self, source) -> dict[str, jax.Array]:
+        self.state, info = self.program(self.tasks, self.state, source)
+        return info
+
+    def gflop(self) -> float:
+        batch = mt.batch_shapes(self.args, self.model, self.mesh)
+        traced = jax.make_jaxpr(partial(mt.train, self.args, self.model, self.mesh))(self.tasks, self.state, batch)
+        return total_gflop(count_products(traced.jaxpr))
+
+
+def random_batch(learner: Learner) -> mt.Batch:
+    args, model, rng = learner.args, learner.model, np.random.default_rng(0)
+    H, B = args.horizon, args.batch_size
+    arrays = mt.Batch(
+        rng.standard_normal((H + 1, B, model.obs_dim), np.float32),
+        rng.uniform(-1, 1, (H, B, model.action_dim)).astype(np.float32),
+        rng.uniform(0, 2, (H, B)).astype(np.float32),
+        rng.integers(len(TASKS), size=B).astype(np.int32),
+    )
+    return jax.tree.map(mt.on_devices, arrays, mt.batch_shardings(learner.mesh))
+
+
+def measure_updates(args: Args) -> list[dict[str, Any]]:
+    """One row for each model size."""
+    rows, unit = [], square_product(UNIT, "float32")
+    print(f"{'size':>5}{'update ms':>11}{'units':>8}{'a second':>10}{'GFLOP':>9}{'of peak':>9}{'10M':>11}", flush=True)
+    for size in args.model_size:
+        learner = Learner(mt.Args(model_size=size, batch_size=args.batch_size), None)
+        batch = random_batch(learner)
+        times = interleave({"unit": unit, "update": partial(learner.update, batch)}, args.repeats)
+        ms, units = np.median(times["update"]), np.median(times["update"] / times["unit"])
+        gflop, peak = learner.gflop(), 2 * UNIT**3 / 1e6 / np.median(times["unit"])
+        row = {"model_size": size, "update_ms": ms, "units": units, "updates_per_s": 1e3 / ms, "gflop": gflop}
+        row |= {
+            "share_of_peak": gflop / ms * 1e3 / peak,
+            "days_for_10M": ms * 1e4 / 86400,
+            "rounds": len(times["unit"]),
+        }
+        rows.append(row)
+        print(f"{size:>5}{ms:>11.1f}{units:>8.2f}{1e3 / ms:>10.2f}{gflop:>9.1f}{row['share_of_peak']:>9.0%}", end="")
+        print(f"{row['days_for_10M']:>6.1f} days", flush=True)
+    return rows
+
+
+def per_second(step, seconds: float) -> float:
+    """Calls a second, after two that are not counted; at most eight are not waited for."""
+    results = [step() for _ in range(2)]
+    jax.block_until_ready(results)
+    start = time.perf_counter()
+    for done in itertools.count(1):
+        results = [*results[-7:], step()]
+        jax.block_until_ready(results[0])
+        if time.perf_counter() - start > seconds:
+            jax.block_until_ready(results)
+            return done / (time.perf_counter() - start)
+
+
+def measure_tier(args: mt.Args, disk: environments.Dataset, tier: str, seconds: float) -> dict[str, float]:
+    """Batches a second, updates a second that are fed by them, and the memory that this took."""
+    learner = Learner(args, partial(mt.data_shapes, args, disk) if tier == "device" else None)
+    held = {"disk": lambda: disk, "host": disk.to_host, "device": lambda: mt.to_devices(args, disk, learner.mesh)}
+    data = held[tier]()
+    batches = mt.sources(args, data, learner.mesh, 0)
+    if tier == "device":
+        draw, keys = jax.jit(mt.sample, static_argnums=(2, 3)), map(jax.random.key, itertools.count())
+        alone = per_second(lambda: draw(data, next(keys), args.batch_size, args.horizon), seconds)
+    else:
+        alone = per_second(lambda: next(batches), seconds)
+    fed = per_second(lambda: learner.update(next(batches))["total_loss"], seconds)
+    batches.close()
+    return {"batches_per_s": alone, "updates_per_s": fed, "anonymous_mb": anonymous_mb()}
+
+
+def measure_tiers(args: Args) -> list[dict[str, Any]]:
+    """One row for each tier."""
+    rows = []
+    mt_args = mt.Args(model_size=args.model_size[0], batch_size=args.batch_size, readers=args.readers)
+    mt_args = dataclasses.replace(mt_args, storage_dtype=args.storage_dtype)
+    with tempfile.TemporaryDirectory(dir=args.data_dir) as folder:
+        write_dataset(Path(folder), args.dataset_gb)
+        start_mb = anonymous_mb()
+        disk = environments.load_dataset("mt30", folder)
+        for tier in ("disk, cold", "disk", "host", "device"):
+            if tier == "disk, cold" and not forget_files():
+                continue
+            row = {"tier": tier} | measure_tier(mt_args, disk, tier.split(",")[0], args.seconds)
+            rows.append(row | {"grown_mb": row["anonymous_mb"] - start_mb})
+            print(f"{tier:<12}{row['batches_per_s']:>12.1f}{row['updates_per_s']:>12.2f}", end="")
+            print(f"{row['anonymous_mb']:>14.0f}", flush=True)
+    return rows
+
+
+def measure_planning(args: Args) -> dict[str, float]:
+    """One call for 30 environments beside 30 calls for one."""
+    mt_args = mt.Args(model_size=args.model_size[0])
+    model, tasks = mt.make_model(mt_args, TASKS), mt.make_tasks(mt_args, TASKS)
+    params = jax.jit(partial(mt.init_params, mt_args, model))(jax.random.key(0))
+    obs = np.random.default_rng(0).standard_normal((len(TASKS), model.obs_dim)).astype(np.float32)
+
+    def plan(rows: np.ndarray):
+        prev_mean = jnp.zeros((len(rows), mt_args.horizon, model.action_dim))
+        first, key = np.zeros(len(rows), bool), jax.random.key(1)
+        action, _, _ = mt.act(mt_args, model, tasks, params, obs[rows], rows, prev_mean, first, key, explore=False)
+        return np.asarray(action)  # an environment waits for it
+
+    everything = np.arange(len(TASKS))
+    one_by_one = lambda: [plan(everything[i : i + 1]) for i in everything]  # noqa: E731
+    calls = {"batched": lambda: plan(everything), "one by one": one_by_one}
+    times = interleave(calls, args.repeats)
+    ratio = float(np.median(times["one by one"] / times["batched"]))
+    row = {f"{name.replace(' ', '_')}_ms": float(np.median(ms)) for name, ms in times.items()} | {"ratio": ratio}
+    print(f"30 tasks: batched {row['batched_ms']:.0f} ms, one by one {row['one_by_one_ms']:.0f} ms: {ratio:.2f} times")
+    return row
+
+
+def main(args: Args) -> None:
+    results: dict[str, Any] = {"arguments": dataclasses.asdict(args), "jax_version": jax.__version__}
+    device = jax.devices()[0].device_kind
+    results |= {"device": device, "devices": len(jax.devices()), "cpu_cores": os.cpu_count()}
+    if args.dataset_gb:  # first: memory of later measurements is not given back
+        print(f"{'tier':<12}{'batches/s':>12}{'updates/s':>12}{'anonymous MB':>14}", flush=True)
+        results["tiers"] = measure_tiers(args)
+    results["updates"] = measure_updates(args)
+    if args.plan:
+        results["planning"] = measure_planning(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
