@@ -1254,9 +1254,10 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
 
     `data_dir` holds the original's files `chunk_0.pt`, `chunk_1.pt`, … as they are, or a folder of such files for every
     task, as `EpisodeWriter` leaves it. A file is a TensorDict [episodes, entries] of obs [·, ·, O], action [·, ·, A],
-    reward and task, the task's place in the set. O and A are the sizes of the set's largest tasks, smaller ones are
-    padded with zeros; a file in a task's own folder is a set of this one task. Entry 0 of an episode is its reset, with
-    filler for action and reward; entry i has the action that led to it and the reward it brought.
+    reward and task, the task's place in the set: a set's files need all its names, in its order. O and A are the sizes
+    of the set's largest tasks, smaller ones are padded with zeros; a file in a task's own folder is a set of this one
+    task. Entry 0 of an episode is its reset, with filler for action and reward; entry i has the action that led to it
+    and the reward it brought.
 
     Args:
         task_set: "mt30", "mt80", or names of tasks.
@@ -1309,6 +1310,8 @@ def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: 
         array = getattr(chunk, name)
         if not isinstance(array, np.ndarray) or array.ndim != ndim or array.shape[:2] != chunk.obs.shape[:2]:
             raise UserError(f"{path}: {name} has shape {np.shape(array)}, which does not fit obs {chunk.obs.shape}")
+        if array.dtype.kind not in ("iu" if name == "task" else "f"):
+            raise UserError(f"{path}: {name} is of type {array.dtype}")
     for name, size in zip(("obs", "action"), set_sizes(tasks), strict=True):
         if getattr(chunk, name).shape[2] != size:
             raise UserError(f"{path}: {name} has size {getattr(chunk, name).shape[2]}, these tasks need {size}")
@@ -1501,10 +1504,17 @@ class EpisodeWriter:
         temporary = self._folder / f".writing-{os.getpid()}"
         save_tensordict(temporary, tensors | {"task": np.zeros(tensors["reward"].shape, np.int64)})
         for i in itertools.count():
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, self._folder / f"chunk_{i}.pt")
+            path = self._folder / f"chunk_{i}.pt"
+            try:
+                os.link(temporary, path)
                 break
-        temporary.unlink()
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without hard links
+                if not path.exists():
+                    temporary.rename(path)
+                    break
+        temporary.unlink(missing_ok=True)
         self._finished = []
 
 

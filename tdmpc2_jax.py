@@ -49,7 +49,8 @@ import envs as environments
 @dataclasses.dataclass(frozen=True)
 class Args:
     task: str = "walker-walk"
-    """task to learn: a short name (python envs.py lists them) or any Gymnasium id with a Box action space"""
+    """task to learn: a short name (python envs.py lists them) or any Gymnasium id with a Box action space (--evaluate:
+    that of the checkpoint or --source-task)"""
     exp_name: str = "tdmpc2_jax"
     """name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED"""
     runs_dir: str = "runs"
@@ -406,7 +407,7 @@ def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
 
 def envs_at_once(args: Args, model: WorldModel) -> int:
     """Environments whose plans are computed side by side, the others after them: on a CPU as many as leave a layer's
-    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere all that fit."""
+    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere as 512 MB hold."""
     budget = 2**22 if jax.default_backend() == "cpu" else 2**29  # bytes of one layer's activations
     return max(1, budget // (4 * args.num_samples * model.q.hidden[0]))
 
@@ -852,6 +853,13 @@ def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str,
         source = environments.task_spec(args.source_task).name
         if source not in tasks:
             raise environments.UserError(f"{args.checkpoint} was not trained on {source}: it knows {known}")
+        there = params["encoder"]["params"]["linear_0"]["kernel"].shape[0] - table.shape[1]
+        there = there, params["pi"]["params"]["linear_2"]["bias"].shape[0] // 2
+        if there[0] < model.obs_dim or there[1] < model.action_dim:
+            sizes = (
+                f"{there[0]} observations and {there[1]} actions, the task has {model.obs_dim} and {model.action_dim}"
+            )
+            raise environments.UserError(f"{args.checkpoint} does not fit this task: it knows {sizes}")
         emb = np.asarray(table[tasks.index(source)], np.float32)
         params = fold_task(params | {"q_target": target_q}, emb, model.obs_dim, model.action_dim)
         target_q = params.pop("q_target")
@@ -916,6 +924,8 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int) -> None:
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
+    if args.source_task and args.task == Args().task:
+        args = dataclasses.replace(args, task=args.source_task)
     if not args.checkpoint.endswith(".pt"):  # what made the agent comes from its run, but for what the user says now
         recorded = read_meta(find_checkpoint(Path(args.checkpoint)))["args"]
         names = [f.name for f in dataclasses.fields(Args)]
@@ -1010,6 +1020,14 @@ def seed_steps_of(args: Args, spec) -> int:
     return max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
 
 
+def as_flag(name: str, value) -> str:
+    """An argument as it is said on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"without --{flag}" if value is None else f"--{flag} {value}"
+
+
 # what may differ when a run is resumed
 FREE_TO_CHANGE = {"resume", "runs_dir", "total_timesteps", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
 FREE_TO_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video", "save_episodes"}
@@ -1033,8 +1051,8 @@ def open_run(args: Args, folder: Path):
         before = json.loads((folder / "args.json").read_text())
         changed = [k for k, v in dataclasses.asdict(args).items() if k not in FREE_TO_CHANGE and before.get(k) != v]
         if changed:
-            flags = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
-            raise environments.UserError(f"--resume continues a run as it was started, with {flags}")
+            flags = ", ".join(as_flag(k, before.get(k)) for k in changed)
+            raise environments.UserError(f"--resume continues a run as it was started: {flags}")
     return lock
 
 

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,7 +57,8 @@ import envs as environments
 @dataclasses.dataclass(frozen=True)
 class Args:
     tasks: str | None = None
-    """mt30, mt80, or names of tasks with commas between them (default: mt30, or with --evaluate all that it knows)"""
+    """mt30, mt80, or names with commas between them, in the order of the dataset's ids (default: mt30; with --evaluate,
+    all that the agent knows)"""
     data_dir: str | None = None
     """folder of the dataset: chunk_0.pt, chunk_1.pt, ... of the original, or what --save-episodes has written"""
     exp_name: str = "tdmpc2_jax_mt"
@@ -102,9 +104,9 @@ class Args:
     eval_freq: int = 100_000
     """updates between evaluations (one more at the end)"""
     eval_episodes: int = 10
-    """episodes of each task in an evaluation; all of all tasks are run side by side"""
+    """episodes of each task in an evaluation; all of all tasks run side by side (10-40 MB of memory each)"""
     capture_video: bool = False
-    """write one MP4 of every evaluation, a grid of all tasks, to the run folder and trackers (needs a GL library)"""
+    """write one MP4 of every evaluation, a grid of all tasks, to RUNS_DIR/... and trackers (needs a GL library)"""
     evaluate: bool = False
     """do not train: evaluate --checkpoint, print the table of tasks and exit"""
     checkpoint: str | None = None
@@ -116,7 +118,7 @@ class Args:
 
     # Model
     model_size: Literal[1, 5, 19, 48, 317] = 5
-    """millions of parameters: sets the six sizes below where they are not given"""
+    """millions of parameters: sets the six sizes below where neither they nor --checkpoint are given"""
     enc_dim: int | None = None
     """width of the encoder's hidden layers"""
     mlp_dim: int | None = None
@@ -469,7 +471,7 @@ def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
 
 def envs_at_once(args: Args, model: WorldModel) -> int:
     """Environments whose plans are computed side by side, the others after them: on a CPU as many as leave a layer's
-    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere all that fit."""
+    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere as 512 MB hold."""
     budget = 2**22 if jax.default_backend() == "cpu" else 2**29  # bytes of one layer's activations
     return max(1, budget // (4 * args.num_samples * model.q.hidden[0]))
 
@@ -729,7 +731,8 @@ def sample(data: DeviceData, key: jax.Array, batch_size: int, horizon: int) -> B
 
 def data_dtype(args: Args, data: environments.Dataset) -> np.dtype:
     """Type of the dataset's numbers in device memory."""
-    half = args.storage_dtype == "float16" or all(chunk.obs.dtype == np.float16 for chunk in data.chunks)
+    types = {array.dtype for chunk in data.chunks for array in (chunk.obs, chunk.action, chunk.reward)}
+    half = args.storage_dtype == "float16" or types == {np.dtype(np.float16)}
     return np.dtype(np.float16 if half else np.float32)
 
 
@@ -825,16 +828,22 @@ def train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, state: TrainS
 
 
 def available_bytes() -> int:
-    """Memory that a device of this process may use: what the device says or, on CPUs, its share of what is free."""
+    """Memory that a device may use: what the device says or, on CPUs, its share of what is free; of several processes
+    the least, so that all decide alike."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    free = [int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")]
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no limit is the word max
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(free) // jax.local_device_count()
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        group = Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):  # a container's limit; no limit is the word max
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
+            free = min(free, int((group / "memory.max").read_text()) - used)
+        free //= jax.local_device_count()
+    return free if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(free)).min())
 
 
 def bytes_of(shapes) -> int:
@@ -880,7 +889,9 @@ def choose_storage(args: Args, data: environments.Dataset, mesh: Mesh) -> str:
     on_device = bytes_of(data_shapes(args, data, mesh))
     if jax.devices()[0].platform != "cpu" and on_device < 0.6 * available_bytes():
         return "device"
-    return "host" if data.nbytes < 0.4 * available_bytes() * jax.local_device_count() else "disk"
+    host = np.array(zlib.crc32(socket.gethostname().encode()), np.uint32)
+    neighbours = 1 if jax.process_count() == 1 else int((multihost_utils.process_allgather(host) == host).sum())
+    return "host" if neighbours * data.nbytes < 0.4 * available_bytes() * jax.local_device_count() else "disk"
 
 
 def sources(args: Args, data, mesh: Mesh, first: int):
@@ -1090,7 +1101,7 @@ def grid(pictures: tuple[np.ndarray | None, ...], width: int = 768) -> np.ndarra
 
 def summary(result: Evaluation) -> dict[str, Any]:
     """Per task its returns and score, per domain the mean, and the normalised score: the mean over tasks of a tenth of
-    the return (DMControl, at most 100) or of the success rate in percent (domains that know success)."""
+    the return (DMControl: up to 1000) or of the success rate in percent (domains that know success)."""
     tasks, domains = {}, {}
     for task, returns, successes in zip(*result[:3], strict=True):
         spec = environments.task_spec(task)
@@ -1224,14 +1235,23 @@ def check_args(args: Args) -> None:
             raise environments.UserError(sentence)
     for task in tasks if args.capture_video else ():
         environments.check_rendering(task)
-    if args.checkpoint and not args.checkpoint.endswith(".pt"):
+    resumed = args.resume and has_checkpoint(run_folder(args, tasks))
+    if args.checkpoint and not args.checkpoint.endswith(".pt") and not resumed:
         read_meta(find_checkpoint(Path(args.checkpoint)))
+
+
+def as_flag(name: str, value) -> str:
+    """An argument as it is said on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"without --{flag}" if value is None else f"--{flag} {value}"
 
 
 # what may differ when a run is resumed
 FREE_TO_CHANGE = {"resume", "runs_dir", "num_updates", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
 FREE_TO_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video", "data_dir", "storage", "readers"}
-FREE_TO_CHANGE |= {"shard_params", "distributed", "coordinator", "num_processes", "process_id"}
+FREE_TO_CHANGE |= {"tasks", "shard_params", "distributed", "coordinator", "num_processes", "process_id"}
 
 
 def open_run(args: Args, folder: Path):
@@ -1252,8 +1272,8 @@ def open_run(args: Args, folder: Path):
         before = json.loads((folder / "args.json").read_text())
         changed = [k for k, v in dataclasses.asdict(args).items() if k not in FREE_TO_CHANGE and before.get(k) != v]
         if changed:
-            flags = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
-            raise environments.UserError(f"--resume continues a run as it was started, with {flags}")
+            flags = ", ".join(as_flag(k, before.get(k)) for k in changed)
+            raise environments.UserError(f"--resume continues a run as it was started: {flags}")
     return lock
 
 
@@ -1295,7 +1315,12 @@ def check_finite(step: int, folder: Path, **values) -> None:
 
 def save(manager, args: Args, names: tuple[str, ...], count: dict, state: TrainState) -> None:
     """Writes a checkpoint: complete or not at all, and the one before it goes only when it is complete."""
-    meta = {"script": "tdmpc2_jax_mt", "args": dataclasses.asdict(args), "count": count, "tasks": names}
+    meta = {
+        "script": "tdmpc2_jax_mt",
+        "args": dataclasses.asdict(args),
+        "count": count,
+        "tasks": names,
+    }  # all sizes set
     items = {"meta": ocp.args.JsonSave(meta), "state": ocp.args.StandardSave(state)}
     manager.save(count["updates"], args=ocp.args.Composite(**items), force=True)
 
@@ -1366,16 +1391,17 @@ def crossed(step: int, last: int, freq: int) -> bool:
     return step // freq > last // freq
 
 
-def start_or_resume(args: Args, names, model: WorldModel, folder: Path, shapes: TrainState, loaded):
+def start_or_resume(args: Args, model: WorldModel, folder: Path, shapes: TrainState, agent):
     """Learning state, placed as `shapes` says, and counters of the run's last checkpoint; if there is none, fresh ones,
-    with the parameters and target Qs of --checkpoint if they were loaded."""
+    with the parameters and target Qs of `agent` if that is not None."""
     if has_checkpoint(folder):
         checkpoint = find_checkpoint(folder)
         return restore(checkpoint, "state", shapes), read_meta(checkpoint)["count"]
     places = jax.tree.map(lambda x: x.sharding, shapes)
-    if loaded:
+    if agent:
         key = jax.random.split(jax.random.key(args.seed))[1]
-        state = jax.jit(lambda *agent: init_state(args, *agent, key), out_shardings=places)(*loaded)
+        agent = jax.tree.map(np.asarray, agent)  # of no device, so that it can go to any
+        state = jax.jit(lambda params, target_q: init_state(args, params, target_q, key), out_shardings=places)(*agent)
     else:
         state = jax.jit(partial(fresh_state, args, model), out_shardings=places)()
     return state, {"updates": 0, "evaluated": 0, "seconds": 0.0}
@@ -1388,70 +1414,92 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
 
 
+def agree(prepare):
+    """What prepare() returns in this process. If it raises a UserError in any process, it ends all of them: that one
+    with its sentence, the others with another."""
+    result, problem = None, None
+    try:
+        result = prepare()
+    except environments.UserError as error:
+        problem = error
+    if any_process(problem is not None):
+        raise problem or environments.UserError("another process could not start")
+    return result
+
+
 def local_copy(params, mesh: Mesh):
     """The parameters whole on this process's first device; all processes must ask at the same time."""
-    params = jax.jit(lambda x: x, out_shardings=everywhere(mesh))(params)
+    if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
+        params = jax.jit(lambda x: x, out_shardings=everywhere(mesh))(params)
     return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
+def prepare(args: Args, names: tuple[str, ...], stack: contextlib.ExitStack):
+    """Opens what may be refused: the dataset, the run's folder, the agent to start from. Returns the arguments with the
+    sizes of the agent that goes on learning, the dataset, and the parameters and target Qs of --checkpoint."""
+    data = environments.load_dataset(task_set(args.tasks), args.data_dir)
+    data.window_table(args.horizon)
+    if args.batch_size % jax.device_count():
+        devices = f"{jax.device_count()} devices"
+        raise environments.UserError(f"--batch-size {args.batch_size} cannot be split over {devices} evenly")
+    folder = run_folder(args, names)
+    if jax.process_index() == 0:
+        stack.enter_context(open_run(args, folder))
+    its_args, agent = with_model_size(args, names), None
+    if has_checkpoint(folder):
+        its_args = read_meta(find_checkpoint(folder))["args"]
+    elif args.checkpoint:
+        its_args, its_tasks, _, *agent = load_agent(args)
+        if its_tasks != names:
+            raise environments.UserError(f"{args.checkpoint} knows other tasks than --tasks names, or in another order")
+    return dataclasses.replace(args, **{name: getattr(its_args, name) for name in SIZE_FIELDS}), data, agent
 
 
 def run(args: Args) -> None:
     """Trains one agent: learns from batch after batch, and keeps the run's files. With --distributed, process 0 does
     what is not computation on all devices: it evaluates and writes; the others wait."""
-    names = environments.set_tasks(task_set(args.tasks))
-    data = environments.load_dataset(task_set(args.tasks), args.data_dir)
-    data.window_table(args.horizon)
-    loaded = None
-    if args.checkpoint:
-        args_of_agent, its_tasks, _, *loaded = load_agent(args)
-        if its_tasks != names:
-            raise environments.UserError(f"{args.checkpoint} knows other tasks than --tasks names, or in another order")
-        args = dataclasses.replace(args, **{name: getattr(args_of_agent, name) for name in SIZE_FIELDS})
-    mesh = Mesh(np.array(jax.devices()), "devices")
-    if args.batch_size % mesh.size:
-        raise environments.UserError(f"--batch-size {args.batch_size} cannot be split over {mesh.size} devices evenly")
-    folder, primary = run_folder(args, names), jax.process_index() == 0
+    names, said = environments.set_tasks(task_set(args.tasks)), dataclasses.asdict(args)
+    folder, primary, mesh = run_folder(args, names), jax.process_index() == 0, Mesh(np.array(jax.devices()), "devices")
     with contextlib.ExitStack() as stack:
-        if primary:
-            stack.enter_context(open_run(args, folder))
-        model, tasks = make_model(args, names), make_tasks(args, names)
-        tasks = on_devices(tasks, everywhere(mesh))
+        args, data, agent = agree(lambda: prepare(args, names, stack))
+        model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
         storage = choose_storage(args, data, mesh)
         source_shapes = data_shapes(args, data, mesh) if storage == "device" else batch_shapes(args, model, mesh)
         program, shapes = compile_train(args, model, mesh, tasks, source_shapes)
-        envs = make_eval_envs(args, names, names) if primary else None
-        stack.enter_context(contextlib.closing(envs) if primary else contextlib.nullcontext())
+        if envs := agree(lambda: make_eval_envs(args, names, names) if primary else None):
+            stack.enter_context(contextlib.closing(envs))
 
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        state, count = start_or_resume(args, names, model, folder, shapes, loaded)
-        step = saved = count["updates"]
+        state, count = start_or_resume(args, model, folder, shapes, agent)
+        held = {"disk": lambda: data, "host": data.to_host, "device": lambda: to_devices(args, data, mesh)}
+        held, agent, step = agree(held[storage]), None, count["updates"]
+        batches = stack.enter_context(contextlib.closing(sources(args, held, mesh, step)))
         if primary:
-            write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2))
+            write_atomically(folder / "args.json", json.dumps(said, indent=2))
             trim_curve(folder / "eval.csv", count["evaluated"])  # from here on the folder holds a run
             writer = stack.enter_context(contextlib.closing(start_writer(args, folder, step)))
             bar = stack.enter_context(progress_bar(args, names, model, state, data, storage, folder, step))
         stop = stack.enter_context(catch_signals())
-        held = {"disk": lambda: data, "host": data.to_host, "device": lambda: to_devices(args, data, mesh)}[storage]()
-        batches = stack.enter_context(contextlib.closing(sources(args, held, mesh, step)))
-        in_flight, info, stopping = deque(), {}, False
-        clock, tick, logged = time.time() - count["seconds"], time.time(), step
+        in_flight, info, stopping, saved, logged = deque(), {}, False, step, step
+        clock, tick = time.time() - count["seconds"], time.time()
 
         while True:
             finished = step >= args.num_updates
             count |= {"updates": step, "seconds": time.time() - clock}
             if crossed(step, count["evaluated"], args.eval_freq) or (finished and count["evaluated"] != step):
-                params, evaluated = local_copy(state.params, mesh), True
+                params, result = local_copy(state.params, mesh), None
                 if primary:
-                    eval_seed = args.seed + 1_000_000 + step
-                    local_tasks = jax.tree.map(lambda x: x.addressable_data(0), tasks)
-                    ids = np.arange(len(names))
-                    result = evaluate(args, model, local_tasks, params, names, ids, envs, eval_seed, stop)
-                    evaluated = result is not None
-                    if evaluated:
+                    here = jax.tree.map(lambda x: x.addressable_data(0), tasks)
+                    eval_seed, ids = args.seed + 1_000_000 + step, np.arange(len(names))
+                    result = evaluate(args, model, here, params, names, ids, envs, eval_seed, stop)
+                    if result is not None:
                         record_evaluation(args, folder, writer, bar, step, count["seconds"], result)
-                if not any_process(primary and not evaluated):
-                    count["evaluated"] = step
-            stopping = stopping or (bool(stop) if jax.process_count() == 1 else step % 20 == 0 and any_process(stop))
+                stopping = any_process(primary and result is None)  # in the middle of it
+                count["evaluated"] = count["evaluated"] if stopping else step
+                params, tick, logged = None, time.time(), step
+            if jax.process_count() == 1 or step % 20 == 0 or finished:  # to ask takes longer than a small update
+                stopping = stopping or any_process(stop)
             if crossed(step, saved, args.checkpoint_freq) or (finished or stopping) and saved != step:
                 check_finite(step, folder, **jax.device_get(info))
                 if primary:
@@ -1480,7 +1528,7 @@ def run(args: Args) -> None:
                         writer.add_scalar(f"losses/{name}", value, step)
                 logged, tick = step, time.time()
     if stopping:
-        number = stop[0] if stop else signal.SIGTERM  # which came to another process
+        number = stop[0] if stop else signal.SIGTERM  # if it came to another process, it may have been another signal
         if primary:
             name = signal.Signals(number).name
             print(f"stopped by {name} at update {step}; --resume continues the run", file=sys.stderr)
@@ -1489,6 +1537,7 @@ def run(args: Args) -> None:
 
 def start_distributed(args: Args) -> None:
     """Joins the other processes, as SLURM or the arguments describe them."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM before we do
     try:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     except (ValueError, RuntimeError) as error:

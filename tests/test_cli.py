@@ -80,6 +80,8 @@ def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, 
     assert "--source-task" in evaluation_of(golden("multitask.pt"))
     assert "single-task" in evaluation_of(golden("single.pt"), "--source-task", "walker-walk")
     assert "dog-run" in evaluation_of(golden("multitask.pt"), "--source-task", "dog-run")
+    larger = refused("--task", "mw-push", "--checkpoint", golden("multitask.pt"), "--source-task", "walker-walk")
+    assert "it knows 24 observations and 6 actions, the task has 39 and 4" in larger
 
 
 def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
@@ -92,7 +94,8 @@ def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
     (folder / "args.json").write_text(json.dumps(record))
     (folder / "eval.csv").write_text("step,reward,success,seed\n")
     assert "--resume" in refused(*CARTPOLE, "--runs-dir", tmp_path)
-    assert "--batch-size 128" in refused(*CARTPOLE, "--runs-dir", tmp_path, "--resume")
+    changed = refused(*CARTPOLE, "--runs-dir", tmp_path, "--resume", "--no-mpc", "--enc-dim", 64)
+    assert "as it was started: --mpc, without --enc-dim, --batch-size 128" in changed
 
 
 def test_video_without_a_gl_library_names_the_packages(refused, monkeypatch):

@@ -15,7 +15,7 @@ COPIES = {
         UpdateNoise update_noise optimizers
         from_torch find_checkpoint has_checkpoint restore restore_multitask
         write_video write_atomically render_mode
-        open_run trim_curve catch_signals start_writer crossed
+        as_flag open_run trim_curve catch_signals start_writer crossed
     """.split(),
 }
 

@@ -121,6 +121,7 @@ def changed(**arrays):
         (changed(obs=lambda x: x[..., :17].copy()), "chunk_1.pt: obs has size 17, these tasks need 24"),
         (changed(action=lambda x: x[..., :1].copy()), "chunk_1.pt: action has size 1, these tasks need 6"),
         (changed(reward=lambda x: x[:, 1:].copy()), "chunk_1.pt: reward has shape (4, 8), which does not fit"),
+        (changed(task=lambda x: x.astype("f4")), "chunk_1.pt: task is of type float32"),
         (lambda good: {k: v[:0].copy() for k, v in good.items()}, "chunk_1.pt holds no episodes"),
     ],
 )

@@ -258,6 +258,17 @@ def test_collected_episodes_come_from_the_online_script(script, tmp_path):
     np.testing.assert_allclose(read["reward"].sum(), returns[0], rtol=1e-4)
 
 
+def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir, tmp_path):
+    sizes = {name: 16 for name in ("enc_dim", "mlp_dim", "latent_dim", "batch_size")} | {"num_q": 2, "task_dim": 8}
+    args = mt.Args(tasks=",".join(TASKS), data_dir=str(data_dir), runs_dir=str(tmp_path), num_updates=1, **sizes)
+    mt.main(dataclasses.replace(args, checkpoint=str(whole[0]), eval_episodes=1, mpc=False))
+    new, old = (mt.restore_multitask(mt.find_checkpoint(folder))[0] for folder in (tmp_path / FOLDER, whole[0]))
+    fresh = mt.fresh_state(args, mt.make_model(args, TASKS)).params
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new, old)
+    assert 0 < max(jax.tree.leaves(moved)) < 1e-3, "one step of Adam"
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), new, fresh))) > 5e-3
+
+
 @pytest.fixture
 def refused(tmp_path):
     """refused(flags) -> the sentence with which the script refuses them, in this process."""
