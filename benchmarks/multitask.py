@@ -30,7 +30,9 @@ class Args:
     """pairs SOURCE:TASK: the task to fine-tune on and the learned one to start from"""
     steps: int = 40_000
     """simulator steps of a collecting run"""
-    updates: int = 30_000
+    more_steps: int = 80_000
+    """simulator steps that its agent then acts in eight environments, without learning"""
+    updates: int = 20_000
     """updates of the multi-task agent"""
     fine_tune_steps: int = 5_000
     """simulator steps of fine-tuning and of learning from scratch beside it"""
@@ -77,6 +79,10 @@ def main(args: Args) -> None:
         flags = f"--task {task} --exp-name collect --save-episodes data --resume --eval-episodes 5"
         call(folder, online, flags, freq, args.sizes, args.online)
         path = f"runs/{task}/collect/1"
+        flags = f"--task {task} --exp-name collect-more --save-episodes data --resume --checkpoint {path} --num-envs 8"
+        lengths = f"--total-timesteps {args.more_steps} --seed-steps 1000000 --buffer-size 1100000"  # it never learns
+        lengths += f" --eval-freq 1000000 --eval-episodes 5 --checkpoint-freq {args.more_steps // 2}"
+        call(folder, online, flags, lengths, args.sizes, "--batch-size 128")
         found = evaluation(folder, online, f"collect-{task}", args.episodes, f"--checkpoint {path}")
         results["tasks"][task] = {"collector": found["mean"]}
 
