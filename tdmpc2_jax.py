@@ -1275,6 +1275,7 @@ def run(args: Args) -> None:
                 writer.add_scalar("charts/SPS", (step - logged) / (time.time() - tick), step)
                 for name, value in jax.device_get(info).items():
                     writer.add_scalar(f"losses/{name}", value, step)
+                writer.flush()  # for those who watch
                 logged, tick = step, time.time()
     if stop:
         name = signal.Signals(stop[0]).name

@@ -1526,6 +1526,7 @@ def run(args: Args) -> None:
                     writer.add_scalar("charts/updates_per_second", (step - logged) / (time.time() - tick), step)
                     for name, value in values.items():
                         writer.add_scalar(f"losses/{name}", value, step)
+                    writer.flush()  # for those who watch
                 logged, tick = step, time.time()
     if stopping:
         number = stop[0] if stop else signal.SIGTERM  # if it came to another process, it may have been another signal

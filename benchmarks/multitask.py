@@ -30,7 +30,7 @@ class Args:
     """pairs SOURCE:TASK: the task to fine-tune on and the learned one to start from"""
     steps: int = 40_000
     """simulator steps of a collecting run"""
-    more_steps: int = 80_000
+    more_steps: int = 40_000
     """simulator steps that its agent then acts in eight environments, without learning"""
     updates: int = 20_000
     """updates of the multi-task agent"""
