@@ -49,8 +49,7 @@ import envs as environments
 @dataclasses.dataclass(frozen=True)
 class Args:
     task: str = "walker-walk"
-    """task to learn: a short name (python envs.py lists them) or any Gymnasium id with a Box action space (--evaluate:
-    that of the checkpoint or --source-task)"""
+    """task to learn: a short name (python envs.py lists them) or any Gymnasium id with a Box action space"""
     exp_name: str = "tdmpc2_jax"
     """name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED"""
     runs_dir: str = "runs"

@@ -57,8 +57,7 @@ import envs as environments
 @dataclasses.dataclass(frozen=True)
 class Args:
     tasks: str | None = None
-    """mt30, mt80, or names with commas between them, in the order of the dataset's ids (default: mt30; with --evaluate,
-    all that the agent knows)"""
+    """mt30, mt80, or names with commas, in the order of the dataset's ids (default: mt30; evaluating: all it knows)"""
     data_dir: str | None = None
     """folder of the dataset: chunk_0.pt, chunk_1.pt, ... of the original, or what --save-episodes has written"""
     exp_name: str = "tdmpc2_jax_mt"
