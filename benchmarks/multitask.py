@@ -24,15 +24,12 @@ class Args:
     """folder for runs, episodes and evaluations"""
     json: str | None = None
     """write the results to this file"""
-    tasks: str = "cartpole-swingup,walker-stand,finger-spin"
-    """tasks to collect and to learn together"""
-    fine_tune: str = "walker-stand:walker-stand,walker-stand:walker-walk"
+    tasks: str = "cartpole-balance:16000,pendulum-spin:16000,walker-stand:40000"
+    """tasks to collect and to learn together, each with the simulator steps of its collecting run; as long, its agent
+    then acts in eight environments without learning"""
+    fine_tune: str = "walker-stand:walker-stand"
     """pairs SOURCE:TASK: the task to fine-tune on and the learned one to start from"""
-    steps: int = 40_000
-    """simulator steps of a collecting run"""
-    more_steps: int = 40_000
-    """simulator steps that its agent then acts in eight environments, without learning"""
-    updates: int = 20_000
+    updates: int = 12_000
     """updates of the multi-task agent"""
     fine_tune_steps: int = 5_000
     """simulator steps of fine-tuning and of learning from scratch beside it"""
@@ -70,31 +67,32 @@ def curve(folder: Path) -> list[list[float]]:
 
 
 def main(args: Args) -> None:
-    folder, tasks, online = Path(args.folder).absolute(), args.tasks.split(","), "tdmpc2_jax.py"
+    folder, online = Path(args.folder).absolute(), "tdmpc2_jax.py"
+    steps_of = dict(pair.split(":") for pair in args.tasks.split(","))
     folder.mkdir(parents=True, exist_ok=True)
     results = {"arguments": dataclasses.asdict(args) | {"folder": None, "json": None}, "tasks": {}, "fine_tuning": {}}
 
-    freq = f"--total-timesteps {args.steps} --eval-freq {args.steps // 4} --checkpoint-freq {args.steps // 4}"
-    for task in tasks:
+    for task, steps in steps_of.items():
+        freq = f"--total-timesteps {steps} --eval-freq {int(steps) // 4} --checkpoint-freq {int(steps) // 4}"
         flags = f"--task {task} --exp-name collect --save-episodes data --resume --eval-episodes 5"
         call(folder, online, flags, freq, args.sizes, args.online)
         path = f"runs/{task}/collect/1"
         flags = f"--task {task} --exp-name collect-more --save-episodes data --resume --checkpoint {path} --num-envs 8"
-        lengths = f"--total-timesteps {args.more_steps} --seed-steps 1000000 --buffer-size 1100000"  # it never learns
-        lengths += f" --eval-freq 1000000 --eval-episodes 5 --checkpoint-freq {args.more_steps // 2}"
+        lengths = f"--total-timesteps {steps} --seed-steps 1000000 --buffer-size 1100000"  # it never learns
+        lengths += f" --eval-freq 1000000 --eval-episodes 5 --checkpoint-freq {int(steps) // 2}"
         call(folder, online, flags, lengths, args.sizes, "--batch-size 128")
         found = evaluation(folder, online, f"collect-{task}", args.episodes, f"--checkpoint {path}")
         results["tasks"][task] = {"collector": found["mean"]}
 
     freq = f"--num-updates {args.updates} --eval-freq {args.updates // 4} --checkpoint-freq {args.updates // 4}"
-    flags = f"--tasks {args.tasks} --data-dir data --resume --eval-episodes 5"
+    flags = f"--tasks {','.join(steps_of)} --data-dir data --resume --eval-episodes 5"
     call(folder, "tdmpc2_jax_mt.py", flags, freq, args.sizes, args.offline)
     (agent,) = (folder / "runs").glob("*/tdmpc2_jax_mt/1")
     path = agent.relative_to(folder)
     found = evaluation(folder, "tdmpc2_jax_mt.py", "multitask", args.episodes, f"--checkpoint {path}")
     for task, row in found["tasks"].items():
         results["tasks"][task] |= {"multitask": row["mean"], "share": row["mean"] / results["tasks"][task]["collector"]}
-    results["share"] = sum(row["share"] for row in results["tasks"].values()) / len(tasks)
+    results["share"] = sum(row["share"] for row in results["tasks"].values()) / len(steps_of)
 
     freq = f"--total-timesteps {args.fine_tune_steps} --eval-freq {args.fine_tune_steps // 5} --eval-episodes 5"
     for source, task in (pair.split(":") for pair in args.fine_tune.split(",")):
