@@ -14,6 +14,7 @@ products take alone, on the same shapes, back to back; `draws` that of the rando
 elementwise work, memory traffic, dispatch. `peak` is the rate of a large product in the type of --compute-dtype
 (the unit on a CPU, 8192^3 elsewhere). `step` is what one step of all environments costs at one update per decision;
 `in the loop` are decisions per second with the task's environments really stepped, in the order of the training loop.
+What tdmpc2_jax_mt.py costs is measured by speed_multitask.py.
 """
 
 import dataclasses

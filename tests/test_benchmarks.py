@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import envs
 import tdmpc2_jax as td
-from benchmarks import environments, speed
+from benchmarks import environments, multitask, speed, speed_multitask
 
 O, A = 5, 3  # noqa: E741
 SMALL = {"enc_dim": 24, "mlp_dim": 48, "latent_dim": 32, "num_enc_layers": 2, "num_q": 3, "num_bins": 21}
@@ -143,3 +145,24 @@ def test_environments_are_stepped_with_and_without_workers_and_beside_dm_control
     assert all(min(figures) > 0 for figures in results["workers"]["cartpole-swingup"].values())
     assert list(results["workers"]["cartpole-swingup"]) == ["0", "2"] and len(results["stock"]["cartpole-swingup"]) == 2
     assert capsys.readouterr().out.count("| cartpole-swingup |") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*of the 4 files of mt30")
+def test_the_synthetic_dataset_is_one_of_mt30_of_the_size_asked_for(tmp_path):
+    speed_multitask.write_dataset(tmp_path, 1.02e-2)
+    data = envs.load_dataset("mt30", tmp_path)
+    assert data.nbytes == pytest.approx(1.02e7, rel=0.01) and len(data.chunks) == 1
+    assert set(data.read(0, data.num_entries)["task"]) == set(range(30))
+
+
+def test_rates_count_what_was_done_in_the_time():
+    calls = []
+    rate = speed_multitask.per_second(lambda: calls.append(1) or time.sleep(0.01), 0.3)
+    assert rate == pytest.approx((len(calls) - 2) / 0.3, rel=0.2) and rate < 100
+
+
+def test_a_finished_stage_of_the_multi_task_benchmark_is_not_run_again(tmp_path):
+    (tmp_path / "agent.json").write_text('{"mean": 3.0}')
+    assert multitask.evaluation(tmp_path, "no such script", "agent", 1) == {"mean": 3.0}
+    (tmp_path / "eval.csv").write_text("step,reward,success,seed\n0,1.5,0.0,1\n100,2.5,0.0,1\n")
+    assert multitask.curve(tmp_path) == [[0, 1.5], [100, 2.5]]
