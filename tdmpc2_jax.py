@@ -852,13 +852,12 @@ def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str,
         source = environments.task_spec(args.source_task).name
         if source not in tasks:
             raise environments.UserError(f"{args.checkpoint} was not trained on {source}: it knows {known}")
-        there = params["encoder"]["params"]["linear_0"]["kernel"].shape[0] - table.shape[1]
-        there = there, params["pi"]["params"]["linear_2"]["bias"].shape[0] // 2
+        inputs, outputs = params["encoder"]["params"]["linear_0"]["kernel"], params["pi"]["params"]["linear_2"]["bias"]
+        there = inputs.shape[0] - table.shape[1], outputs.shape[0] // 2
         if there[0] < model.obs_dim or there[1] < model.action_dim:
-            sizes = (
-                f"{there[0]} observations and {there[1]} actions, the task has {model.obs_dim} and {model.action_dim}"
-            )
-            raise environments.UserError(f"{args.checkpoint} does not fit this task: it knows {sizes}")
+            sizes = "it knows {} observations and {} actions, the task has {} and {}"
+            sizes = sizes.format(*there, model.obs_dim, model.action_dim)
+            raise environments.UserError(f"{args.checkpoint} does not fit this task: {sizes}")
         emb = np.asarray(table[tasks.index(source)], np.float32)
         params = fold_task(params | {"q_target": target_q}, emb, model.obs_dim, model.action_dim)
         target_q = params.pop("q_target")

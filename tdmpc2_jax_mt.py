@@ -1348,11 +1348,8 @@ def progress_bar(args: Args, names, model: WorldModel, state: TrainState, data, 
     """Says what runs, prints the head of the table of evaluations, and opens a bar (only on a terminal)."""
     size, devices = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6, jax.devices()
     where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
-    print(
-        f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, {size:.1f}M parameters; ",
-        end="",
-    )
-    print(f"{data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}; ", end="")
+    print(f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, ", end="")
+    print(f"{size:.1f}M parameters; {data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}; ", end="")
     print(f"on {len(devices)} x {devices[0].device_kind}; from update {step}, in {folder}")
     print(f"{'update':>10} {'minutes':>8}  result", flush=True)
     return tqdm(total=args.num_updates, initial=step, unit=" updates", mininterval=1, disable=None)

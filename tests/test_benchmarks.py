@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -155,10 +154,17 @@ def test_the_synthetic_dataset_is_one_of_mt30_of_the_size_asked_for(tmp_path):
     assert set(data.read(0, data.num_entries)["task"]) == set(range(30))
 
 
-def test_rates_count_what_was_done_in_the_time():
+def test_rates_count_what_was_done_in_the_time(monkeypatch):
+    clock = [100.0]  # each call takes a quarter of a second of it
+    monkeypatch.setattr(speed_multitask.time, "perf_counter", lambda: clock[0])
     calls = []
-    rate = speed_multitask.per_second(lambda: calls.append(1) or time.sleep(0.01), 0.3)
-    assert rate == pytest.approx((len(calls) - 2) / 0.3, rel=0.2) and rate < 100
+
+    def step():
+        calls.append(1)
+        clock[0] += 0.25
+
+    assert speed_multitask.per_second(step, 3) == 4
+    assert len(calls) == 2 + 13, "two to warm up, then until the three seconds are over"
 
 
 def test_a_finished_stage_of_the_multi_task_benchmark_is_not_run_again(tmp_path):

@@ -328,7 +328,7 @@ def test_the_largest_model_is_as_large_as_it_is_called_and_says_so(capsys, refus
     refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
     words = capsys.readouterr().out.split()
     parameters, optimiser = (float(words[words.index(name) + 1]) for name in ("parameters", "optimiser"))
-    assert 1.27 < parameters < 3 and 2.5 < optimiser < 2.7  # 317M numbers of 4 bytes, with target Qs; two moments
+    assert 1.9 < parameters < 2.1 and 2.5 < optimiser < 2.6  # 317M numbers of 4 bytes, with target Qs; two moments
 
 
 @pytest.mark.parametrize("size", mt.MODEL_SIZES)
