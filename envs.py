@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import difflib
 import functools
 import importlib.util
@@ -34,7 +35,7 @@ import warnings
 import weakref
 import zipfile
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
@@ -201,6 +202,7 @@ def task_spec(task: str) -> TaskSpec:
         domain = TASKS[name].domain
         settings = DOMAINS[domain]
         return TaskSpec(name, domain, settings.action_repeat, settings.episode_length, False, settings.success)
+    task = _suite_id(name) or task
     spec = _gym_spec(task)
     if task.startswith("dm_control/"):  # suite ids are domain-task; of these only lqr ends early
         can_terminate = "-" not in spec.name or spec.name.startswith("lqr-")
@@ -219,11 +221,25 @@ def _canonical(task: str) -> str:
     for name, known in _PACKAGE_IDS.items():
         if package_id == known:
             return name
-    name = re.sub(r"^dm_control/(.*)-v0$|^dm_control/(.*)$", r"\1\2", task).replace("_", "-").lower()
-    name = re.sub("^ball-in-cup-", "cup-", name)
+    name = re.sub("^ball-in-cup-", "cup-", _canonical_suite(task))
     if task.startswith("dm_control/"):
         return name if name in TASKS and TASKS[name].domain == "DMControl" else task
     return re.sub(r"^(.*)-v3$", r"mw-\1", name)
+
+
+def _suite_id(name: str) -> str | None:
+    """`quadruped-run` → `dm_control/quadruped-run-v0`: a task of dm_control's suite that is not in the table."""
+    if not re.fullmatch("[a-z-]+-[a-z-]+", name) or name.startswith("mw-"):
+        return None
+    _import("DMControl")
+    import shimmy  # noqa: F401  registers the dm_control/ ids
+
+    return next((i for i in gym.registry if i.startswith("dm_control/") and _canonical_suite(i) == name), None)
+
+
+def _canonical_suite(task: str) -> str:
+    """`dm_control/point_mass-easy-v0` → `point-mass-easy`."""
+    return re.sub(r"^dm_control/(.*)-v0$|^dm_control/(.*)$", r"\1\2", task).replace("_", "-").lower()
 
 
 def _gym_spec(task: str) -> Any:
@@ -253,7 +269,9 @@ FRAME = 384  # height and width of render()
 PIXELS = 64  # height and width of an rgb observation
 
 
-def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | None = None) -> gym.Env:
+def make_env(
+    task: str, seed: int = 0, obs: str = "state", render_mode: str | None = None, shadows: bool = True
+) -> gym.Env:
     """Makes one environment.
 
     The first reset is seeded with `seed`; later ones continue its random stream unless they are given a seed. NumPy's
@@ -262,8 +280,10 @@ def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | No
     Args:
         task: see `task_spec`.
         seed: seed of the first reset.
-        obs: "state" → float32 [size]; "rgb" → uint8 [64, 64, 3], one frame (DMControl, Meta-World).
+        obs: "state" → float32 [size]; "rgb" → uint8 [64, 64, 3], one frame (DMControl and Meta-World, and Gymnasium
+            ids whose own observation is such a frame).
         render_mode: None, or "rgb_array": `render()` gives uint8 [384, 384, 3] where the simulator lets us choose.
+        shadows: with obs="rgb", draw shadows and reflections, as dm_control and MuJoCo do by default.
 
     Returns:
         The environment; `env.unwrapped` reaches the simulator (`.physics` and `.dm_env` with DMControl).
@@ -274,9 +294,9 @@ def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | No
     spec = task_spec(task)
     if obs not in ("state", "rgb"):
         raise UserError(f"obs must be 'state' or 'rgb', not {obs!r}")
-    if obs == "rgb" and not (spec.name in TASKS and DOMAINS[spec.domain].rgb):
+    if obs == "rgb" and spec.domain in DOMAINS and not DOMAINS[spec.domain].rgb:
         domains = " and ".join(domain for domain, settings in DOMAINS.items() if settings.rgb)
-        raise UserError(f"obs='rgb' works with the {domains} tasks of the table, not with {spec.name!r}")
+        raise UserError(f"pixels as observations exist for {domains}, not for {spec.name!r} ({spec.domain})")
     if render_mode not in (None, "rgb_array"):
         raise UserError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
     make = {
@@ -286,7 +306,14 @@ def make_env(task: str, seed: int = 0, obs: str = "state", render_mode: str | No
         "ManiSkill": _make_maniskill,
         "Gymnasium": _make_gymnasium,
     }[spec.domain]
-    return Task(make(spec, render_mode), spec, seed, obs, render_mode)
+    parts = make(spec, render_mode)
+    space, frame = parts.env.observation_space, gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
+    if parts.scene is None and (obs == "rgb") != (space == frame):
+        parts.env.close()
+        if obs == "state":
+            raise UserError(f"task {task!r} has image observations; only a flat Box of numbers is supported")
+        raise UserError(f"task {task!r} gives no pictures of {PIXELS} x {PIXELS} as observations, uint8 [64, 64, 3]")
+    return Task(parts, spec, seed, obs, render_mode, shadows)
 
 
 class Parts(NamedTuple):
@@ -302,10 +329,10 @@ class Parts(NamedTuple):
 class Task(gym.Wrapper):
     """What all domains share: repeat, format of action and observation, time limit, success, first seed, pictures."""
 
-    def __init__(self, parts: Parts, spec: TaskSpec, seed: int, obs: str, render_mode: str | None):
+    def __init__(self, parts: Parts, spec: TaskSpec, seed: int, obs: str, render_mode: str | None, shadows: bool):
         super().__init__(parts.env)
         self._parts, self._limit, self._first_seed, self._decision = parts, spec.episode_length, seed, 0
-        self._pixels, self._render_mode, self._cameras = obs == "rgb", render_mode, {}
+        self._pixels, self._render_mode, self._cameras, self._shadows = obs == "rgb", render_mode, {}, shadows
         low, high = _check_action_space(parts.env.action_space, spec.name)
         self._low, self._half_range = low, (high - low) / 2
         self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
@@ -345,7 +372,9 @@ class Task(gym.Wrapper):
         return self._observation(obs), total, bool(terminated), bool(truncated), info
 
     def _observation(self, obs: Any) -> np.ndarray:
-        return self._draw(PIXELS) if self._pixels else np.asarray(obs, np.float32)
+        if self._pixels and self._parts.scene:
+            return self._draw(PIXELS)
+        return np.asarray(obs, self.observation_space.dtype)
 
     def render(self) -> np.ndarray | None:
         """The current picture, uint8 [height, width, 3], or None without a render_mode."""
@@ -358,7 +387,8 @@ class Task(gym.Wrapper):
         if size in self._cameras and self._cameras[size].model is not model:  # some resets build a new model
             self._cameras.pop(size).close()
         if size not in self._cameras:
-            self._cameras[size] = MujocoCamera(model, size, self._parts.camera)
+            effects = self._shadows or size != PIXELS
+            self._cameras[size] = MujocoCamera(model, size, self._parts.camera, effects)
         return self._cameras[size].frame(data)
 
     def close(self) -> None:
@@ -434,7 +464,8 @@ def _open_gymnasium(task: str, **options: Any) -> gym.Env:
         raise UserError(f"task {task!r} cannot be made: {error}") from error
     _check_action_space(env.action_space, task)
     space = env.observation_space
-    if not isinstance(space, gym.spaces.Box) or _is_image(space) or len(space.shape) != 1:
+    frame = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
+    if space != frame and (not isinstance(space, gym.spaces.Box) or _is_image(space) or len(space.shape) != 1):
         kind = "image" if _is_image(space) else type(space).__name__
         raise UserError(f"task {task!r} has {kind} observations; only a flat Box of numbers is supported")
     return env
@@ -659,17 +690,18 @@ class ManiSkill(gym.Wrapper):
 GL_PACKAGES = "libegl1 libosmesa6 libgl1 libgl1-mesa-dri"
 
 
-def check_rendering(task: str) -> None:
-    """Draws one frame of the task, to learn before a long run whether that works.
+def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rgb_array") -> None:
+    """Draws one frame of the task, or with obs="rgb" and no render_mode an observation, to learn before a long run
+    whether that works.
 
     Raises:
         UserError: no frame can be drawn; names what to install.
     """
     try:
-        env = make_env(task, render_mode="rgb_array")
+        env = make_env(task, obs=obs, render_mode=render_mode)
         try:
-            env.reset()
-            frame = env.render()
+            frame = env.reset()[0]
+            frame = env.render() if render_mode else frame
         finally:
             env.close()
     except UserError:
@@ -707,6 +739,25 @@ def _choose_gl() -> None:
 
 
 _working_gl: set[str] = set()
+_worker: int | None = None  # this process's number among the workers of a WorkerVectorEnv
+
+
+def _choose_egl_device(environment: MutableMapping[str, str], worker: int | None, gpus: list[int]) -> None:
+    """On a machine with several GPUs, lets worker processes draw on them in turn: MuJoCo's EGL would take the first for
+    all. The user's MUJOCO_EGL_DEVICE_ID counts more. To be called before this process's first context is made."""
+    if worker is not None and len(gpus) > 1:
+        environment.setdefault("MUJOCO_EGL_DEVICE_ID", str(gpus[worker % len(gpus)]))
+
+
+@functools.cache
+def _egl_gpus() -> list[int]:
+    """EGL's numbers of the NVIDIA GPUs; other devices of its list may be one of these again, or draw on the CPU."""
+    from mujoco.egl import egl_ext
+
+    kind = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32)
+    extensions = kind(egl_ext.eglGetProcAddress("eglQueryDeviceStringEXT"))
+    devices = enumerate(egl_ext.eglQueryDevicesEXT(64))
+    return [i for i, device in devices if b"EGL_NV_device_cuda" in (extensions(device, egl_ext.EGL_EXTENSIONS) or b"")]
 
 
 def _turn_upright(model: Any, data: Any, camera: int) -> None:
@@ -727,16 +778,19 @@ class MujocoCamera:
         model: the MjModel to draw.
         size: height and width in pixels.
         camera_id: a camera of the model; the free camera if it has none.
+        effects: draw shadows and reflections.
     """
 
-    def __init__(self, model: Any, size: int, camera_id: int):
+    def __init__(self, model: Any, size: int, camera_id: int, effects: bool = True):
         self._gl_context = None
         import mujoco
 
         _choose_gl()
         self._mujoco, self.model = mujoco, model
         self._gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
-        self._size, self._camera_id = size, camera_id
+        if os.environ["MUJOCO_GL"] == "egl":
+            _choose_egl_device(os.environ, _worker, _egl_gpus())
+        self._size, self._camera_id, self._effects = size, camera_id, effects
 
     def _open(self) -> None:
         mujoco, model = self._mujoco, self.model
@@ -752,6 +806,8 @@ class MujocoCamera:
         _open_cameras.add(self)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, 10_000)
+        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._scene.flags[effect] &= self._effects
         self._viewport = mujoco.MjrRect(0, 0, self._size, self._size)
         self._option = mujoco.MjvOption()
         self._option.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False  # sensor beams are no part of the scene
@@ -814,6 +870,7 @@ def make_envs(
     render_mode: str | None = None,
     num_workers: int | None = None,
     sizes: tuple[int, int] | None = None,
+    shadows: bool = True,
 ) -> gym.vector.VectorEnv:
     """Makes `num_envs` environments that step together; environment i is `make_env(task, seed + i)`.
 
@@ -825,7 +882,7 @@ def make_envs(
     returns depends on its seed and actions only, not on the number of workers.
 
     Args:
-        task, seed, obs: as in `make_env`; task may also be several names of the table (with obs="state" only).
+        task, seed, obs, shadows: as in `make_env`; task may also be several names of the table (with obs="state" only).
         num_envs: number of environments (of each task), at least 1.
         render_mode: "rgb_array": `envs.render()[i]` is a frame of environment i if it is the first of its task; the
             others draw nothing.
@@ -842,17 +899,22 @@ def make_envs(
     modes += [None] * (num_envs - 1)
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]
-    makers = [functools.partial(_make_one, name, seed + i, obs, mode, sizes) for i, (name, mode) in enumerate(one_each)]
+    makers = [
+        functools.partial(_make_one, name, seed + i, obs, mode, shadows, sizes)
+        for i, (name, mode) in enumerate(one_each)
+    ]
     if num_workers is None:
-        num_workers = default_workers(names, num_envs)
+        num_workers = default_workers(names, num_envs, obs=obs)
     if num_workers == 0:
         makers = [lambda make=make: SuccessOnly(make()) for make in makers]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     return WorkerVectorEnv(names, makers, min(num_workers, len(makers)), render_mode)
 
 
-def _make_one(name: str, seed: int, obs: str, render_mode: str | None, sizes: tuple[int, int] | None) -> gym.Env:
-    env = make_env(name, seed, obs, render_mode)
+def _make_one(
+    name: str, seed: int, obs: str, render_mode: str | None, shadows: bool, sizes: tuple[int, int] | None
+) -> gym.Env:
+    env = make_env(name, seed, obs, render_mode, shadows)
     return Padded(env, *sizes) if sizes else env
 
 
@@ -874,17 +936,18 @@ class Padded(gym.Wrapper):
         return np.pad(obs, self._padding), *rest
 
 
-def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None = None) -> int:
+def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None = None, obs: str = "state") -> int:
     """The number of worker processes that should step num_envs environments of each task fastest; 0: this process does.
 
     n environments of t µs take n·t in this process. w workers take 1.3·⌈n/w⌉·t (their caches cool while they wait)
     and 50 + 30·w for the messages, as measured by benchmarks/environments.py. So 8 cartpoles (30 µs) stay here and two
-    dogs (1.4 ms) get a worker each. Other Gymnasium tasks are taken for 100 µs.
+    dogs (1.4 ms) get a worker each. Other Gymnasium tasks are taken for 100 µs, and drawing an observation for 2 ms (on
+    a GPU less, in software 3 to 16).
     """
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks])
+    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs == "rgb")
     num_envs *= len(tasks)
     workers = range(2, min(num_envs, cores) + 1)
     times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
@@ -1032,11 +1095,13 @@ def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype
 
 def _work(pipe_fd: int, shared_fd: int) -> None:
     """A worker process: makes its environments, then obeys until the pipe is closed."""
+    global _worker
     pipe = Connection(pipe_fd)
     envs: list[gym.Env] = []
     try:
         sys.path[:] = pipe.recv()
         registered, rows, makers = pipe.recv().fn
+        _worker = rows.start
         if registered:
             gym.registry[registered.id] = registered
         envs += [make() for make in makers]
@@ -1346,6 +1411,13 @@ class Dataset:
                 self._read(chunk, np.arange(i, min(i + 1000, len(chunk.obs)))[:, None], np.arange(chunk.obs.shape[1]))
             chunks.append(Chunk(chunk.path, *map(np.array, chunk[1:-1]), chunk.ids))
         return Dataset(self.tasks, chunks)
+
+    def check_files(self) -> None:
+        """Reads all files and compares their checksums; UserError if one is damaged."""
+        for chunk in self.chunks:
+            with zipfile.ZipFile(chunk.path) as archive:
+                if bad := archive.testzip():
+                    raise UserError(f"{chunk.path} is damaged (checksum of {bad})")
 
     def window_table(self, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the windows of horizon + 1 entries within one episode are, as int64 arrays over the F files: the

@@ -720,7 +720,8 @@ def from_torch(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str
         return mlp(names)
 
     if not {"_encoder.state.0.weight", "_pi.2.weight"} <= tensors.keys():
-        raise environments.UserError("the .pt file holds no TD-MPC2 agent with state observations")
+        other = ": it is one of pixels, for tdmpc2_jax_rgb.py" if "_encoder.rgb.2.weight" in tensors else ""
+        raise environments.UserError(f"the .pt file holds no TD-MPC2 agent that sees states{other}")
     prefixes = {"encoder": "_encoder.state", "dynamics": "_dynamics", "reward": "_reward", "pi": "_pi"}
     prefixes |= {"q": "_Qs.params"} | ({"termination": "_termination"} if "_termination.0.weight" in tensors else {})
     target = "_target_Qs_params" if "_target_Qs_params.0.weight" in tensors else "_target_Qs.params"
@@ -769,9 +770,13 @@ def has_checkpoint(folder: Path) -> bool:
     return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
 
 
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_rgb")
+
+
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint of this script or of tdmpc2_jax_mt.py says of itself: its script, arguments, sizes, tasks and
     counters."""
+    what = "is damaged or not a checkpoint of tdmpc2_jax.py"
     try:
         meta = json.loads((checkpoint / "meta" / "metadata").read_text())
         if meta["script"] == "tdmpc2_jax":
@@ -779,9 +784,11 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         if meta["script"] == "tdmpc2_jax_mt":
             shared = {k: v for k, v in meta["args"].items() if k in {field.name for field in dataclasses.fields(Args)}}
             return meta | {"args": Args(**shared)}
+        if meta["script"] in SCRIPTS:
+            what = f"is a checkpoint of {meta['script']}.py, not of this script"
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise environments.UserError(f"{checkpoint} is damaged or not a checkpoint of tdmpc2_jax.py")
+    raise environments.UserError(f"{checkpoint} {what}")
 
 
 def restore(checkpoint: Path, item: str, like):
@@ -887,9 +894,10 @@ class Evaluation(NamedTuple):
 def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, stop=()) -> Evaluation | None:
     """Acts without exploration noise; None if a signal in `stop` came in the middle."""
     obs, _ = envs.reset(seed=seed)
-    prev_mean = jnp.zeros((envs.num_envs, args.horizon, model.action_dim))
+    prev_mean, key = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(seed)
+    prev_mean, key = jax.device_put((prev_mean, key), jax.devices()[0])  # as they come out of act: it compiles once
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
-    returns, successes, key = np.zeros(envs.num_envs), np.zeros(envs.num_envs), jax.random.key(seed)
+    returns, successes = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
     frames = [envs.render()[0]] if args.capture_video else []
     while running.any():
         if stop:
@@ -985,6 +993,8 @@ def check_args(args: Args) -> None:
          "--num-envs, --batch-size, --horizon, --iterations and --eval-episodes must be at least 1"),
         (min(args.total_timesteps, args.eval_freq, args.checkpoint_freq, args.log_freq) >= 1,
          "--total-timesteps, --eval-freq, --checkpoint-freq and --log-freq must be at least 1"),
+        (".." not in Path(args.exp_name).parts and not Path(args.exp_name).is_absolute(),
+         "--exp-name must be a name, or a path below the task's folder"),
         (0 <= args.seed < 2**31, "--seed must lie in 0 .. 2^31 - 1"),
         (args.utd > 0, "--utd must be positive"),
         (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
@@ -1169,13 +1179,14 @@ def start_or_resume(args: Args, model: WorldModel, folder: Path) -> tuple[dict[s
     parameters of --checkpoint if that is given."""
     state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
     replay = init_replay(args.buffer_size // args.num_envs, args.num_envs, model.obs_dim, model.action_dim)
+    state, replay = jax.device_put((state, replay), jax.devices()[0])  # as they are restored: nothing compiles twice
     if has_checkpoint(folder):
         checkpoint = find_checkpoint(folder)
         count = read_meta(checkpoint)["count"]
         return restore(checkpoint, "state", state), restore(checkpoint, "replay", replay), count
     if args.checkpoint:
         params, target_q = load_agent(args, model)
-        state["train"] = init_state(args, params, target_q, state["train"].key)
+        state["train"] = jax.device_put(init_state(args, params, target_q, state["train"].key), jax.devices()[0])
     return state, replay, {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
 
 
@@ -1209,7 +1220,7 @@ def run(args: Args) -> None:
         episodes = environments.EpisodeWriter(args.save_episodes, args.task, n) if args.save_episodes else None
         if episodes:
             episodes.add(obs, *filler[:2], first)
-        prev_mean, info = jnp.zeros((n, args.horizon, model.action_dim)), {}
+        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0]), {}
         burst = max(1, int(args.utd * n))  # updates per dispatch
         clock, tick = time.time() - count["seconds"], time.time()
 

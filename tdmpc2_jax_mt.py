@@ -927,7 +927,8 @@ def from_torch(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str
         return mlp(names)
 
     if not {"_encoder.state.0.weight", "_pi.2.weight"} <= tensors.keys():
-        raise environments.UserError("the .pt file holds no TD-MPC2 agent with state observations")
+        other = ": it is one of pixels, for tdmpc2_jax_rgb.py" if "_encoder.rgb.2.weight" in tensors else ""
+        raise environments.UserError(f"the .pt file holds no TD-MPC2 agent that sees states{other}")
     prefixes = {"encoder": "_encoder.state", "dynamics": "_dynamics", "reward": "_reward", "pi": "_pi"}
     prefixes |= {"q": "_Qs.params"} | ({"termination": "_termination"} if "_termination.0.weight" in tensors else {})
     target = "_target_Qs_params" if "_target_Qs_params.0.weight" in tensors else "_target_Qs.params"
@@ -964,15 +965,21 @@ def has_checkpoint(folder: Path) -> bool:
     return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
 
 
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_rgb")
+
+
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: its script, arguments, tasks and counters."""
+    what = "is damaged or not a checkpoint of tdmpc2_jax_mt.py"
     try:
         meta = json.loads((checkpoint / "meta" / "metadata").read_text())
         if meta["script"] == "tdmpc2_jax_mt":
             return meta | {"args": Args(**meta["args"]), "tasks": tuple(meta["tasks"])}
+        if meta["script"] in SCRIPTS:
+            what = f"is a checkpoint of {meta['script']}.py, not of this script"
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise environments.UserError(f"{checkpoint} is damaged or not a checkpoint of tdmpc2_jax_mt.py")
+    raise environments.UserError(f"{checkpoint} {what}")
 
 
 def restore(checkpoint: Path, item: str, like):
@@ -1009,7 +1016,8 @@ def check_shapes(args: Args, model: WorldModel, params) -> None:
     wrong = [name for name in here | there if here.get(name) != there.get(name)]
     if wrong:
         sizes = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here"
-        raise environments.UserError(f"{args.checkpoint} does not fit these sizes and tasks: {sizes}")
+        its = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes_of(params).items())
+        raise environments.UserError(f"{args.checkpoint} does not fit these sizes and tasks: {sizes}; it has {its}")
 
 
 def sizes_of(params: dict[str, Any]) -> dict[str, int]:
@@ -1211,6 +1219,8 @@ def check_args(args: Args) -> None:
          "--batch-size, --horizon, --iterations, --eval-episodes and --readers must be at least 1"),
         (min(args.num_updates, args.eval_freq, args.checkpoint_freq, args.log_freq) >= 1,
          "--num-updates, --eval-freq, --checkpoint-freq and --log-freq must be at least 1"),
+        (".." not in Path(args.exp_name).parts and not Path(args.exp_name).is_absolute(),
+         "--exp-name must be a name, or a path below the task's folder"),
         (0 <= args.seed < 2**31, "--seed must lie in 0 .. 2^31 - 1"),
         (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
         (1 <= args.num_elites <= args.num_samples, "--num-elites must lie in 1 .. --num-samples"),
@@ -1364,10 +1374,10 @@ def record_evaluation(args: Args, folder, writer, bar, step: int, seconds: float
         for task, returns, successes in zip(*result[:3], strict=True):
             row = [step, task, returns.mean(), successes.mean(), args.seed]
             csv.writer(file, lineterminator="\n").writerow(row)
-            writer.add_scalar(f"eval/{task}", results["tasks"][task]["score"], step)
+            writer.add_scalar(f"eval/score/{task}", results["tasks"][task]["score"], step)
     writer.add_scalar("eval/normalized_score", results["normalized_score"], step)
     for domain, row in results["domains"].items():
-        writer.add_scalar(f"eval/{domain}", row["mean"], step)
+        writer.add_scalar(f"eval/mean/{domain}", row["mean"], step)
     if result.frames:
         path = folder / "videos" / f"step-{step:09d}.mp4"
         write_video(path, result.frames, 25)
@@ -1460,6 +1470,7 @@ def run(args: Args) -> None:
         args, data, agent = agree(lambda: prepare(args, names, stack))
         model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
         storage = choose_storage(args, data, mesh)
+        agree(data.check_files if storage != "disk" else lambda: None)  # what is read whole can be checked
         source_shapes = data_shapes(args, data, mesh) if storage == "device" else batch_shapes(args, model, mesh)
         program, shapes = compile_train(args, model, mesh, tasks, source_shapes)
         if envs := agree(lambda: make_eval_envs(args, names, names) if primary else None):

@@ -26,14 +26,15 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-# A small agent on a fast environment whose episodes have 40 decisions, and one that learns offline
+# Small agents: the environments of most tests are fast and have episodes of 40 decisions
 SMALL = (
-    "--enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --num-samples 32 --num-elites 8 "
+    "--mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --num-samples 32 --num-elites 8 "
     "--num-pi-trajs 4 --iterations 2 --eval-episodes 2 --log-freq 50"
 ).split()
 SMALL = {
-    "tdmpc2_jax.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000".split()],
-    "tdmpc2_jax_mt.py": [*SMALL, *"--task-dim 8".split()],
+    "tdmpc2_jax.py": [*SMALL, *"--enc-dim 16 --seed-steps 100 --buffer-size 3000".split()],
+    "tdmpc2_jax_rgb.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000".split()],
+    "tdmpc2_jax_mt.py": [*SMALL, *"--enc-dim 16 --task-dim 8".split()],
 }
 
 

@@ -50,7 +50,23 @@ class DictObs(Point):
 
 
 class Pixels(Point):
+    """The point as a bright bar in a picture."""
+
     observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+    def draw(self):
+        picture = np.zeros((64, 64, 3), np.uint8)
+        column = int(np.clip(32 + 24 * self.state[0], 2, 61))
+        picture[:, column - 2 : column + 3] = (255, 160, 80)
+        return picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.draw(), {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return self.draw(), *rest
 
 
 for name, cls, kwargs in [
@@ -63,5 +79,6 @@ for name, cls, kwargs in [
     ("Discrete", Discrete, {}),
     ("DictObs", DictObs, {}),
     ("Pixels", Pixels, {}),
+    ("PixelsFalling", Pixels, {"terminates": True}),
 ]:
     gym.register(f"{name}-v0", entry_point=cls, max_episode_steps=40, kwargs=kwargs)

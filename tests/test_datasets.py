@@ -274,6 +274,16 @@ def test_a_set_in_device_memory_gives_the_windows_of_the_files_all_as_likely(fol
     assert counts.min() > 0 and chi_square < 155 + 4 * np.sqrt(2 * 155)
 
 
+def test_a_file_whose_numbers_have_changed_is_named(folder):
+    envs.load_dataset(TASKS, folder).check_files()
+    path = folder / "chunk_1.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(envs.UserError, match="chunk_1.pt is damaged"):
+        envs.load_dataset(TASKS, folder).check_files()
+
+
 def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
     import jax
 

@@ -1,0 +1,285 @@
+"""What pixels change: shifts, the replay of single pictures, both places of it, and runs as a user sees them."""
+
+import dataclasses
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+from test_runs import read_curve, read_scalars, wait_for
+
+import envs
+import tdmpc2_jax as td
+import tdmpc2_jax_rgb as rgb
+
+H = 3
+NAME = "tdmpc2_jax_rgb.py"
+PIXELS = ("--task", "strange_envs:Pixels-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
+FOLDER = "strange_envs:Pixels-v0/tdmpc2_jax_rgb/1"
+
+
+def count_of(folder):
+    return rgb.read_meta(rgb.find_checkpoint(folder))["count"]
+
+
+# ------------------------------------------------------------------------------------------------------------- Shifts
+def test_every_shift_is_a_copy_of_pixels_with_the_edge_repeated():
+    stack = np.random.default_rng(0).integers(0, 256, (64, 64, 9), dtype=np.uint8)
+    shifts = np.stack(np.meshgrid(np.arange(7), np.arange(7)), -1).reshape(-1, 2)
+    shifted = jax.vmap(rgb.random_shift, in_axes=(None, 0))(stack, jnp.asarray(shifts))
+    for (x, y), picture in zip(shifts, np.asarray(shifted), strict=True):
+        rows, columns = np.clip(np.arange(64) + y - 3, 0, 63), np.clip(np.arange(64) + x - 3, 0, 63)
+        np.testing.assert_array_equal(picture, stack[rows][:, columns])
+
+
+def test_shifts_are_drawn_uniformly_for_every_picture_and_axis():
+    args = rgb.Args(batch_size=2000, mlp_dim=8, latent_dim=16, num_q=2, dropout=0.0)
+    model = rgb.make_model(args, 1, False)
+    shift = np.asarray(jax.jit(rgb.update_noise, static_argnums=(0, 1))(args, model, jax.random.key(0)).shift)
+    assert shift.shape == (H + 1, 2000, 2)
+    counts = np.stack([(shift == i).sum((0, 1)) for i in range(7)])
+    assert counts.sum() == shift.size and (np.abs(counts / 8000 - 1 / 7) < 0.02).all()
+    assert (shift[0] != shift[1]).any(-1).mean() > 0.9, "the pictures of a window move independently"
+    assert np.ptp(np.asarray(rgb.plan_noise(args, model, jax.random.key(0), 50).shift)) == 6
+
+
+# ------------------------------------------------------------------------------------------------------------- Replay
+def picture_of(env, episode, place):
+    """A picture that names its entry."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[...] = env, episode, place
+    return picture
+
+
+def write_episodes(seed, capacity, num_envs, steps, ends):
+    """A replay after `steps` steps of environments whose episodes end at random, and what a stranger would say of it:
+    valid windows by the name of their first entry."""
+    rng = np.random.default_rng(seed)
+    replay = rgb.init_replay(capacity, num_envs, 1)
+    first, episode, place = np.ones(num_envs, bool), np.zeros(num_envs, int), np.zeros(num_envs, int)
+    history = []
+    for _ in range(steps):
+        names = np.stack([np.arange(num_envs), episode, place], -1)
+        done = ~first & (rng.random(num_envs) < ends)
+        obs, number = np.stack([picture_of(*name) for name in names]), names[:, 2].astype(np.float32)
+        replay = rgb.add(replay, H, obs, number[:, None], number * 10, done, first)
+        history.append((names, first))
+        episode, place, first = episode + done, np.where(done, 0, place + 1), done
+    valid = {
+        tuple(history[start][0][env])
+        for start in range(max(0, steps - capacity), steps - H)
+        for env in range(num_envs)
+        if not any(history[start + k][1][env] for k in range(1, H + 1))
+    }
+    return replay, valid
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_ring(seed):
+    rng = np.random.default_rng(seed)
+    num_envs, capacity = int(rng.integers(1, 5)), int(rng.integers(10, 40))
+    replay, valid = write_episodes(seed, capacity, num_envs, int(rng.integers(5, 150)), ends=rng.uniform(0.02, 0.4))
+    assert int(replay.size) == len(valid)
+    if not valid:
+        return
+    batch = rgb.sample(replay, jax.random.key(seed), 500, H)
+    assert batch.obs.shape == (H + 1, 500, 64, 64, 9) and batch.obs.dtype == jnp.uint8
+    obs = np.asarray(batch.obs)
+    np.testing.assert_array_equal(obs, np.broadcast_to(obs[:, :, :1, :1], obs.shape))  # whole pictures
+    names = obs[:, :, 0, 0].reshape(H + 1, 500, 3, 3)  # of the three pictures of each stack, oldest first
+    newest = names[:, :, 2].astype(int)
+    assert {tuple(name) for name in newest[0]} == valid or len(valid) > 100
+    assert {tuple(name) for name in newest[0]} <= valid
+    assert (np.diff(newest, axis=0) == [0, 0, 1]).all(), "entries follow each other in one episode"
+    for age in (1, 2):  # the picture before, or the episode's first one again
+        expected = newest - [0, 0, age]
+        expected[..., 2] = np.maximum(expected[..., 2], 0)
+        np.testing.assert_array_equal(names[:, :, 2 - age], expected)
+    np.testing.assert_array_equal(batch.action[..., 0], newest[1:, :, 2])
+    np.testing.assert_array_equal(batch.reward, newest[1:, :, 2] * 10)
+
+
+def test_acting_sees_the_stacks_that_learning_sees():
+    rng, first = np.random.default_rng(0), np.ones(2, bool)
+    seen, pictures = np.zeros((2, 64, 64, 9), np.uint8), [[], []]
+    for _ in range(30):
+        obs = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+        seen = rgb.stack_pictures(seen, obs, first)
+        for env in range(2):
+            pictures[env] = [obs[env]] * 3 if first[env] else [*pictures[env], obs[env]]
+            np.testing.assert_array_equal(seen[env], np.concatenate(pictures[env][-3:], -1))
+        first = rng.random(2) < 0.2
+
+
+@pytest.mark.parametrize("num_envs, action_dim", [(1, 1), (16, 6), (1, 38)])
+def test_an_entry_takes_little_more_than_its_picture(num_envs, action_dim):
+    replay = jax.eval_shape(lambda: rgb.init_replay(1_000_000 // num_envs, num_envs, action_dim))
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(replay)) / 1_000_000
+    assert each <= 12_500, each
+
+
+@pytest.fixture(scope="module")
+def agent():
+    """Arguments, model, a fresh learning state and a replay of a bar that moves, with rewards of where it is."""
+    import strange_envs
+
+    sizes = {"mlp_dim": 32, "latent_dim": 128, "num_q": 2, "batch_size": 16, "lr": 3e-3}
+    args = rgb.Args(**sizes, num_samples=32, num_elites=8, num_pi_trajs=4, iterations=2)
+    model, env = rgb.make_model(args, 1, False), strange_envs.Pixels()
+    replay, rng = rgb.init_replay(1000, 1, 1), np.random.default_rng(0)
+    for step in range(800):
+        first, action, reward = step % 20 == 0, rng.uniform(-2, 2, 1).astype(np.float32), 0.0
+        if first:
+            obs, _ = env.reset(seed=step)
+        else:
+            obs, reward, *_ = env.step(action)
+        replay = rgb.add(replay, H, obs[None], action[None], np.float32([reward]), np.zeros(1, bool), np.array([first]))
+    return args, model, jax.jit(rgb.fresh_state, static_argnums=(0, 1))(args, model)["train"], replay
+
+
+def test_batches_drawn_ahead_from_the_machines_memory_are_learned_from_as_those_of_the_device(agent):
+    args, model, state, replay = agent
+    here, info = rgb.train(args, model, jax.tree.map(jnp.copy, state), replay, 0.9, num_updates=5)
+    key, drawn = state.key, []
+    for _ in range(5):
+        key, sample_key, _ = jax.random.split(key, 3)
+        drawn.append(rgb.sample_many(replay, sample_key[None], args.batch_size, H))
+    drawn = jax.tree.map(lambda *batches: jnp.concatenate(batches), *drawn)
+    there, other = rgb.train(args, model, jax.tree.map(jnp.copy, state), drawn, 0.9, num_updates=5)
+    for mine, others in zip(jax.tree.leaves((here.params, info)), jax.tree.leaves((there.params, other)), strict=True):
+        np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_learns_to_tell_rewards_from_pictures(agent):
+    args, model, state, replay = agent
+    state = jax.tree.map(jnp.copy, state)
+    for _ in range(60):
+        state, info = rgb.train(args, model, state, replay, 0.9, num_updates=5)
+    batch = rgb.sample(replay, jax.random.key(0), 256, H)
+    z = rgb.encode(model, state.params["encoder"], batch.obs[0], jnp.full((256, 2), rgb.SHIFT))
+    told = rgb.two_hot_inv(args, model.reward.apply(state.params["reward"], z, batch.action[0]))
+    assert np.corrcoef(told, batch.reward[0])[0, 1] > 0.8, info
+
+
+# --------------------------------------------------------------------------------------------------------------- Runs
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, script, tmp_path):
+    folder, flags = tmp_path / "runs" / FOLDER, (*PIXELS, "--total-timesteps", 300, "--resume")
+    child = start(*flags, name=NAME)
+    wait_for(lambda: (folder / "checkpoints" / "100").exists(), child)
+    wait_for(lambda: any("tmp" in path.name for path in (folder / "checkpoints").iterdir()), child)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert count_of(folder)["decisions"] >= 100
+    status, out, err = script(*flags, name=NAME)
+    assert status == 0, err
+    assert "replay of 3000 decisions: 0.0 GB in the machine's memory" in out and "3 pictures of 64 x 64" in out
+    assert read_curve(folder)[0] == [0, 100, 200, 300]
+    assert count_of(folder)["decisions"] == 300 and count_of(folder)["updates"] == 299
+    assert [step for step, _ in read_scalars(folder, "charts/episodic_return")] == sorted(
+        {step for step, _ in read_scalars(folder, "charts/episodic_return")}
+    )
+    flags = ("--evaluate", "--checkpoint", folder, "--eval-episodes", 2, "--json", "result.json")
+    status, out, err = script(*flags, name=NAME, small=False)
+    assert status == 0, err
+    assert len(json.loads((tmp_path / "result.json").read_text())["returns"]) == 2 and out.count("episode ") == 2
+
+
+def test_equal_seeds_give_equal_runs_bit_for_bit(script, tmp_path):
+    def run(name):
+        status, _, err = script(*PIXELS, "--total-timesteps", 150, "--exp-name", name, name=NAME)
+        assert status == 0, err
+        folder = tmp_path / "runs" / "strange_envs:Pixels-v0" / name / "1"
+        tags = ("losses/total_loss", "losses/pi_loss", "charts/episodic_return")
+        return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
+
+    assert run("a") == run("b")
+
+
+def test_several_environments_with_terminations_draw_from_the_machines_memory(script, tmp_path):
+    flags = ("--task", "strange_envs:PixelsFalling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
+    status, out, err = script(*flags, "--total-timesteps", 300, "--storage", "host", name=NAME)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "strange_envs:PixelsFalling-v0" / "tdmpc2_jax_rgb" / "1"
+    meta = rgb.read_meta(rgb.find_checkpoint(folder))
+    due = 100 + (meta["count"]["decisions"] - 100) * 0.5
+    assert meta["episodic"] and due - 4 <= meta["count"]["updates"] <= due
+    assert "(--storage host)" in out
+
+
+def test_a_simulator_is_learned_from_and_filmed(script, tmp_path):
+    try:
+        envs.check_rendering("mw-reach", "rgb", None)
+    except envs.UserError as error:
+        pytest.skip(str(error))
+    flags = ("--task", "mw-reach", "--num-envs", 2, "--total-timesteps", 240, "--eval-freq", 10_000, "--no-mpc")
+    status, out, err = script(*flags, "--no-shadows", "--capture-video", "--eval-episodes", 1, name=NAME)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax_rgb" / "1"
+    assert read_curve(folder)[0] == [0, 240] and "success" in out
+    assert (folder / "videos" / "step-000000240.mp4").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------------------------------- Bad input
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """refused(flags) -> the sentence with which a script refuses them, in this process."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def refuse(*flags, script=rgb):
+        args = tyro.cli(script.Args, args=["--runs-dir", str(runs), *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            script.main(args)
+        sentence = str(stop.value.code)
+        assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
+        assert not list(runs.rglob("eval.csv")), "nothing was started"
+        return sentence
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--task", "myo-reach"], ["pixels", "DMControl and Meta-World", "myo-reach"]),
+        (["--task", "InvertedPendulum-v5"], ["InvertedPendulum-v5", "64 x 64"]),
+        (["--task", "strange_envs:Point-v0"], ["64 x 64"]),
+        (["--task", "strange_envs:Pixels-v0", "--latent-dim", 24], ["--latent-dim", "16"]),
+        (["--task", "strange_envs:Pixels-v0", "--buffer-size", 10**9], ["--buffer-size 1000000000", "GB", "free"]),
+        (["--task", "strange_envs:Pixels-v0", "--evaluate", "--checkpoint", "nowhere"], ["does not exist"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:60],
+)
+def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, words):
+    sentence = refused(*flags)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_agents_of_states_and_of_pixels_are_not_taken_for_each_other(refused, tmp_path, golden):
+    pixels = ("--task", "strange_envs:Pixels-v0", "--evaluate", "--checkpoint")
+    states = ("--task", "strange_envs:Point-v0", "--evaluate", "--checkpoint")
+    assert "one of states, for tdmpc2_jax.py" in refused(*pixels, golden("single.pt"))
+    assert "one of pixels, for tdmpc2_jax_rgb.py" in refused(*states, golden("rgb.pt"), script=td)
+    for script, flags, other in ((rgb, pixels, "tdmpc2_jax"), (td, states, "tdmpc2_jax_rgb")):
+        meta = tmp_path / other / "checkpoints" / "100" / "meta"
+        meta.mkdir(parents=True)
+        (meta / "metadata").write_text(json.dumps({"script": other, "args": {}}))
+        assert f"is a checkpoint of {other}.py" in refused(*flags, tmp_path / other, script=script)
+    assert "--model-size" in refused(*pixels, golden("rgb.pt"))
+
+
+def test_no_gl_library_is_one_sentence_that_names_the_packages(refused, monkeypatch):
+    monkeypatch.setattr(envs, "_working_gl", set())
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(envs.subprocess, "run", lambda *_, **__: type("Failed", (), {"returncode": 1})())
+    assert "apt-get install -y" in refused("--task", "walker-walk")
+
+
+def test_help_explains_every_argument(script):
+    status, out, _ = script("--help", small=False, name=NAME)
+    assert status == 0
+    for field in dataclasses.fields(rgb.Args):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert "shadows and reflections" in out
