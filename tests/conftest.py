@@ -12,10 +12,11 @@ TESTS = ROOT / "tests"
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", TESTS / "golden"))
 
 # Compilation is what costs: programs are compiled once for all tests and for all processes that they start.
-CACHE = tempfile.TemporaryDirectory(prefix="tdmpc2-jax-tests-")
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # started by the process that has made the cache
+CACHE = None if WORKER else tempfile.TemporaryDirectory(prefix="tdmpc2-jax-tests-")
 os.environ |= {
     "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
-    "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+    "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"] if WORKER else CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
@@ -33,9 +34,17 @@ SMALL = (
 ).split()
 SMALL = {
     "tdmpc2_jax.py": [*SMALL, *"--enc-dim 16 --seed-steps 100 --buffer-size 3000".split()],
-    "tdmpc2_jax_rgb.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000".split()],
+    "tdmpc2_jax_rgb.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000 --batch-size 8".split()],
     "tdmpc2_jax_mt.py": [*SMALL, *"--enc-dim 16 --task-dim 8".split()],
 }
+
+
+SLOW = "multitask", "runs", "rgb", "learning", "model", "golden"  # of two processes, neither should end with these
+
+
+def pytest_collection_modifyitems(items):
+    names = {f"test_{name}.py": i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: names.get(item.path.name, len(names)))
 
 
 @pytest.fixture(scope="session")

@@ -447,7 +447,7 @@ def test_other_wrong_arguments_are_one_sentence():
     for make, sentence in [
         (lambda: envs.make_envs("walker-walk", 0), "at least 1, not 0"),
         (lambda: envs.make_env("walker-walk", obs="depth"), "'state' or 'rgb', not 'depth'"),
-        (lambda: envs.make_env("Pendulum-v1", obs="rgb"), "works with the DMControl and Meta-World tasks"),
+        (lambda: envs.make_env("Pendulum-v1", obs="rgb"), "gives no pictures of 64 x 64 as observations"),
         (lambda: envs.make_env("walker-walk", render_mode="human"), "not 'human'"),
     ]:
         with pytest.raises(envs.UserError, match=sentence):
@@ -766,6 +766,42 @@ def test_pixel_observations_are_one_small_frame(gl, task):
     after = env.step(np.ones(env.action_space.shape, np.float32))[0]
     assert after.dtype == np.uint8 and (after != obs).any()
     env.close()
+
+
+def test_drawing_counts_when_workers_are_chosen():
+    assert envs.default_workers("cartpole-swingup", 4, cores=4) == 0
+    assert envs.default_workers("cartpole-swingup", 4, cores=4, obs="rgb") == 4
+
+
+def test_pictures_without_shadows_and_reflections_differ_only_in_observations(gl):
+    def frames(shadows):
+        env = envs.make_env("walker-walk", obs="rgb", render_mode="rgb_array", shadows=shadows)
+        obs, large = env.reset()[0], env.render()
+        env.close()
+        return obs, large
+
+    (obs, large), (plain, same) = frames(True), frames(False)
+    np.testing.assert_array_equal(large, same)
+    assert 0 < (obs != plain).mean() < 0.9
+
+
+def test_suite_tasks_beyond_the_table_have_short_names_and_pictures(gl):
+    assert envs.task_spec("quadruped-run") == envs.task_spec("dm_control/quadruped-run-v0")
+    assert envs.task_spec("point_mass-easy").name == "dm_control/point_mass-easy-v0"
+    env = envs.make_env("quadruped-run", obs="rgb")
+    obs, _ = env.reset()
+    assert obs.shape == (64, 64, 3) and obs.std() > 10
+    env.close()
+
+
+def test_workers_draw_on_several_gpus_in_turn_unless_the_user_says_where():
+    def chosen(worker, gpus, **environment):
+        envs._choose_egl_device(environment, worker, gpus)
+        return environment.get("MUJOCO_EGL_DEVICE_ID")
+
+    assert [chosen(worker, [0, 1, 3]) for worker in range(4)] == ["0", "1", "3", "0"]
+    assert chosen(1, [0, 1], MUJOCO_EGL_DEVICE_ID="0") == "0"
+    assert chosen(1, [0]) is None and chosen(None, [0, 1]) is None
 
 
 def test_pictures_come_from_worker_processes_too(gl):

@@ -166,7 +166,7 @@ def test_the_model_learns_to_tell_rewards_from_pictures(agent):
 
 # --------------------------------------------------------------------------------------------------------------- Runs
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, script, tmp_path):
-    folder, flags = tmp_path / "runs" / FOLDER, (*PIXELS, "--total-timesteps", 300, "--resume")
+    folder, flags = tmp_path / "runs" / FOLDER, (*PIXELS, "--total-timesteps", 200, "--no-mpc", "--resume")
     child = start(*flags, name=NAME)
     wait_for(lambda: (folder / "checkpoints" / "100").exists(), child)
     wait_for(lambda: any("tmp" in path.name for path in (folder / "checkpoints").iterdir()), child)
@@ -176,8 +176,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, script, tmp_pa
     status, out, err = script(*flags, name=NAME)
     assert status == 0, err
     assert "replay of 3000 decisions: 0.0 GB in the machine's memory" in out and "3 pictures of 64 x 64" in out
-    assert read_curve(folder)[0] == [0, 100, 200, 300]
-    assert count_of(folder)["decisions"] == 300 and count_of(folder)["updates"] == 299
+    assert read_curve(folder)[0] == [0, 100, 200]
+    assert count_of(folder)["decisions"] == 200 and count_of(folder)["updates"] == 199
     assert [step for step, _ in read_scalars(folder, "charts/episodic_return")] == sorted(
         {step for step, _ in read_scalars(folder, "charts/episodic_return")}
     )
@@ -200,7 +200,7 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(script, tmp_path):
 
 def test_several_environments_with_terminations_draw_from_the_machines_memory(script, tmp_path):
     flags = ("--task", "strange_envs:PixelsFalling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
-    status, out, err = script(*flags, "--total-timesteps", 300, "--storage", "host", name=NAME)
+    status, out, err = script(*flags, "--total-timesteps", 200, "--storage", "host", "--no-mpc", name=NAME)
     assert status == 0, err
     folder = tmp_path / "runs" / "strange_envs:PixelsFalling-v0" / "tdmpc2_jax_rgb" / "1"
     meta = rgb.read_meta(rgb.find_checkpoint(folder))
@@ -209,17 +209,16 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(sc
     assert "(--storage host)" in out
 
 
-def test_a_simulator_is_learned_from_and_filmed(script, tmp_path):
+def test_a_simulator_is_learned_from(script, tmp_path):
     try:
         envs.check_rendering("mw-reach", "rgb", None)
     except envs.UserError as error:
         pytest.skip(str(error))
     flags = ("--task", "mw-reach", "--num-envs", 2, "--total-timesteps", 240, "--eval-freq", 10_000, "--no-mpc")
-    status, out, err = script(*flags, "--no-shadows", "--capture-video", "--eval-episodes", 1, name=NAME)
+    status, out, err = script(*flags, "--no-shadows", "--eval-episodes", 1, name=NAME)
     assert status == 0, err
     folder = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax_rgb" / "1"
     assert read_curve(folder)[0] == [0, 240] and "success" in out
-    assert (folder / "videos" / "step-000000240.mp4").stat().st_size > 1000
 
 
 # ---------------------------------------------------------------------------------------------------------- Bad input
