@@ -308,11 +308,14 @@ def make_env(
     }[spec.domain]
     parts = make(spec, render_mode)
     space, frame = parts.env.observation_space, gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
-    if parts.scene is None and (obs == "rgb") != (space == frame):
+    if parts.scene is None and (space != frame if obs == "rgb" else _is_image(space) or len(space.shape) != 1):
         parts.env.close()
-        if obs == "state":
-            raise UserError(f"task {task!r} has image observations; only a flat Box of numbers is supported")
-        raise UserError(f"task {task!r} gives no pictures of {PIXELS} x {PIXELS} as observations, uint8 [64, 64, 3]")
+        if obs == "rgb":
+            raise UserError(
+                f"task {task!r} gives no pictures of {PIXELS} x {PIXELS} as observations, uint8 [64, 64, 3]"
+            )
+        kind = "image" if _is_image(space) else f"{space.shape}"
+        raise UserError(f"task {task!r} has {kind} observations; only a flat Box of numbers is supported")
     return Task(parts, spec, seed, obs, render_mode, shadows)
 
 
@@ -464,10 +467,8 @@ def _open_gymnasium(task: str, **options: Any) -> gym.Env:
         raise UserError(f"task {task!r} cannot be made: {error}") from error
     _check_action_space(env.action_space, task)
     space = env.observation_space
-    frame = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
-    if space != frame and (not isinstance(space, gym.spaces.Box) or _is_image(space) or len(space.shape) != 1):
-        kind = "image" if _is_image(space) else type(space).__name__
-        raise UserError(f"task {task!r} has {kind} observations; only a flat Box of numbers is supported")
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"task {task!r} has {type(space).__name__} observations; only a Box of numbers is supported")
     return env
 
 
@@ -742,11 +743,21 @@ _working_gl: set[str] = set()
 _worker: int | None = None  # this process's number among the workers of a WorkerVectorEnv
 
 
-def _choose_egl_device(environment: MutableMapping[str, str], worker: int | None, gpus: list[int]) -> None:
-    """On a machine with several GPUs, lets worker processes draw on them in turn: MuJoCo's EGL would take the first for
-    all. The user's MUJOCO_EGL_DEVICE_ID counts more. To be called before this process's first context is made."""
-    if worker is not None and len(gpus) > 1:
-        environment.setdefault("MUJOCO_EGL_DEVICE_ID", str(gpus[worker % len(gpus)]))
+def _choose_egl_device(environment: MutableMapping[str, str], worker: int | None, gpus: list[int]) -> bool:
+    """On a machine with several GPUs, lets worker processes draw on them in turn, where MuJoCo would take the first for
+    all; with CUDA_VISIBLE_DEVICES (numbers in PCI order) on those only. The user's MUJOCO_EGL_DEVICE_ID counts more. To
+    be called before this process's first context is made; returns whether a choice was made."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    mine = [gpus[int(i)] for i in visible.split(",") if i.strip().isdecimal() and int(i) < len(gpus)]
+    if (
+        "MUJOCO_EGL_DEVICE_ID" in environment
+        or len(gpus) < 2
+        or (worker is None and not mine)
+        or (visible and not mine)
+    ):
+        return False
+    environment["MUJOCO_EGL_DEVICE_ID"] = str((mine or gpus)[(worker or 0) % len(mine or gpus)])
+    return True
 
 
 @functools.cache
@@ -756,8 +767,22 @@ def _egl_gpus() -> list[int]:
 
     kind = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32)
     extensions = kind(egl_ext.eglGetProcAddress("eglQueryDeviceStringEXT"))
-    devices = enumerate(egl_ext.eglQueryDevicesEXT(64))
+    devices = enumerate(egl_ext.eglQueryDevicesEXT())
     return [i for i, device in devices if b"EGL_NV_device_cuda" in (extensions(device, egl_ext.EGL_EXTENSIONS) or b"")]
+
+
+def _gl_context(gl: Any, size: int) -> Any:
+    """A GL context; with EGL on this process's GPU, or where that cannot be opened (EGL lists those of others, too), on
+    the first that can."""
+    chosen = os.environ["MUJOCO_GL"] == "egl" and _choose_egl_device(os.environ, _worker, _egl_gpus())
+    try:
+        return gl.GLContext(size, size)
+    except (ImportError, RuntimeError):
+        if not chosen:
+            raise
+    del os.environ["MUJOCO_EGL_DEVICE_ID"]
+    gl.EGL_DISPLAY = None  # not the one that could not be opened
+    return gl.GLContext(size, size)
 
 
 def _turn_upright(model: Any, data: Any, camera: int) -> None:
@@ -788,13 +813,11 @@ class MujocoCamera:
         _choose_gl()
         self._mujoco, self.model = mujoco, model
         self._gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
-        if os.environ["MUJOCO_GL"] == "egl":
-            _choose_egl_device(os.environ, _worker, _egl_gpus())
         self._size, self._camera_id, self._effects = size, camera_id, effects
 
     def _open(self) -> None:
         mujoco, model = self._mujoco, self.model
-        self._gl_context = self._gl.GLContext(self._size, self._size)
+        self._gl_context = _gl_context(self._gl, self._size)
         _close_cameras_at_exit()
         self._gl_context.make_current()
         # The offscreen buffer has the model's size, and copying one of 640 × 480 costs more than a small picture.

@@ -814,6 +814,13 @@ def restore_multitask(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]
         raise environments.UserError(f"{checkpoint} is damaged ({type(error).__name__})") from error
 
 
+def on_device(shapes, device):
+    """Shapes and types as `jax.eval_shape` gives them, of arrays on this device: what `restore` fills there, whatever
+    device has written it."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
 def check_shapes(args: Args, model: WorldModel, params) -> None:
     """Refuses parameters that are not those of this model, naming the first difference and the size that would fit."""
 
@@ -850,7 +857,7 @@ def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str,
             table, tasks, known = params.pop("task_emb"), tuple(meta["tasks"]), ", ".join(meta["tasks"])
         else:
             its_model = make_model(meta["args"], meta["obs_dim"], meta["action_dim"], meta["episodic"])
-            like = jax.eval_shape(partial(fresh_state, meta["args"], its_model))
+            like = on_device(jax.eval_shape(partial(fresh_state, meta["args"], its_model)), jax.devices()[0])
             params, target_q = (train_state := restore(checkpoint, "state", like)["train"]).params, train_state.target_q
     if (table is None) != (args.source_task is None):
         want = "is a single-task agent: leave out" if table is None else "is a multi-task agent: name its task with"
@@ -1177,16 +1184,18 @@ def updates_due(args: Args, seed_steps: int, count: dict) -> int:
 def start_or_resume(args: Args, model: WorldModel, folder: Path) -> tuple[dict[str, Any], Replay, dict[str, Any]]:
     """Learning state, replay and counters of the run's last checkpoint; if there is none, fresh ones, with the
     parameters of --checkpoint if that is given."""
-    state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
-    replay = init_replay(args.buffer_size // args.num_envs, args.num_envs, model.obs_dim, model.action_dim)
-    state, replay = jax.device_put((state, replay), jax.devices()[0])  # as they are restored: nothing compiles twice
+    device, sizes = jax.devices()[0], (args.num_envs, model.obs_dim, model.action_dim)
+    new_replay = partial(init_replay, args.buffer_size // args.num_envs, *sizes)
     if has_checkpoint(folder):
         checkpoint = find_checkpoint(folder)
-        count = read_meta(checkpoint)["count"]
-        return restore(checkpoint, "state", state), restore(checkpoint, "replay", replay), count
+        state = restore(checkpoint, "state", on_device(jax.eval_shape(partial(fresh_state, args, model)), device))
+        replay = restore(checkpoint, "replay", on_device(jax.eval_shape(new_replay), device))
+        return state, replay, read_meta(checkpoint)["count"]
+    state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
     if args.checkpoint:
         params, target_q = load_agent(args, model)
-        state["train"] = jax.device_put(init_state(args, params, target_q, state["train"].key), jax.devices()[0])
+        state["train"] = init_state(args, params, target_q, state["train"].key)
+    state, replay = jax.device_put((state, new_replay()), device)  # placed as they are restored: it compiles once
     return state, replay, {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
 
 
@@ -1243,6 +1252,8 @@ def run(args: Args) -> None:
             if finished or stop:
                 break
 
+            learnable = count["updates"] > 0 or replay.size > 0  # no window yet if all episodes were shorter
+
             # Act, at random at first
             if count["decisions"] < seed_steps and not args.checkpoint:
                 act_key, key = jax.random.split(act_key)
@@ -1254,7 +1265,6 @@ def run(args: Args) -> None:
             action = np.asarray(action)  # the only place where the loop waits for the device
 
             # Learn: dispatched here, computed while the environments step
-            learnable = count["updates"] > 0 or replay.size > 0  # no window yet if all episodes were shorter
             while learnable and (due := updates_due(args, seed_steps, count)) >= burst and not stop:
                 check_finite(step, folder, **jax.device_get(info))  # of the burst before, which is complete by now
                 train_state, info = train(args, model, train_state, replay, discount, num_updates=burst)

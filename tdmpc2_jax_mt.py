@@ -834,10 +834,12 @@ def available_bytes() -> int:
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
     else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError):  # only Linux says what is free of it
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
         group = Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError):  # a container's limit; no limit is the word max
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit; no limit is the word max
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
             free = min(free, int((group / "memory.max").read_text()) - used)

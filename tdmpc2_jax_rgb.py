@@ -129,7 +129,8 @@ class Args:
     buffer_size: int = 1_000_000
     """decisions that the replay holds, 12.3 KB each"""
     storage: Literal["auto", "device", "host"] = "auto"
-    """where they lie: in device memory, or in the machine's; by default in the device's if there is room"""
+    """where they lie: in device memory, or in the machine's; by default in the device's if there is room (the two give
+    other random batches)"""
     seed_steps: int | None = None
     """random decisions before the first update, and updates made then at once; default max(1000, 5 episodes)"""
     lr: float = 3e-4
@@ -286,8 +287,8 @@ class MLP(nn.Module):
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolution without padding: images [b, height, width, in], kernel [size, size, in, out]. XLA lays it out as each
-    accelerator likes it; on a CPU its convolutions reach 9% of the peak, and windows cut along the width, with a matrix
-    product for each row of the kernel, 49%."""
+    accelerator likes it (bfloat16 inputs give bfloat16 there). Its convolutions on a CPU reach 9% of the peak; windows
+    cut along the width, and a matrix product for each row of the kernel, 49%."""
     if jax.default_backend() != "cpu":
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
@@ -862,6 +863,13 @@ def restore(checkpoint: Path, item: str, like):
         raise environments.UserError(f"{checkpoint} is damaged or of another size ({item}: {reason})") from error
 
 
+def on_device(shapes, device):
+    """Shapes and types as `jax.eval_shape` gives them, of arrays on this device: what `restore` fills there, whatever
+    device has written it."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
 def check_shapes(args: Args, model: WorldModel, params) -> None:
     """Refuses parameters that are not those of this model, naming the first difference and the size that would fit."""
 
@@ -889,7 +897,7 @@ def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str,
         checkpoint = find_checkpoint(Path(args.checkpoint))
         meta = read_meta(checkpoint)
         its_model = make_model(meta["args"], meta["action_dim"], meta["episodic"])
-        like = jax.eval_shape(partial(fresh_state, meta["args"], its_model))
+        like = on_device(jax.eval_shape(partial(fresh_state, meta["args"], its_model)), jax.devices()[0])
         params, target_q = (train_state := restore(checkpoint, "state", like)["train"]).params, train_state.target_q
     if args.checkpoint.endswith(".pt") and model.termination is None:
         params.pop("termination", None)
@@ -961,6 +969,7 @@ def evaluate_checkpoint(args: Args) -> None:
         names = ["task", "mpc", "shadows", *names[names.index("model_size") :]]
         unsaid = [name for name in names if getattr(args, name) == getattr(Args(), name)]
         args = dataclasses.replace(args, **{name: getattr(recorded, name) for name in unsaid})
+    environments.check_rendering(args.task, "rgb", render_mode(args))
     spec = environments.task_spec(args.task)
     envs = make_envs(args, args.eval_episodes, render_mode(args))
     try:
@@ -1038,14 +1047,16 @@ def check_args(args: Args) -> None:
         (not args.evaluate or args.checkpoint, "--evaluate needs --checkpoint"),
         (not args.json or args.evaluate, "--json goes with --evaluate"),
         (not args.json or Path(args.json).absolute().parent.is_dir(), f"the folder of {args.json} does not exist"),
+        (args.shadows or spec.domain != "Gymnasium", "--no-shadows goes with DMControl and Meta-World"),
         (not args.track or importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
     ]  # fmt: skip
     for holds, sentence in rules:
         if not holds:
             raise environments.UserError(sentence)
-    environments.check_rendering(args.task, "rgb", render_mode(args))
     if args.checkpoint and not args.checkpoint.endswith(".pt"):
         read_meta(find_checkpoint(Path(args.checkpoint)))
+    if not args.evaluate:
+        environments.check_rendering(args.task, "rgb", render_mode(args))
 
 
 def seed_steps_of(args: Args, spec) -> int:
@@ -1200,67 +1211,84 @@ def updates_due(args: Args, seed_steps: int, count: dict) -> int:
     return int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"] if ready else 0
 
 
-def available_bytes(device) -> int:
-    """Memory that may still be used on a device: what it says or, on a CPU, what is free in the machine."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
+def available_bytes(device=None) -> int:
+    """Memory that may still be used: a device's as it says itself, or the machine's (of a CPU, or without a device)."""
+    stats = device.memory_stats() if device and device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):  # only Linux says what is free of it
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # a container's limit; no limit is the word max
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit; no limit is the word max
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
         free = min(free, int((group / "memory.max").read_text()) - used)
     return free
 
 
-def place_replay(args: Args, model: WorldModel):
-    """The device that holds the replay: the one that learns or, if its memory is too small, the CPU. Says which and
-    why; refuses a replay that fits nowhere."""
-    here, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    shapes = jax.eval_shape(partial(init_replay, args.buffer_size // args.num_envs, args.num_envs, model.action_dim))
+def place_replay(args: Args, spec, model: WorldModel):
+    """The device in whose memory the replay lies: the one that learns or, if that is too small, the CPU. Says which and
+    why. Refuses a replay that does not fit, beside the copy of it in the machine's memory that a checkpoint takes."""
+    device, n = jax.devices()[0], args.num_envs
+    shapes = jax.eval_shape(partial(init_replay, args.buffer_size // n, n, model.action_dim))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    fits = size < 0.7 * available_bytes(here)  # the rest is for learning
-    device = here if args.storage == "device" or args.storage == "auto" and fits else cpu
-    free = available_bytes(device)
-    place = "the machine's memory" if device == cpu else "device memory"
-    if size > 0.9 * free:
-        most = int(0.8 * free / size * args.buffer_size)
-        sizes = f"takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {place} are free (enough for {most})"
-        raise environments.UserError(f"--buffer-size {args.buffer_size} {sizes}")
-    reason = f"--storage {args.storage}" if args.storage != "auto" else f"{free / 1e9:.1f} GB of it are free"
-    if device == cpu != here and args.storage == "auto":
-        reason = "it does not fit into the device's"
+    fits = size < 0.7 * available_bytes(device)  # the rest is for learning
+    reason = (
+        f"--storage {args.storage}" if args.storage != "auto" else "there is room" if fits else "the device's is small"
+    )
+    if args.storage == "host" or args.storage == "auto" and not fits:
+        try:
+            device = jax.devices("cpu")[0]
+        except RuntimeError as error:
+            what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
+            raise environments.UserError(what) from error
+    place = "the machine's memory" if device.platform == "cpu" else "device memory"
+    copies = 2 if device.platform == "cpu" else 1
+    room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
+    if room < 1:
+        free = (
+            f"{available_bytes(device) / 1e9:.1f} GB are free, enough for --buffer-size {int(room * args.buffer_size)}"
+        )
+        short = args.total_timesteps // spec.action_repeat
+        short = f"; this run makes no more than {short} decisions" if short < args.buffer_size else ""
+        sizes = f"takes {size / 1e9:.1f} GB of {place} and as much of the machine's whenever a checkpoint is written"
+        raise environments.UserError(f"--buffer-size {args.buffer_size} {sizes}; {free}{short}")
     print(f"replay of {args.buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
     return device
 
 
-def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, device, updates: int, num: int):
+def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, memory, updates: int, num: int):
     """A function that returns what `train` learns from after so many updates: the replay itself, if it lies in the
     memory of the device that learns, else `num` batches that are drawn and sent there in the meantime."""
-    if device == jax.devices()[0] and args.storage != "host":
+    device = jax.devices()[0]
+    if memory == device and args.storage != "host":
         return lambda: replay
-    with jax.default_device(device):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), updates), num)
+    with jax.default_device(memory):
+        key = jax.random.fold_in(jax.random.key(args.seed), 3)  # 0, 1 and 2 are those of fresh_state
+        keys = jax.random.split(jax.random.fold_in(key, updates), num)
         batches = sample_many(replay, keys, args.batch_size, args.horizon)
-    return pool.submit(jax.device_put, batches, jax.devices()[0]).result
+    return pool.submit(jax.device_put, batches, device).result
 
 
-def start_or_resume(args: Args, model: WorldModel, folder: Path, device) -> tuple[dict, Replay, dict[str, Any]]:
-    """Learning state, replay (on `device`) and counters of the run's last checkpoint; if there is none, fresh ones,
-    with the parameters of --checkpoint if that is given."""
-    state = jax.device_put(jax.jit(fresh_state, static_argnums=(0, 1))(args, model), jax.devices()[0])
-    with jax.default_device(device):
-        replay = init_replay(args.buffer_size // args.num_envs, args.num_envs, model.action_dim)
-    replay = jax.device_put(replay, device)
+def start_or_resume(args: Args, model: WorldModel, folder: Path, memory) -> tuple[dict, Replay, dict[str, Any]]:
+    """Learning state, replay (in the memory of the device `memory`) and counters of the run's last checkpoint; if there
+    is none, fresh ones, with the parameters of --checkpoint if that is given."""
+    device, sizes = jax.devices()[0], (args.num_envs, model.action_dim)
+    new_replay = partial(init_replay, args.buffer_size // args.num_envs, *sizes)
     if has_checkpoint(folder):
         checkpoint = find_checkpoint(folder)
-        count = read_meta(checkpoint)["count"]
-        return restore(checkpoint, "state", state), restore(checkpoint, "replay", replay), count
+        state = restore(checkpoint, "state", on_device(jax.eval_shape(partial(fresh_state, args, model)), device))
+        replay = restore(checkpoint, "replay", on_device(jax.eval_shape(new_replay), memory))
+        return state, replay, read_meta(checkpoint)["count"]
+    state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
     if args.checkpoint:
         params, target_q = load_agent(args, model)
-        state["train"] = jax.device_put(init_state(args, params, target_q, state["train"].key), jax.devices()[0])
+        state["train"] = init_state(args, params, target_q, state["train"].key)
+    with jax.default_device(memory):
+        replay = new_replay()
+    state, replay = jax.device_put(state, device), jax.device_put(replay, memory)  # as they are restored
     return state, replay, {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
 
 
@@ -1278,8 +1306,8 @@ def run(args: Args) -> None:
 
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        device = place_replay(args, model)
-        state, replay, count = start_or_resume(args, model, folder, device)
+        memory = place_replay(args, spec, model)
+        state, replay, count = start_or_resume(args, model, folder, memory)
         train_state, act_key = state["train"], state["act_key"]
         step = logged = saved = count["decisions"] * spec.action_repeat
         write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2))
@@ -1317,7 +1345,7 @@ def run(args: Args) -> None:
             # Draw from the machine's memory while the planner acts, and while the updates before are computed
             learnable = count["updates"] > 0 or replay.size > 0  # no window yet if all episodes were shorter
             if learnable and updates_due(args, seed_steps, count) >= burst:
-                source = draw_ahead(args, pool, replay, device, count["updates"], burst)
+                source = draw_ahead(args, pool, replay, memory, count["updates"], burst)
 
             # Act, at random at first
             if count["decisions"] < seed_steps and not args.checkpoint:
@@ -1335,7 +1363,7 @@ def run(args: Args) -> None:
                 train_state, info = train(args, model, train_state, source(), discount, num_updates=burst)
                 count["updates"] += burst
                 if due >= 2 * burst:
-                    source = draw_ahead(args, pool, replay, device, count["updates"], burst)
+                    source = draw_ahead(args, pool, replay, memory, count["updates"], burst)
                 if due > 2 * burst:  # after the seed phase
                     bar.set_postfix_str(f"{due - burst} updates to go")
 

@@ -69,6 +69,10 @@ class Pixels(Point):
         return self.draw(), *rest
 
 
+class LargePixels(Point):
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+
+
 for name, cls, kwargs in [
     ("Point", Point, {}),
     ("Falling", Point, {"terminates": True}),
@@ -79,6 +83,7 @@ for name, cls, kwargs in [
     ("Discrete", Discrete, {}),
     ("DictObs", DictObs, {}),
     ("Pixels", Pixels, {}),
+    ("LargePixels", LargePixels, {}),
     ("PixelsFalling", Pixels, {"terminates": True}),
 ]:
     gym.register(f"{name}-v0", entry_point=cls, max_episode_steps=40, kwargs=kwargs)

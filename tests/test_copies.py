@@ -25,7 +25,7 @@ COPIES = {
         Linear MLP Policy policy q_logits pick_heads dropout_mask
         two_heads envs_at_once estimate_value
         TrainState optimizers init_state td_target policy_loss
-        find_checkpoint has_checkpoint SCRIPTS restore fresh_state
+        find_checkpoint has_checkpoint SCRIPTS restore on_device fresh_state
         Evaluation write_video write_atomically render_mode run_folder seed_steps_of
         as_flag open_run EVAL_COLUMNS trim_curve catch_signals check_finite start_writer record_evaluation
         crossed updates_due main

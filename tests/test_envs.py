@@ -800,8 +800,19 @@ def test_workers_draw_on_several_gpus_in_turn_unless_the_user_says_where():
         return environment.get("MUJOCO_EGL_DEVICE_ID")
 
     assert [chosen(worker, [0, 1, 3]) for worker in range(4)] == ["0", "1", "3", "0"]
+    assert [chosen(worker, [0, 1, 3], CUDA_VISIBLE_DEVICES="2,0") for worker in (None, 0, 1, 2)] == ["3", "3", "0", "3"]
     assert chosen(1, [0, 1], MUJOCO_EGL_DEVICE_ID="0") == "0"
     assert chosen(1, [0]) is None and chosen(None, [0, 1]) is None
+    assert chosen(1, [0, 1], CUDA_VISIBLE_DEVICES="GPU-1a2b") is None
+
+
+def test_a_gpu_that_cannot_be_opened_is_passed_over(gl):
+    code = (
+        "import envs; envs._choose_gl(); envs._worker = 1; envs._egl_gpus = lambda: [0, 99]; "
+        "env = envs.make_env('cartpole-swingup', obs='rgb'); assert env.reset()[0].std() > 10; print('drawn')"
+    )
+    run = run_python(code)
+    assert "drawn" in run.stdout, run.stderr
 
 
 def test_pictures_come_from_worker_processes_too(gl):

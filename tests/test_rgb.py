@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,46 @@ def test_batches_drawn_ahead_from_the_machines_memory_are_learned_from_as_those_
         np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-5)
 
 
+def test_drawing_ahead_gives_the_batches_of_that_update_whatever_happens_to_the_replay(agent):
+    args, _, _, replay = agent
+    args, cpu = dataclasses.replace(args, storage="host"), jax.devices()[0]
+    entry = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    with ThreadPoolExecutor(1) as pool:
+
+        def drawn(replay, updates):
+            return rgb.draw_ahead(args, pool, replay, cpu, updates, 2)
+
+        mine = jax.tree.map(jnp.copy, replay)
+        before = drawn(mine, 7)
+        rgb.add(mine, H, *entry, np.zeros(1, bool), np.zeros(1, bool))  # gives away the memory of `mine`
+        jax.tree.map(np.testing.assert_array_equal, before(), drawn(replay, 7)())
+        assert (before().obs != drawn(replay, 8)().obs).any()
+        assert before().obs.shape[:3] == (2, H + 1, args.batch_size) and (before().obs[0] != before().obs[1]).any()
+
+
+def test_acting_and_learning_shift_what_they_encode(agent):
+    """A shift of 3 leaves a stack as it is, so other shifts of a stack are shifts of 3 of the moved one."""
+    args, model, state, replay = agent
+    batch = rgb.sample(replay, jax.random.key(0), args.batch_size, H)
+    noise = rgb.update_noise(args, model, jax.random.key(1))
+    moved = jax.vmap(jax.vmap(rgb.random_shift))(batch.obs, noise.shift)
+    still = noise._replace(shift=jnp.full_like(noise.shift, rgb.SHIFT))
+    update = jax.jit(rgb.update, static_argnums=(0, 1))
+    _, info = update(args, model, state, batch, 0.9, noise)
+    _, same = update(args, model, state, batch._replace(obs=moved), 0.9, still)
+    _, other = update(args, model, state, batch, 0.9, still)
+    assert info["consistency_loss"] == same["consistency_loss"] != other["consistency_loss"]
+    obs, mean, first = batch.obs[0, :2], jnp.zeros((2, H, 1)), np.ones(2, bool)
+    noise = rgb.plan_noise(args, model, jax.random.key(2), 2)
+    noise = noise._replace(shift=jnp.array([[0, 6], [5, 1]]))
+    still, moved = noise._replace(shift=jnp.full((2, 2), rgb.SHIFT)), jax.vmap(rgb.random_shift)(obs, noise.shift)
+    plan = jax.jit(rgb.plan, static_argnums=(0, 1), static_argnames="explore")
+    cases = ((obs, noise), (moved, still), (obs, still))
+    means = [plan(args, model, state.params, seen, mean, first, 0.9, draws, explore=False)[1] for seen, draws in cases]
+    np.testing.assert_array_equal(means[0], means[1])
+    assert (means[0] != means[2]).any()
+
+
 def test_the_model_learns_to_tell_rewards_from_pictures(agent):
     args, model, state, replay = agent
     state = jax.tree.map(jnp.copy, state)
@@ -244,9 +285,13 @@ def refused(tmp_path_factory):
     [
         (["--task", "myo-reach"], ["pixels", "DMControl and Meta-World", "myo-reach"]),
         (["--task", "InvertedPendulum-v5"], ["InvertedPendulum-v5", "64 x 64"]),
-        (["--task", "strange_envs:Point-v0"], ["64 x 64"]),
+        (["--task", "strange_envs:LargePixels-v0"], ["64 x 64"]),
+        (["--task", "strange_envs:Pixels-v0", "--no-shadows"], ["--no-shadows", "DMControl"]),
         (["--task", "strange_envs:Pixels-v0", "--latent-dim", 24], ["--latent-dim", "16"]),
-        (["--task", "strange_envs:Pixels-v0", "--buffer-size", 10**9], ["--buffer-size 1000000000", "GB", "free"]),
+        (
+            ["--task", "strange_envs:Pixels-v0", "--buffer-size", 10**9],
+            ["--buffer-size 1000000000", "GB are free", "enough"],
+        ),
         (["--task", "strange_envs:Pixels-v0", "--evaluate", "--checkpoint", "nowhere"], ["does not exist"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:60],
