@@ -50,8 +50,7 @@ import envs as environments
 @dataclasses.dataclass(frozen=True)
 class Args:
     task: str = "walker-walk"
-    """task to learn: a DMControl or Meta-World task (python envs.py lists them), or a Gymnasium id whose observations
-    are pictures"""
+    """task to learn: one of DMControl or Meta-World (python envs.py), or a Gymnasium id that is seen as 64 x 64 pictures"""
     exp_name: str = "tdmpc2_jax_rgb"
     """name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED"""
     runs_dir: str = "runs"
@@ -129,8 +128,7 @@ class Args:
     buffer_size: int = 1_000_000
     """decisions that the replay holds, 12.3 KB each"""
     storage: Literal["auto", "device", "host"] = "auto"
-    """where they lie: in device memory, or in the machine's; by default in the device's if there is room (the two give
-    other random batches)"""
+    """where they lie: in device memory or the machine's; by default in the device's if they fit (other batches follow)"""
     seed_steps: int | None = None
     """random decisions before the first update, and updates made then at once; default max(1000, 5 episodes)"""
     lr: float = 3e-4
@@ -1253,7 +1251,8 @@ def place_replay(args: Args, spec, model: WorldModel):
         )
         short = args.total_timesteps // spec.action_repeat
         short = f"; this run makes no more than {short} decisions" if short < args.buffer_size else ""
-        sizes = f"takes {size / 1e9:.1f} GB of {place} and as much of the machine's whenever a checkpoint is written"
+        again = "as much again" if copies == 2 else "as much of the machine's"
+        sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
         raise environments.UserError(f"--buffer-size {args.buffer_size} {sizes}; {free}{short}")
     print(f"replay of {args.buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
     return device
