@@ -50,7 +50,7 @@ import envs as environments
 @dataclasses.dataclass(frozen=True)
 class Args:
     task: str = "walker-walk"
-    """task to learn: one of DMControl or Meta-World (python envs.py), or a Gymnasium id that is seen as 64 x 64 pictures"""
+    """task to learn: one of DMControl or Meta-World (python envs.py), or a Gymnasium id seen as 64 x 64 pictures"""
     exp_name: str = "tdmpc2_jax_rgb"
     """name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED"""
     runs_dir: str = "runs"
@@ -128,7 +128,7 @@ class Args:
     buffer_size: int = 1_000_000
     """decisions that the replay holds, 12.3 KB each"""
     storage: Literal["auto", "device", "host"] = "auto"
-    """where they lie: in device memory or the machine's; by default in the device's if they fit (other batches follow)"""
+    """where they lie: in device memory or the machine's; by default the device's if they fit (draws differ)"""
     seed_steps: int | None = None
     """random decisions before the first update, and updates made then at once; default max(1000, 5 episodes)"""
     lr: float = 3e-4
