@@ -749,12 +749,8 @@ def _choose_egl_device(environment: MutableMapping[str, str], worker: int | None
     be called before this process's first context is made; returns whether a choice was made."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     mine = [gpus[int(i)] for i in visible.split(",") if i.strip().isdecimal() and int(i) < len(gpus)]
-    if (
-        "MUJOCO_EGL_DEVICE_ID" in environment
-        or len(gpus) < 2
-        or (worker is None and not mine)
-        or (visible and not mine)
-    ):
+    unrestricted = not visible and worker is not None  # the main process draws where MuJoCo likes
+    if "MUJOCO_EGL_DEVICE_ID" in environment or len(gpus) < 2 or not (mine or unrestricted):
         return False
     environment["MUJOCO_EGL_DEVICE_ID"] = str((mine or gpus)[(worker or 0) % len(mine or gpus)])
     return True

@@ -292,9 +292,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
     size = len(kernel)
     span = stride * ((x.shape[1] - size) // stride) + 1
-    windows = jnp.concatenate(
-        [x[:, :, i : i + span : stride] for i in range(size)], axis=-1
-    )  # [b, height, w, size * in]
+    windows = [x[:, :, i : i + span : stride] for i in range(size)]
+    windows = jnp.concatenate(windows, axis=-1)  # [b, height, width out, size * in]
     dot = partial(jnp.dot, preferred_element_type=jnp.float32)
     return sum(dot(windows[:, i : i + span : stride], row.reshape(-1, row.shape[-1])) for i, row in enumerate(kernel))
 
@@ -1233,9 +1232,9 @@ def place_replay(args: Args, spec, model: WorldModel):
     shapes = jax.eval_shape(partial(init_replay, args.buffer_size // n, n, model.action_dim))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     fits = size < 0.7 * available_bytes(device)  # the rest is for learning
-    reason = (
-        f"--storage {args.storage}" if args.storage != "auto" else "there is room" if fits else "the device's is small"
-    )
+    reason = "there is room" if fits else "the device's is too small"
+    if args.storage != "auto":
+        reason = f"--storage {args.storage}"
     if args.storage == "host" or args.storage == "auto" and not fits:
         try:
             device = jax.devices("cpu")[0]
@@ -1246,9 +1245,8 @@ def place_replay(args: Args, spec, model: WorldModel):
     copies = 2 if device.platform == "cpu" else 1
     room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
     if room < 1:
-        free = (
-            f"{available_bytes(device) / 1e9:.1f} GB are free, enough for --buffer-size {int(room * args.buffer_size)}"
-        )
+        enough = f"enough for --buffer-size {int(room * args.buffer_size)}"
+        free = f"{available_bytes(device) / 1e9:.1f} GB are free, {enough}"
         short = args.total_timesteps // spec.action_repeat
         short = f"; this run makes no more than {short} decisions" if short < args.buffer_size else ""
         again = "as much again" if copies == 2 else "as much of the machine's"

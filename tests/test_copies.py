@@ -44,7 +44,7 @@ def blocks(script):
         start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
         while lines[start - 1].startswith("#") and "----" not in lines[start - 1]:
             start -= 1
-        found[name] = "\n".join([*found.get(name, "").split("\n"), *lines[start : node.end_lineno]])
+        found[name] = found.get(name, "") + "\n".join(lines[start : node.end_lineno])  # X = …, then X |= …
     return found
 
 
