@@ -285,17 +285,21 @@ class MLP(nn.Module):
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolution without padding: images [b, height, width, in], kernel [size, size, in, out]. XLA lays it out as each
-    accelerator likes it (bfloat16 inputs give bfloat16 there). Its convolutions on a CPU reach 8% of the peak; windows
-    cut along the width, and a matrix product for each row of the kernel, 46%."""
+    accelerator likes it (bfloat16 inputs give bfloat16 there). Its convolutions on a CPU are slow: there windows, cut
+    along the width, are multiplied with all rows of the kernel at once, and the products added up along the height."""
     if jax.default_backend() != "cpu":
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
-    size = len(kernel)
-    span = stride * ((x.shape[1] - size) // stride) + 1
-    windows = [x[:, :, i : i + span : stride] for i in range(size)]
-    windows = jnp.concatenate(windows, axis=-1)  # [b, height, width out, size * in]
-    dot = partial(jnp.dot, preferred_element_type=jnp.float32)
-    return sum(dot(windows[:, i : i + span : stride], row.reshape(-1, row.shape[-1])) for i, row in enumerate(kernel))
+    n = (x.shape[1] - len(kernel)) // stride + 1  # height and width of the result
+    windows = [x[:, :, i : i + stride * n : stride] for i in range(len(kernel))]
+    windows = jnp.concatenate(windows, axis=-1)  # [b, height, n, size * in]
+    multiply = partial(jnp.einsum, "bhwk,rkc->bhwrc", preferred_element_type=jnp.float32)
+    y = 0
+    for i in range(stride):  # with a stride of 2, even rows of the kernel meet even rows of the image only
+        rows = kernel[i::stride]
+        products = multiply(windows[:, i::stride], rows.reshape(len(rows), -1, rows.shape[-1]))
+        y += sum(products[:, r : r + n, :, r] for r in range(len(rows)))
+    return y
 
 
 class ConvEncoder(nn.Module):
@@ -375,14 +379,14 @@ def random_shift(stack: jax.Array, shift: jax.Array) -> jax.Array:
 def encode(model: WorldModel, encoder_params, stack: jax.Array, shift: jax.Array) -> jax.Array:
     """Encoder h(s): stacks uint8 [..., 64, 64, 9], each moved by its shift [..., 2] -> z [..., Z]."""
 
-    def some(stacks):
-        return model.encoder.apply(encoder_params, jax.vmap(random_shift)(*stacks))
+    def one(stacks):
+        return model.encoder.apply(encoder_params, random_shift(*stacks)[None])[0]
 
     flat = stack.reshape(-1, *stack.shape[-3:]), shift.reshape(-1, 2)
-    if jax.default_backend() == "cpu" and len(flat[0]) % 8 == 0:  # so few that a layer stays in the cache
-        z = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(-1, 8, *x.shape[1:]), flat))
+    if jax.default_backend() == "cpu":  # few at once, and again for gradients: layers stay in the cache
+        z = jax.lax.map(jax.checkpoint(one), flat, batch_size=8)
     else:
-        z = some(flat)
+        z = jax.vmap(one)(flat)
     return z.reshape(*stack.shape[:-3], -1)
 
 
