@@ -746,7 +746,8 @@ def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) ->
 
 
 def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Batch:
-    """Windows drawn uniformly from all valid ones, with replacement."""
+    """Windows drawn uniformly from all valid ones, with replacement. Their obs [H+3, B, 64, 64, 3] are single pictures,
+    half as much to carry from one memory to another as the stacks that `stack_windows` makes of them."""
     C, n = replay.first.shape
     drawn = replay.starts[(replay.head + jax.random.randint(key, (batch_size,), 0, replay.size)) % (C * n)]
     rows = (drawn // n + jnp.arange(horizon + 1)[:, None]) % C  # [H+1, B]
@@ -757,8 +758,7 @@ def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Bat
     for _ in range(FRAMES - 1):
         before.insert(0, jnp.where(replay.first[before[0], env], before[0], (before[0] - 1) % C))
     seen = jnp.concatenate([jnp.stack(before[:-1]), rows])  # [H+3, B]
-    pictures = replay.obs[seen, env].reshape(*seen.shape, PIXELS, PIXELS, 3)
-    obs = jnp.concatenate([pictures[i : i + horizon + 1] for i in range(FRAMES)], axis=-1)  # [H+1, B, 64, 64, 9]
+    obs = replay.obs[seen, env].reshape(*seen.shape, PIXELS, PIXELS, 3)
     return Batch(obs, replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated)
 
 
@@ -766,6 +766,12 @@ def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Bat
 def sample_many(replay: Replay, keys: jax.Array, batch_size: int, horizon: int) -> Batch:
     """A batch for each of several keys, along a new leading axis."""
     return jax.lax.map(lambda key: sample(replay, key, batch_size, horizon), keys)
+
+
+def stack_windows(batch: Batch) -> Batch:
+    """A batch of `sample` with stacks [H+1, B, 64, 64, 9] for obs."""
+    n = len(batch.obs) - FRAMES + 1
+    return batch._replace(obs=jnp.concatenate([batch.obs[i : i + n] for i in range(FRAMES)], axis=-1))
 
 
 def stack_pictures(stack: np.ndarray, obs: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -782,7 +788,7 @@ def train(args: Args, model: WorldModel, state: TrainState, source: Replay | Bat
 
     def one(state, batch):
         key, sample_key, noise_key = jax.random.split(state.key, 3)
-        batch = batch or sample(source, sample_key, args.batch_size, args.horizon)
+        batch = stack_windows(batch or sample(source, sample_key, args.batch_size, args.horizon))
         return update(args, model, state._replace(key=key), batch, discount, update_noise(args, model, noise_key))
 
     state, infos = jax.lax.scan(one, state, source if isinstance(source, Batch) else None, length=num_updates)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tyro  # noqa: E402
 
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
 SMALL = (
@@ -89,3 +90,20 @@ def script(start):
         return child.returncode, out, err
 
     return finish
+
+
+@pytest.fixture
+def refused(request, tmp_path):
+    """refused("--task", ...) -> how the test module's SCRIPT refuses that in one sentence; in this process (children
+    cost)."""
+
+    def refuse(*flags, script=request.module.SCRIPT):
+        args = tyro.cli(script.Args, args=["--runs-dir", str(tmp_path / "refused"), *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            script.main(args)
+        sentence = str(stop.value.code)
+        assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
+        assert not list((tmp_path / "refused").rglob("eval.csv")), "nothing was started"
+        return sentence
+
+    return refuse

@@ -9,28 +9,8 @@ import pytest
 import envs
 import tdmpc2_jax as td
 
+SCRIPT = td
 CARTPOLE = ["--task", "cartpole-balance"]
-
-
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory):
-    """refused(flags) -> the sentence with which the script refuses them, in this process (child processes cost)."""
-    import tyro
-
-    runs = tmp_path_factory.mktemp("runs")
-
-    def refuse(*flags):
-        args = tyro.cli(td.Args, args=["--runs-dir", str(runs), *map(str, flags)])
-        began = time.time()
-        with pytest.raises(SystemExit) as stop:
-            td.main(args)
-        assert time.time() - began < 10
-        sentence = str(stop.value.code)
-        assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
-        assert not list(runs.rglob("eval.csv")), "nothing was started"
-        return sentence
-
-    return refuse
 
 
 @pytest.mark.parametrize(

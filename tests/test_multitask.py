@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tyro
 from conftest import ROOT, SMALL
 from imageio_ffmpeg import get_ffmpeg_exe
 from test_runs import read_scalars, wait_for
@@ -21,6 +20,7 @@ from test_runs import read_scalars, wait_for
 import envs
 import tdmpc2_jax_mt as mt
 
+SCRIPT = mt
 TASKS = ("cartpole-balance", "mw-reach")
 FOLDER = "cartpole-balance+mw-reach/tdmpc2_jax_mt/1"
 LOSSES = ("losses/total_loss", "losses/value_loss", "losses/pi_loss", "losses/grad_norm", "losses/pi_grad_norm")
@@ -266,22 +266,6 @@ def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir,
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new, old)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-3, "one step of Adam"
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), new, fresh))) > 5e-3
-
-
-@pytest.fixture
-def refused(tmp_path):
-    """refused(flags) -> the sentence with which the script refuses them, in this process."""
-
-    def refuse(*flags):
-        args = tyro.cli(mt.Args, args=["--runs-dir", str(tmp_path / "runs"), *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
-            mt.main(args)
-        sentence = str(stop.value.code)
-        assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
-        assert not list(tmp_path.rglob("eval.csv")), "nothing was started"
-        return sentence
-
-    return refuse
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
+from conftest import ROOT, SMALL
 from test_runs import read_curve, read_scalars, wait_for
 
 import envs
@@ -17,6 +17,7 @@ import tdmpc2_jax as td
 import tdmpc2_jax_rgb as rgb
 
 H = 3
+SCRIPT = rgb
 NAME = "tdmpc2_jax_rgb.py"
 PIXELS = ("--task", "strange_envs:Pixels-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Pixels-v0/tdmpc2_jax_rgb/1"
@@ -86,7 +87,7 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
     assert int(replay.size) == len(valid)
     if not valid:
         return
-    batch = rgb.sample(replay, jax.random.key(seed), 500, H)
+    batch = rgb.stack_windows(rgb.sample(replay, jax.random.key(seed), 500, H))
     assert batch.obs.shape == (H + 1, 500, 64, 64, 9) and batch.obs.dtype == jnp.uint8
     obs = np.asarray(batch.obs)
     np.testing.assert_array_equal(obs, np.broadcast_to(obs[:, :, :1, :1], obs.shape))  # whole pictures
@@ -168,13 +169,13 @@ def test_drawing_ahead_gives_the_batches_of_that_update_whatever_happens_to_the_
         rgb.add(mine, H, *entry, np.zeros(1, bool), np.zeros(1, bool))  # gives away the memory of `mine`
         jax.tree.map(np.testing.assert_array_equal, before(), drawn(replay, 7)())
         assert (before().obs != drawn(replay, 8)().obs).any()
-        assert before().obs.shape[:3] == (2, H + 1, args.batch_size) and (before().obs[0] != before().obs[1]).any()
+        assert before().obs.shape[:3] == (2, H + 3, args.batch_size) and (before().obs[0] != before().obs[1]).any()
 
 
 def test_acting_and_learning_shift_what_they_encode(agent):
     """A shift of 3 leaves a stack as it is, so other shifts of a stack are shifts of 3 of the moved one."""
     args, model, state, replay = agent
-    batch = rgb.sample(replay, jax.random.key(0), args.batch_size, H)
+    batch = rgb.stack_windows(rgb.sample(replay, jax.random.key(0), args.batch_size, H))
     noise = rgb.update_noise(args, model, jax.random.key(1))
     moved = jax.vmap(jax.vmap(rgb.random_shift))(batch.obs, noise.shift)
     still = noise._replace(shift=jnp.full_like(noise.shift, rgb.SHIFT))
@@ -199,7 +200,7 @@ def test_the_model_learns_to_tell_rewards_from_pictures(agent):
     state = jax.tree.map(jnp.copy, state)
     for _ in range(60):
         state, info = rgb.train(args, model, state, replay, 0.9, num_updates=5)
-    batch = rgb.sample(replay, jax.random.key(0), 256, H)
+    batch = rgb.stack_windows(rgb.sample(replay, jax.random.key(0), 256, H))
     z = rgb.encode(model, state.params["encoder"], batch.obs[0], jnp.full((256, 2), rgb.SHIFT))
     told = rgb.two_hot_inv(args, model.reward.apply(state.params["reward"], z, batch.action[0]))
     assert np.corrcoef(told, batch.reward[0])[0, 1] > 0.8, info
@@ -250,6 +251,28 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(sc
     assert "(--storage host)" in out
 
 
+ELSEWHERE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import jax, tyro
+import tdmpc2_jax_rgb as rgb
+rgb.place_replay = lambda *_: jax.devices()[1]
+rgb.main(tyro.cli(rgb.Args))
+"""
+
+
+def test_a_replay_lies_on_another_device_than_the_one_that_learns_and_is_resumed_on_that(script, tmp_path):
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    flags = (*SMALL[NAME], *PIXELS, "--no-mpc", "--resume")
+    status, _, err = script(*flags, "--total-timesteps", 150, name=tmp_path / "elsewhere.py", small=False, devices=2)
+    assert status == 0, err
+    for steps, storage in ((170, "device"), (200, "host")):  # each where the one before has left it
+        status, out, err = script(*flags, "--total-timesteps", steps, "--storage", storage, name=NAME)
+        assert status == 0 and f"(--storage {storage})" in out, err
+    folder = tmp_path / "runs" / FOLDER
+    assert count_of(folder)["updates"] == 199 and read_curve(folder)[0] == [0, 100, 150, 170, 200]
+
+
 def test_a_simulator_is_learned_from(script, tmp_path):
     try:
         envs.check_rendering("mw-reach", "rgb", None)
@@ -263,23 +286,6 @@ def test_a_simulator_is_learned_from(script, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- Bad input
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory):
-    """refused(flags) -> the sentence with which a script refuses them, in this process."""
-    runs = tmp_path_factory.mktemp("runs")
-
-    def refuse(*flags, script=rgb):
-        args = tyro.cli(script.Args, args=["--runs-dir", str(runs), *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
-            script.main(args)
-        sentence = str(stop.value.code)
-        assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
-        assert not list(runs.rglob("eval.csv")), "nothing was started"
-        return sentence
-
-    return refuse
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [
