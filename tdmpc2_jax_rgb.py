@@ -283,6 +283,15 @@ class MLP(nn.Module):
         return simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim) if self.simnorm_dim else x
 
 
+def in_blocks(x: jax.Array, size: int) -> jax.Array:
+    """Blocks of pixels for pixels: [b, height, width, c] -> [b, height / size, width / size, size * size * c]; what is
+    missing from the last blocks is 0."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)))
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // size, size, width // size, size, c).swapaxes(2, 3)
+    return x.reshape(b, height // size, width // size, -1)
+
+
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolution without padding: images [b, height, width, in], kernel [size, size, in, out]. XLA lays it out as each
     accelerator likes it (bfloat16 inputs give bfloat16 there). Its convolutions on a CPU are slow: there windows, cut
@@ -291,6 +300,9 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
     n = (x.shape[1] - len(kernel)) // stride + 1  # height and width of the result
+    if x.shape[-1] < 16:  # windows of few channels are slow to cut: the same with a stride of 1, block by block
+        kernel = jnp.moveaxis(in_blocks(jnp.moveaxis(kernel, -1, 0), stride), 0, -1)
+        x, stride = in_blocks(x, stride), 1
     windows = [x[:, :, i : i + stride * n : stride] for i in range(len(kernel))]
     windows = jnp.concatenate(windows, axis=-1)  # [b, height, n, size * in]
     multiply = partial(jnp.einsum, "bhwk,rkc->bhwrc", preferred_element_type=jnp.float32)
