@@ -292,13 +292,10 @@ def in_blocks(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(b, height // size, width // size, -1)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution without padding: images [b, height, width, in], kernel [size, size, in, out]. XLA lays it out as each
-    accelerator likes it (bfloat16 inputs give bfloat16 there). Its convolutions on a CPU are slow: there windows, cut
-    along the width, are multiplied with all rows of the kernel at once, and the products added up along the height."""
-    if jax.default_backend() != "cpu":
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
+@partial(jax.checkpoint, static_argnums=2)  # gradients cut the windows again: to keep them takes longer
+def convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """`convolve` by matrix products: windows, cut along the width, times all rows of the kernel at once, then added up
+    along the height."""
     n = (x.shape[1] - len(kernel)) // stride + 1  # height and width of the result
     if x.shape[-1] < 16:  # windows of few channels are slow to cut: the same with a stride of 1, block by block
         kernel = jnp.moveaxis(in_blocks(jnp.moveaxis(kernel, -1, 0), stride), 0, -1)
@@ -312,6 +309,15 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         products = multiply(windows[:, i::stride], rows.reshape(len(rows), -1, rows.shape[-1]))
         y += sum(products[:, r : r + n, :, r] for r in range(len(rows)))
     return y
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Convolution without padding: images [b, height, width, in], kernel [size, size, in, out]. XLA lays it out as each
+    accelerator likes it (bfloat16 inputs give bfloat16 there); its convolutions on a CPU are slow."""
+    if jax.default_backend() == "cpu":
+        return convolve_on_cpu(x, kernel, stride)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
 
 
 class ConvEncoder(nn.Module):
@@ -391,12 +397,12 @@ def random_shift(stack: jax.Array, shift: jax.Array) -> jax.Array:
 def encode(model: WorldModel, encoder_params, stack: jax.Array, shift: jax.Array) -> jax.Array:
     """Encoder h(s): stacks uint8 [..., 64, 64, 9], each moved by its shift [..., 2] -> z [..., Z]."""
 
-    def one(stacks):
-        return model.encoder.apply(encoder_params, random_shift(*stacks)[None])[0]
+    def one(stack_and_shift):
+        return model.encoder.apply(encoder_params, random_shift(*stack_and_shift)[None])[0]
 
     flat = stack.reshape(-1, *stack.shape[-3:]), shift.reshape(-1, 2)
-    if jax.default_backend() == "cpu":  # few at once, and again for gradients: layers stay in the cache
-        z = jax.lax.map(jax.checkpoint(one), flat, batch_size=8)
+    if jax.default_backend() == "cpu":  # so few at once that a layer stays in the cache
+        z = jax.lax.map(one, flat, batch_size=8)
     else:
         z = jax.vmap(one)(flat)
     return z.reshape(*stack.shape[:-3], -1)

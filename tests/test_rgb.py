@@ -48,6 +48,25 @@ def test_shifts_are_drawn_uniformly_for_every_picture_and_axis():
     assert np.ptp(np.asarray(rgb.plan_noise(args, model, jax.random.key(0), 50).shift)) == 6
 
 
+@pytest.mark.parametrize("size, stride, height, channels", [(7, 2, 64, 9), (5, 2, 29, 32), (4, 2, 5, 3), (3, 1, 6, 4)])
+def test_convolutions_by_matrix_products_are_xlas_and_so_are_their_gradients(size, stride, height, channels):
+    rng, out = np.random.default_rng(0), (height - size) // stride + 1
+    shapes = (2, height, height, channels), (size, size, channels, 5), (2, out, out, 5)
+    x, kernel, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def xlas(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
+
+    for mine, others in zip(
+        jax.vjp(lambda *args: rgb.convolve_on_cpu(*args, stride), x, kernel)[1](weights),
+        jax.vjp(xlas, x, kernel)[1](weights),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(rgb.convolve_on_cpu(x, kernel, stride), xlas(x, kernel), rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- Replay
 def picture_of(env, episode, place):
     """A picture that names its entry."""
