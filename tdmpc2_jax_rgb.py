@@ -283,9 +283,9 @@ class MLP(nn.Module):
         return simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim) if self.simnorm_dim else x
 
 
-def in_blocks(x: jax.Array, size: int) -> jax.Array:
-    """Blocks of pixels for pixels: [b, height, width, c] -> [b, height / size, width / size, size * size * c]; what is
-    missing from the last blocks is 0."""
+def space_to_depth(x: jax.Array, size: int) -> jax.Array:
+    """Every block of size x size pixels as one pixel, with zeros where it reaches over the edge: [b, height, width, c]
+    -> [b, ceil(height / size), ceil(width / size), size * size * c]."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)))
     b, height, width, c = x.shape
     x = x.reshape(b, height // size, size, width // size, size, c).swapaxes(2, 3)
@@ -297,9 +297,9 @@ def convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`convolve` by matrix products: windows, cut along the width, times all rows of the kernel at once, then added up
     along the height."""
     n = (x.shape[1] - len(kernel)) // stride + 1  # height and width of the result
-    if x.shape[-1] < 16:  # windows of few channels are slow to cut: the same with a stride of 1, block by block
-        kernel = jnp.moveaxis(in_blocks(jnp.moveaxis(kernel, -1, 0), stride), 0, -1)
-        x, stride = in_blocks(x, stride), 1
+    if x.shape[-1] < 16:  # windows of few channels are slow to cut; of blocks, the same convolution has a stride of 1
+        kernel = jnp.moveaxis(space_to_depth(jnp.moveaxis(kernel, -1, 0), stride), 0, -1)
+        x, stride = space_to_depth(x, stride), 1
     windows = [x[:, :, i : i + stride * n : stride] for i in range(len(kernel))]
     windows = jnp.concatenate(windows, axis=-1)  # [b, height, n, size * in]
     multiply = partial(jnp.einsum, "bhwk,rkc->bhwrc", preferred_element_type=jnp.float32)
@@ -312,8 +312,8 @@ def convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution without padding: images [b, height, width, in], kernel [size, size, in, out]. XLA lays it out as each
-    accelerator likes it (bfloat16 inputs give bfloat16 there); its convolutions on a CPU are slow."""
+    """Convolution without padding: square images [b, side, side, in], kernel [size, size, in, out]. XLA lays it out as
+    each accelerator likes it (bfloat16 inputs give bfloat16 there); its convolutions on a CPU are slow."""
     if jax.default_backend() == "cpu":
         return convolve_on_cpu(x, kernel, stride)
     layout = ("NHWC", "HWIO", "NHWC")
@@ -388,8 +388,8 @@ def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]
 
 # ------------------------------------------------------------------------------------------------------ World model
 def random_shift(stack: jax.Array, shift: jax.Array) -> jax.Array:
-    """A stack [64, 64, 9] moved right and down by 3 - shift pixels, shift [2] in 0 .. 6, all its pictures alike. What
-    comes in repeats the edge; no pixel changes its value."""
+    """A stack [64, 64, 9] moved right and down by 3 - shift pixels, shift (x, y) in 0 .. 6, all its pictures alike.
+    What comes in repeats the edge; no pixel changes its value."""
     padded = jnp.pad(stack, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
     return jax.lax.dynamic_slice(padded, (shift[1], shift[0], 0), stack.shape)
 
@@ -451,7 +451,7 @@ def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Arra
 class PlanNoise(NamedTuple):
     """Every random draw of one plan in n environments (the heads are shared: their parameters are gathered once)."""
 
-    shift: jax.Array  # [n, 2] in 0 .. 6: of the pictures
+    shift: jax.Array  # [n, 2] (x, y) in 0 .. 6: of the pictures
     pi: jax.Array  # [n, H, P, A] normal: the policy's sequences
     sample: jax.Array  # [n, iterations, H, N-P, A] normal: the sampled sequences
     terminal: jax.Array  # [n, iterations, N, A] normal: the policy's action behind the horizon
@@ -584,7 +584,7 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """Windows of H+1 consecutive entries: actions and rewards lead from one observation to the next."""
 
-    obs: jax.Array  # uint8 [H+1, B, 64, 64, 9]
+    obs: jax.Array  # uint8 [H+1, B, 64, 64, 9]; as they leave the replay, single pictures [H+3, B, 64, 64, 3]
     action: jax.Array  # [H, B, A]
     reward: jax.Array  # [H, B]
     terminated: jax.Array  # [H, B]
@@ -593,7 +593,7 @@ class Batch(NamedTuple):
 class UpdateNoise(NamedTuple):
     """Every random draw of one update."""
 
-    shift: jax.Array  # [H+1, B, 2] in 0 .. 6: of the pictures
+    shift: jax.Array  # [H+1, B, 2] (x, y) in 0 .. 6: of the pictures
     next_action: jax.Array  # [H, B, A] normal: the policy's actions in the TD targets
     target_heads: jax.Array  # [2] indices of the target heads
     pi_action: jax.Array  # [H+1, B, A] normal: the policy's actions in its own loss
@@ -717,8 +717,8 @@ class Replay(NamedTuple):
     one picture, the action that led to it and what it brought; `first` marks a reset, whose action and reward are
     filler.
 
-    A window of H+1 entries may start at any entry that has H more behind it and no reset among those, and two before
-    it, whose pictures its stack needs (or it repeats that of the reset). `starts` is a queue of all such entries in
+    A window of H+1 entries may start at any entry that has H more behind it and no reset among those. Its first stack
+    needs the two pictures before it, too, or repeats that of the reset. `starts` is a queue of all such entries in
     order of time, so that a uniform draw from it is a uniform draw of windows.
     """
 
@@ -736,7 +736,11 @@ class Replay(NamedTuple):
 
 def init_replay(capacity: int, num_envs: int, action_dim: int) -> Replay:
     """Empty replay of `capacity` steps of each environment."""
-    C, n, zero = capacity + FRAMES - 1, num_envs, partial(jnp.zeros, (), jnp.int32)
+    C, n, zero = (
+        capacity + FRAMES - 1,
+        num_envs,
+        partial(jnp.zeros, (), jnp.int32),
+    )  # two rows more, for the first stack
     obs = jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8)
     action, reward = jnp.zeros((C, n, action_dim)), jnp.zeros((C, n))
     flags = [jnp.zeros((C, n), bool) for _ in range(3)]
@@ -802,7 +806,7 @@ def stack_pictures(stack: np.ndarray, obs: np.ndarray, first: np.ndarray) -> np.
 @partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
 def train(args: Args, model: WorldModel, state: TrainState, source: Replay | Batch, discount, num_updates: int):
     """`num_updates` updates in one dispatch, on fresh samples of a replay in device memory, or on batches [num_updates,
-    ...] drawn before from one in the machine's. Returns the new state and the means of their scalars."""
+    ...] of `sample_many` from one in the machine's. Returns the new state and the means of their scalars."""
 
     def one(state, batch):
         key, sample_key, noise_key = jax.random.split(state.key, 3)
@@ -1255,7 +1259,7 @@ def available_bytes(device=None) -> int:
 
 def place_replay(args: Args, spec, model: WorldModel):
     """The device in whose memory the replay lies: the one that learns or, if that is too small, the CPU. Says which and
-    why. Refuses a replay that does not fit, beside the copy of it in the machine's memory that a checkpoint takes."""
+    why. Refuses a replay that does not fit, beside the copies of it in the machine's memory that a checkpoint takes."""
     device, n = jax.devices()[0], args.num_envs
     shapes = jax.eval_shape(partial(init_replay, args.buffer_size // n, n, model.action_dim))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -1269,15 +1273,17 @@ def place_replay(args: Args, spec, model: WorldModel):
         except RuntimeError as error:
             what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
             raise environments.UserError(what) from error
-    place = "the machine's memory" if device.platform == "cpu" else "device memory"
-    copies = 2 if device.platform == "cpu" else 1
+    on_host, staged = device.platform == "cpu", jax.default_backend() != "cpu"
+    place = "the machine's memory" if on_host else "device memory"
+    copies = on_host + 1 + staged  # beside accelerators, checkpoints pass through pinned memory
     room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
     if room < 1:
         enough = f"enough for --buffer-size {int(room * args.buffer_size)}"
-        free = f"{available_bytes(device) / 1e9:.1f} GB are free, {enough}"
+        free = "" if on_host else f"{available_bytes(device) / 1e9:.1f} GB and "
+        free = f"{free}{available_bytes() / 1e9:.1f} GB are free, {enough}"
         short = args.total_timesteps // spec.action_repeat
         short = f"; this run makes no more than {short} decisions" if short < args.buffer_size else ""
-        again = "as much again" if copies == 2 else "as much of the machine's"
+        again = "twice " * staged + "as much " + ("again" if on_host else "of the machine's")
         sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
         raise environments.UserError(f"--buffer-size {args.buffer_size} {sizes}; {free}{short}")
     print(f"replay of {args.buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)

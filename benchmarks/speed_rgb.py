@@ -5,9 +5,10 @@
 
 `pictures`: decisions a second of one environment without an agent, seen as states, as pictures, and as pictures without
 shadows and reflections, and the share of values that those change. `encoder`: B stacks encoded, and gradients of it, as
-the script does it on this backend, beside XLA's convolutions in either layout; GFLOP are those of the convolutions.
-`update` and `plan`: `train(num_updates=1)` and `act`, as the training loop calls them; the `unit` is a 2048^3 float32
-product of the same round; `draw`: a batch from the replay. `replay`: bytes of an entry, microseconds to write one.
+the script does it on this backend, beside XLA's convolutions in either layout, all stacks at once or eight at a time as
+the script does on a CPU; GFLOP are those of the convolutions. `update` and `plan`: `train(num_updates=1)` and `act`, as
+the training loop calls them; the `unit` is a 2048^3 float32 product of the same round; `draw`: a batch, still of single
+pictures, from a replay of 10,000 decisions. `replay`: bytes of an entry, microseconds to write one.
 """
 
 import dataclasses
@@ -99,7 +100,9 @@ def encoders(args: rgb.Args, model: rgb.WorldModel, params) -> dict:
         y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
         return jnp.moveaxis(y, 1, -1)
 
-    ways = {"ours": rgb.encode, "NHWC": partial(plain, channels_last), "NCHW": partial(plain, channels_first)}
+    ways = {"ours": rgb.encode}
+    for name, convolve in (("NHWC", channels_last), ("NCHW", channels_first)):
+        ways |= {name: partial(encode_with, convolve, 0), f"{name} by 8": partial(encode_with, convolve, 8)}
     functions = {}
     for name, encode in ways.items():
 
@@ -112,19 +115,24 @@ def encoders(args: rgb.Args, model: rgb.WorldModel, params) -> dict:
     return functions
 
 
-def plain(convolve, model: rgb.WorldModel, params, stacks, shift):
-    """rgb.encode with another convolution, all stacks at once."""
+def encode_with(convolve, at_once: int, model: rgb.WorldModel, params, stacks, shift):
+    """rgb.encode with another convolution, so many stacks at once, or all of them."""
+
+    def one(stack_and_shift):
+        return model.encoder.apply(params, rgb.random_shift(*stack_and_shift)[None])[0]
+
     ours, rgb.convolve = rgb.convolve, convolve
     try:
-        return model.encoder.apply(params, jax.vmap(rgb.random_shift)(stacks, shift))
+        flat = stacks, shift
+        return jax.lax.map(one, flat, batch_size=at_once) if at_once else jax.vmap(one)(flat)
     finally:
         rgb.convolve = ours
 
 
-def filled_replay(action_dim: int, steps: int = 200) -> rgb.Replay:
+def filled_replay(action_dim: int, steps: int = 10_000) -> rgb.Replay:
     """A replay of random pictures."""
     rng, no = np.random.default_rng(0), np.zeros(1, bool)
-    replay = rgb.init_replay(2_000, 1, action_dim)
+    replay = rgb.init_replay(steps, 1, action_dim)
     for i in range(steps):
         obs, action = rng.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8), np.zeros((1, action_dim), np.float32)
         replay = rgb.add(replay, 3, obs, action, np.zeros(1, np.float32), no, no if i else ~no)
@@ -198,7 +206,7 @@ def main(args: Args) -> None:
                 share = (
                     f"{figures['gflop']:>9.1f} GFLOP{figures['of_peak']:>7.0%} of peak" if "gflop" in figures else ""
                 )
-                print(f"  {name:<16}{figures['ms']:>9.1f} ms{figures['units']:>8.2f} units{share}", flush=True)
+                print(f"  {name:<20}{figures['ms']:>9.1f} ms{figures['units']:>8.2f} units{share}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2, default=float) + "\n")
 

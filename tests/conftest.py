@@ -99,11 +99,12 @@ def refused(request, tmp_path):
 
     def refuse(*flags, script=request.module.SCRIPT):
         args = tyro.cli(script.Args, args=["--runs-dir", str(tmp_path / "refused"), *map(str, flags)])
+        before = list(Path(args.runs_dir).rglob("eval.csv"))
         with pytest.raises(SystemExit) as stop:
             script.main(args)
         sentence = str(stop.value.code)
         assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
-        assert not list((tmp_path / "refused").rglob("eval.csv")), "nothing was started"
+        assert list(Path(args.runs_dir).rglob("eval.csv")) == before, "nothing was started"
         return sentence
 
     return refuse
