@@ -4,7 +4,8 @@
     python benchmarks/plot_curves.py --reference scores.csv --runs runs
 
 A curve is a run's eval.csv (step,reward,success,seed; several seeds one below the other), named TASK.csv or
-TASK__LABEL.csv. The reference is a table method,task,metric,step,mean,min,max,seeds.
+TASK__LABEL.csv; a LABEL that starts with pixels means tdmpc2_jax_rgb.py. The reference is a table
+method,task,metric,step,mean,min,max,seeds.
 """
 
 import csv
@@ -151,7 +152,10 @@ def draw_panel(axes, task: str, curves, colours, published, episodes, published_
         seeds = by_seed(rows, metric)
         for step, value in seeds.values() if len(seeds) > 1 else ():
             axes.plot(step / 1e3, value, color=colours[label], linewidth=0.8, alpha=0.45)
-        name = ", ".join(filter(None, ["tdmpc2_jax.py", label])) + (" (mean; thin: seeds)" if len(seeds) > 1 else "")
+        script = "tdmpc2_jax_rgb.py" if label.startswith("pixels") else "tdmpc2_jax.py"
+        name = ", ".join(filter(None, [script, label.removeprefix("pixels ")])) + (
+            " (mean; thin: seeds)" if len(seeds) > 1 else ""
+        )
         step, mean = mean_curve(seeds)
         axes.plot(step / 1e3, mean, color=colours[label], linewidth=2.4, label=name, solid_capstyle="round")
     axes.set_title(task, loc="left")
