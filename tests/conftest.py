@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -97,14 +98,15 @@ def refused(request, tmp_path):
     """refused("--task", ...) -> how the test module's SCRIPT refuses that in one sentence; in this process (children
     cost)."""
 
-    def refuse(*flags, script=request.module.SCRIPT):
+    def refuse(*flags, script=request.module.SCRIPT, seconds=10):
         args = tyro.cli(script.Args, args=["--runs-dir", str(tmp_path / "refused"), *map(str, flags)])
-        before = list(Path(args.runs_dir).rglob("eval.csv"))
+        before, began = list(tmp_path.rglob("eval.csv")), time.time()
         with pytest.raises(SystemExit) as stop:
             script.main(args)
+        assert time.time() - began < seconds
         sentence = str(stop.value.code)
         assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
-        assert list(Path(args.runs_dir).rglob("eval.csv")) == before, "nothing was started"
+        assert list(tmp_path.rglob("eval.csv")) == before, "nothing was started"
         return sentence
 
     return refuse

@@ -301,15 +301,15 @@ def test_checkpoints_and_tasks_that_do_not_belong_together_are_refused(refused, 
 
 def test_what_cannot_fit_into_memory_is_refused_before_anything_is_allocated(refused, data_dir, monkeypatch):
     flags = ("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
-    sentence = refused(*flags, "--batch-size", 2**20)
+    sentence = refused(*flags, "--batch-size", 2**20, seconds=60)  # 317M parameters take long to count
     assert "GB do not fit into" in sentence and "--batch-size" in sentence
     monkeypatch.setattr(mt, "available_bytes", lambda: 4 * 10**9)
-    assert "4.00 GB" in refused(*flags), "317M parameters, target values and two moments are 5 GB"
+    assert "4.00 GB" in refused(*flags, seconds=60), "317M parameters, target values and two moments are 5 GB"
 
 
 def test_the_largest_model_is_as_large_as_it_is_called_and_says_so(capsys, refused, data_dir, monkeypatch):
     monkeypatch.setattr(mt, "available_bytes", lambda: 10**9)
-    refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
+    refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317, seconds=60)
     words = capsys.readouterr().out.split()
     parameters, optimiser = (float(words[words.index(name) + 1]) for name in ("parameters", "optimiser"))
     assert 1.9 < parameters < 2.1 and 2.5 < optimiser < 2.6  # 317M numbers of 4 bytes, with target Qs; two moments
