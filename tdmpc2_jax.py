@@ -1140,6 +1140,8 @@ def progress_bar(args: Args, spec, model: WorldModel, state: TrainState, folder:
     size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     print(f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {size:.1f}M parameters, ", end="")
     print(f"{args.num_envs} environment(s), on {jax.devices()[0].device_kind}; from simulator step {step}, in {folder}")
+    if step >= args.total_timesteps:
+        print("all steps are made: a larger --total-timesteps goes on")
     print(f"{'step':>10} {'success ' * spec.success}{'return':>9} {'± std':>8} {'minutes':>8}", flush=True)
     total, done = -(-args.total_timesteps // spec.action_repeat), step // spec.action_repeat
     return tqdm(total=total, initial=done, unit=" decisions", mininterval=1, disable=None)

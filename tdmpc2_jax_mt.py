@@ -1363,6 +1363,8 @@ def progress_bar(args: Args, names, model: WorldModel, state: TrainState, data, 
     print(f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, ", end="")
     print(f"{size:.1f}M parameters; {data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}; ", end="")
     print(f"on {len(devices)} x {devices[0].device_kind}; from update {step}, in {folder}")
+    if step >= args.num_updates:
+        print("all updates are made: a larger --num-updates goes on")
     print(f"{'update':>10} {'minutes':>8}  result", flush=True)
     return tqdm(total=args.num_updates, initial=step, unit=" updates", mininterval=1, disable=None)
 

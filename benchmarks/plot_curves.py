@@ -1,4 +1,5 @@
-"""Draws the learning curves in benchmarks/results/curves, one panel per task, beside published ones if they are given.
+"""Draws the learning curves in benchmarks/results/curves, one panel per task (another where it is learned from pixels),
+beside published ones if they are given.
 
     python benchmarks/plot_curves.py
     python benchmarks/plot_curves.py --reference scores.csv --runs runs
@@ -49,11 +50,11 @@ class Args:
     reference: str | None = None
     """table of published curves"""
     method: str = "tdmpc2"
-    """method of that table to draw"""
+    """method of that table to draw; in panels of pixels METHOD-pixels"""
     method_name: str = "TD-MPC2 as published"
     """its name in the legend"""
     runs: str | None = None
-    """folder of runs whose training episodes are drawn as dots (needs tensorboard)"""
+    """folder of runs whose training episodes are drawn as dots (needs tensorboard); of pixels: names with rgb"""
     columns: int = 3
     """most panels in a row"""
 
@@ -74,6 +75,15 @@ def read_curves(folder: Path) -> dict[str, dict[str, list[dict[str, str]]]]:
         with path.open(newline="") as file:
             curves[task][label.replace("_", " ")] = list(csv.DictReader(file))
     return dict(sorted(curves.items()))
+
+
+def by_panel(curves: dict[str, dict[str, list]]) -> dict[tuple[str, bool], dict[str, list]]:
+    """(task, whether from pixels) -> label -> rows."""
+    panels = defaultdict(dict)
+    for task, labels in curves.items():
+        for label, rows in labels.items():
+            panels[task, label.startswith("pixels")][label] = rows
+    return dict(sorted(panels.items()))
 
 
 def by_seed(rows: list[dict[str, str]], column: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -106,12 +116,13 @@ def read_published(path: str, method: str) -> dict[str, tuple[str, Published]]:
     return published
 
 
-def read_episodes(runs: Path, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and returns of the training episodes of all runs of a task, from their TensorBoard files."""
+def read_episodes(runs: Path, task: str, pixels: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and returns of the training episodes of a task's runs, from their TensorBoard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tag, points = "charts/episodic_return", []
-    for folder in sorted({path.parent for path in (runs / task).rglob("events.out.tfevents.*")}):
+    folders = {path.parent for path in (runs / task).rglob("events.out.tfevents.*")}
+    for folder in sorted(path for path in folders if ("rgb" in str(path.relative_to(runs / task))) == pixels):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         if tag in events.Tags()["scalars"]:
             points += [(event.step, event.value) for event in events.Scalars(tag)]
@@ -135,7 +146,7 @@ def draw_published(axes, reference: Published, shown: np.ndarray, name: str) -> 
         axes.plot(step, mean, "o--", linewidth=1.4, **line)
 
 
-def draw_panel(axes, task: str, curves, colours, published, episodes, published_name: str) -> None:
+def draw_panel(axes, title: str, curves, colours, published, episodes, published_name: str) -> None:
     """One task: training episodes, the published curve, and ours on top."""
     succeeds = any(float(row["success"]) for rows in curves.values() for row in rows)
     metric, reference = published or ("success" if succeeds else "reward", None)
@@ -158,22 +169,23 @@ def draw_panel(axes, task: str, curves, colours, published, episodes, published_
         )
         step, mean = mean_curve(seeds)
         axes.plot(step / 1e3, mean, color=colours[label], linewidth=2.4, label=name, solid_capstyle="round")
-    axes.set_title(task, loc="left")
+    axes.set_title(title, loc="left")
     axes.set_xlim(0, end / 1e3)
     axes.locator_params(axis="x", nbins=6)
     low, high = axes.dataLim.y0, axes.dataLim.y1
-    top = 1.0 if metric == "success" else 1000.0 if reference is not None else high  # the range of published tasks
+    top = 1.0 if metric == "success" else 1000.0 if published else high  # the range of published tasks
     axes.set_ylim(min(0.0, 1.05 * low), 1.02 * max(top, high))
     axes.set_xlabel("thousand simulator steps")
     axes.set_ylabel("success rate" if metric == "success" else "return")
 
 
 def main(args: Args) -> None:
-    curves = read_curves(Path(args.curves))
+    curves = by_panel(read_curves(Path(args.curves)))
     if not curves:
         sys.exit(f"error: {args.curves} holds no .csv file")
-    published = read_published(args.reference, args.method) if args.reference else {}
-    labels = sorted({label for task in curves.values() for label in task})
+    methods = {False: args.method, True: f"{args.method}-pixels"}
+    published = {k: read_published(args.reference, method) if args.reference else {} for k, method in methods.items()}
+    labels = sorted({label for panel in curves.values() for label in panel})
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     columns = min(args.columns, len(curves))
     rows = math.ceil(len(curves) / columns)
@@ -181,9 +193,13 @@ def main(args: Args) -> None:
         figure, panels = plt.subplots(
             rows, columns, figsize=(max(4.2 * columns, 6), 3.1 * rows + 0.5), squeeze=False, layout="constrained"
         )
-        for axes, task in zip(panels.flat, curves, strict=False):
-            episodes = read_episodes(Path(args.runs), task) if args.runs else None
-            draw_panel(axes, task, curves[task], colours, published.get(task), episodes, args.method_name)
+        for axes, ((task, pixels), curve) in zip(panels.flat, curves.items(), strict=False):
+            episodes = read_episodes(Path(args.runs), task, pixels) if args.runs else None
+            title = f"{task} from pixels" if pixels else task
+            beside = published[pixels].get(task)
+            if not beside and task in published[False]:  # never published from pixels
+                beside = published[False][task][0], None
+            draw_panel(axes, title, curve, colours, beside, episodes, args.method_name)
         for axes in panels.flat[len(curves) :]:
             axes.remove()
         legend = {}

@@ -122,12 +122,15 @@ def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_p
     (tmp_path / "curves/walker-walk.csv").write_text(head + "0,1,0,1\n500,3,0,1\n0,3,0,2\n500,9,0,2\n900,9,0,2\n")
     (tmp_path / "curves/walker-walk__5M.csv").write_text(head + "0,1,0,1\n500,900,0,1\n")
     (tmp_path / "curves/mw-push.csv").write_text(head + "0,1,0,1\n500,900,1,1\n")
+    (tmp_path / "curves/walker-walk__pixels_5M.csv").write_text(head + "0,1,0,1\n500,80,0,1\n")
     (tmp_path / "scores.csv").write_text(
         "method,task,metric,step,mean,min,max,seeds\ntdmpc2,walker-walk,reward,0,5,1,9,3\nother,walker-walk,reward,0,0,0,0,3\n"
         "tdmpc2,walker-walk,reward,1000,960,950,970,3\ntdmpc2,mw-push,success,0,0,0,0,3\n"
     )
     curves = plot_curves.read_curves(tmp_path / "curves")
-    assert {task: list(labels) for task, labels in curves.items()} == {"mw-push": [""], "walker-walk": ["", "5M"]}
+    panels = {panel: list(labels) for panel, labels in plot_curves.by_panel(curves).items()}
+    pixels = {("walker-walk", True): ["pixels 5M"]}
+    assert panels == {("mw-push", False): [""], ("walker-walk", False): ["", "5M"]} | pixels
     steps, mean = plot_curves.mean_curve(plot_curves.by_seed(curves["walker-walk"][""], "reward"))
     assert steps.tolist() == [0, 500] and mean.tolist() == [2, 6]  # 900 was reached by one seed only
     picture, reference = tmp_path / "curves.png", str(tmp_path / "scores.csv")

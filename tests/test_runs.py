@@ -105,6 +105,10 @@ def test_a_run_whose_first_checkpoint_was_cut_off_starts_again(script, tmp_path)
     assert status == 0 and "from simulator step 0" in out, err
     assert read_curve(folder)[0] == [0, 60] and count_of(folder)["decisions"] == 60
 
+    status, out, err = script(*flags, "--resume")
+    assert status == 0 and "all steps are made: a larger --total-timesteps goes on" in out, err
+    assert read_curve(folder)[0] == [0, 60]
+
 
 def test_a_ctrl_c_before_the_run_has_begun_is_one_sentence(start, tmp_path):
     child = start(*POINT, "--total-timesteps", 1_000_000)
