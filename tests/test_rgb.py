@@ -1,5 +1,6 @@
 """What pixels change: shifts, the replay of single pictures, both places of it, and runs as a user sees them."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -277,6 +278,20 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(sc
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert meta["episodic"] and due - 4 <= meta["count"]["updates"] <= due
     assert "(--storage host)" in out
+
+    # What the run has kept is what the environments gave, though it kept it behind the updates in flight
+    args = meta["args"]
+    like = jax.eval_shape(lambda: rgb.init_replay(args.buffer_size // 4, 4, 1))
+    kept = rgb.restore(rgb.find_checkpoint(folder), "replay", rgb.on_device(like, jax.devices()[0]))
+    with contextlib.closing(rgb.make_envs(args, 4)) as again:
+        obs, _ = again.reset(seed=args.seed)
+        for row in range(int(kept.rows)):
+            if row:
+                obs, reward, terminated, *_ = again.step(np.asarray(kept.action[row]))
+                np.testing.assert_array_equal(kept.reward[row], reward.astype(np.float32))
+                np.testing.assert_array_equal(kept.terminated[row], terminated)
+            np.testing.assert_array_equal(kept.obs[row].reshape(obs.shape), obs)
+    assert kept.terminated.any() and int(kept.first.sum()) > 4
 
 
 ELSEWHERE = f"""
