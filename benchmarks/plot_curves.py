@@ -117,7 +117,8 @@ def read_published(path: str, method: str) -> dict[str, tuple[str, Published]]:
 
 
 def read_episodes(runs: Path, task: str, pixels: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and returns of the training episodes of a task's runs, from their TensorBoard files."""
+    """Steps and returns of the training episodes of a task's runs, from pixels or from states, out of their TensorBoard
+    files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tag, points = "charts/episodic_return", []
