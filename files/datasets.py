@@ -1,0 +1,299 @@
+"""Offline datasets: episodes of several tasks, read where they lie, from disk or from memory, and written.
+
+    data = load_dataset("mt30", "data/mt30")  # the original's files, or a folder of files for every task
+    batch = data.sample(rng, 256, horizon=3)  # windows that lie within one episode
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from domains.tasks import TASKS, UserError, set_sizes, set_tasks, task_spec
+from files.pt import check_pt, load_pt, save_tensordict
+
+_CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
+
+
+def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> Dataset:
+    """Opens the episodes of a set of tasks where they lie: nothing is copied into memory, see `Dataset.to_host`.
+
+    `data_dir` holds the original's files `chunk_0.pt`, `chunk_1.pt`, … as they are, or a folder of such files for every
+    task, as `EpisodeWriter` leaves it. A file is a TensorDict [episodes, entries] of obs [·, ·, O], action [·, ·, A],
+    reward and task, the task's place in the set: a set's files need all its names, in its order. O and A are the sizes
+    of the set's largest tasks, smaller ones are padded with zeros; a file in a task's own folder is a set of this one
+    task. Entry 0 of an episode is its reset, with filler for action and reward; entry i has the action that led to it
+    and the reward it brought.
+
+    Args:
+        task_set: "mt30", "mt80", or names of tasks.
+        data_dir: folder of the files, or of the tasks' folders.
+
+    Raises:
+        UserError: names the file that is missing, cannot be read, or does not fit the set.
+    """
+    tasks, folder = set_tasks(task_set), pathlib.Path(data_dir)
+    if any(folder.glob("chunk_*.pt")):
+        chunks = _open_chunks(folder, tasks, np.arange(len(tasks)))
+        expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
+        if expected and len(chunks) < expected:
+            warnings.warn(f"{folder} holds {len(chunks)} of the {expected} files of {task_set}", stacklevel=2)
+        return Dataset(tasks, chunks)
+    missing = [task for task in tasks if not (folder / task).is_dir()]
+    if missing:
+        raise UserError(f"{folder} holds neither chunk_0.pt, chunk_1.pt, … nor a folder {missing[0]} of such files")
+    return Dataset(
+        tasks, [c for i, task in enumerate(tasks) for c in _open_chunks(folder / task, (task,), np.array([i]))]
+    )
+
+
+class Chunk(NamedTuple):
+    """One file of a dataset."""
+
+    path: pathlib.Path
+    obs: np.ndarray  # [episodes, entries, O]
+    action: np.ndarray  # [episodes, entries, A]
+    reward: np.ndarray  # [episodes, entries]
+    task: np.ndarray  # [episodes, entries], place in `ids`
+    ids: np.ndarray  # the set's ids of the tasks that the file is about
+
+
+def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray) -> list[Chunk]:
+    found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
+    missing = [folder / f"chunk_{i}.pt" for i in range(max(found, default=0) + 1) if i not in found]
+    if missing:
+        there = f", though there is {found[max(found)].name}" if found else ""
+        raise UserError(f"{missing[0]} is missing{there}")
+    return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids) for _, path in sorted(found.items())]
+
+
+def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: np.ndarray) -> Chunk:
+    names = Chunk._fields[1:-1]
+    if not isinstance(tensors, dict) or not set(names) <= set(tensors):
+        raise UserError(f"{path} is no dataset: it must hold {', '.join(names)}")
+    chunk = Chunk(path, *(tensors[name] for name in names), ids)
+    if not all(isinstance(array, np.ndarray) for array in chunk[1:-1]):
+        raise UserError(f"{path} is no dataset: {', '.join(names)} must be tensors")
+    for name, ndim in (("obs", 3), ("action", 3), ("reward", 2), ("task", 2)):
+        array = getattr(chunk, name)
+        if array.ndim != ndim or array.shape[:2] != chunk.obs.shape[:2]:
+            raise UserError(f"{path}: {name} has shape {array.shape}, which does not fit obs {chunk.obs.shape}")
+        if array.dtype.kind not in ("iu" if name == "task" else "f"):
+            raise UserError(f"{path}: {name} is of type {array.dtype}")
+    for name, size in zip(("obs", "action"), set_sizes(tasks), strict=True):
+        if getattr(chunk, name).shape[2] != size:
+            raise UserError(f"{path}: {name} has size {getattr(chunk, name).shape[2]}, these tasks need {size}")
+    if 0 in chunk.obs.shape:
+        raise UserError(f"{path} holds no episodes")
+    return chunk
+
+
+class Dataset:
+    """Episodes of several tasks, from `load_dataset`.
+
+    Attributes:
+        tasks: names, in the order of their ids.
+        chunks: the files; episodes of one file have the same number of entries.
+        obs_size, action_size: of the set; smaller observations and actions are padded with zeros.
+        num_episodes, num_entries: of all files together.
+        nbytes: of all arrays.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], chunks: list[Chunk]):
+        self.tasks, self.chunks = tasks, chunks
+        self.obs_size, self.action_size = set_sizes(tasks)
+        self.num_episodes = sum(len(chunk.obs) for chunk in chunks)
+        self.num_entries = sum(chunk.task.size for chunk in chunks)
+        self.nbytes = sum(array.nbytes for chunk in chunks for array in chunk[1:-1])
+
+    def to_host(self) -> Dataset:
+        """The same episodes held in memory; UserError if a number among them is not finite or a task not of the set."""
+        chunks = []
+        for chunk in self.chunks:
+            for i in range(0, len(chunk.obs), 1000):
+                self._read(chunk, np.arange(i, min(i + 1000, len(chunk.obs)))[:, None], np.arange(chunk.obs.shape[1]))
+            chunks.append(Chunk(chunk.path, *map(np.array, chunk[1:-1]), chunk.ids))
+        return Dataset(self.tasks, chunks)
+
+    def check_files(self) -> None:
+        """Reads all files and compares their checksums; UserError if one is damaged."""
+        for chunk in self.chunks:
+            check_pt(chunk.path)
+
+    def window_table(self, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the windows of horizon + 1 entries within one episode are, as int64 arrays over the F files: the
+        windows up to and with each file [F], the file's first entry in the whole [F], and its entries an episode [F].
+        """
+        episodes, entries = np.array([chunk.obs.shape[:2] for chunk in self.chunks]).T
+        windows = np.cumsum(episodes * np.maximum(entries - horizon, 0))
+        if windows[-1] == 0:
+            raise UserError(f"episodes of {entries.max()} entries have no windows of {horizon + 1}")
+        return windows, np.cumsum(episodes * entries) - episodes * entries, entries
+
+    def sample(
+        self, rng: np.random.Generator, batch_size: int, horizon: int, rows: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
+        """Draws windows of horizon + 1 entries within one episode, each start equally likely.
+
+        Args:
+            rng: gives as many numbers whatever `rows` is.
+            batch_size: number B of windows drawn.
+            horizon: H.
+            rows: the part of the batch to read and return: what one of several hosts needs.
+
+        Returns:
+            float32 obs [H+1, B, O], action [H, B, A], reward [H, B]; int32 task [B].
+
+        Raises:
+            UserError: what was drawn holds NaN, or a task that is not of the set; names the file and the episode.
+        """
+        ends, _, entries = self.window_table(horizon)
+        window = rng.integers(ends[-1], size=batch_size)[rows]
+        which = np.searchsorted(ends, window, side="right")
+        batch = {
+            "obs": np.zeros((len(window), horizon + 1, self.obs_size), np.float32),
+            "action": np.zeros((len(window), horizon, self.action_size), np.float32),
+            "reward": np.empty((len(window), horizon), np.float32),
+            "task": np.empty(len(window), np.int32),
+        }
+        for i in np.unique(which):
+            mine = which == i
+            starts = entries[i] - horizon  # in one episode
+            episode, start = np.divmod(window[mine] - (ends[i - 1] if i else 0), starts)
+            read = self._read(self.chunks[i], episode[:, None], start[:, None] + np.arange(horizon + 1))
+            batch["obs"][mine, :, : read["obs"].shape[2]] = read["obs"]
+            batch["action"][mine, :, : read["action"].shape[2]] = read["action"][:, 1:]
+            batch["reward"][mine], batch["task"][mine] = read["reward"][:, 1:], read["task"][:, 0]
+        return {name: values if name == "task" else values.swapaxes(0, 1) for name, values in batch.items()}
+
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Entries start … stop of the whole, all episodes of all files in a row, to hold them elsewhere.
+
+        Returns:
+            obs [n, O], action [n, A], reward [n] in the type of the files, with zeros for filler; int16 task [n].
+
+        Raises:
+            UserError: as `sample`.
+        """
+        parts, first = [], 0
+        for chunk in self.chunks:
+            inside = slice(max(start - first, 0), max(min(stop - first, chunk.task.size), 0))
+            episode, entry = np.divmod(np.arange(inside.start, inside.stop), chunk.obs.shape[1])
+            first += chunk.task.size
+            if not len(episode):
+                continue
+            read = self._read(chunk, episode[:, None], entry[:, None])
+            widths = {"obs": self.obs_size, "action": self.action_size}
+            for name, width in widths.items():
+                read[name] = np.pad(read[name], [(0, 0), (0, 0), (0, width - read[name].shape[2])])
+            read["action"][entry == 0], read["reward"][entry == 0] = 0, 0
+            parts.append({name: values[:, 0] for name, values in read.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _read(self, chunk: Chunk, episode: np.ndarray, entry: np.ndarray) -> dict[str, np.ndarray]:
+        """Entries [E, n] of episodes [E, 1], checked; filler stands only at the windows' first entries."""
+        read = {name: getattr(chunk, name)[episode, entry] for name in ("obs", "action", "reward")}
+        behind_reset = np.broadcast_to(entry > 0, read["reward"].shape)
+        for name, values in read.items():
+            finite = np.isfinite(values) if name == "reward" else np.isfinite(values).all(-1)
+            finite |= ~behind_reset & (name != "obs")
+            if not finite.all():
+                where = episode[~finite.all(1)][0, 0]
+                raise UserError(f"{chunk.path}: {name} of episode {where} is not finite")
+        task = chunk.task[episode, entry]
+        outside = (task < 0) | (task >= len(chunk.ids))
+        if outside.any():
+            where = f"episode {episode[outside.any(1)][0, 0]} is of task {task[outside][0]}"
+            raise UserError(f"{chunk.path}: {where}, but the set has {len(chunk.ids)} task{'s' * (len(chunk.ids) > 1)}")
+        return read | {"task": chunk.ids[task].astype(np.int16)}
+
+    def batches(
+        self,
+        seed: int,
+        batch_size: int,
+        horizon: int,
+        first: int = 0,
+        readers: int = 4,
+        rows: slice = slice(None),
+    ):
+        """Endless batches of `sample`, drawn ahead by threads; batch i depends on the seed and i only.
+
+        Args:
+            first: number of the first batch: a resumed run goes on where it was.
+            readers: threads; each holds two batches ready. Reading lets other threads run.
+            rows: as in `sample`.
+        """
+
+        def draw(i: int) -> dict[str, np.ndarray]:
+            return self.sample(np.random.default_rng((seed, i)), batch_size, horizon, rows)
+
+        pool = ThreadPoolExecutor(readers)
+        try:
+            ahead = deque(pool.submit(draw, i) for i in range(first, first + 2 * readers))
+            for i in itertools.count(first + 2 * readers):
+                yield ahead.popleft().result()
+                ahead.append(pool.submit(draw, i))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class EpisodeWriter:
+    """Writes a task's episodes to DATA_DIR/TASK/chunk_0.pt, chunk_1.pt, …, as `load_dataset` reads them.
+
+    PyTorch with tensordict reads the files, too. They are complete or absent at any moment, and several runs may write
+    to one folder: each takes the next free number.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike, task: str, num_envs: int):
+        spec = task_spec(task)
+        set_tasks([task])
+        self._folder = pathlib.Path(data_dir, spec.name)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"episodes cannot be written to {self._folder}: {error.strerror}") from None
+        row, length = TASKS[spec.name], spec.episode_length + 1
+        self._open = {  # the episodes under way
+            "obs": np.zeros((num_envs, length, row.obs_size), np.float32),
+            "action": np.zeros((num_envs, length, row.action_size), np.float32),
+            "reward": np.zeros((num_envs, length), np.float32),
+        }
+        self._entry, self._finished = np.full(num_envs, -1), []
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> None:
+        """Takes one step of all environments; where `first`, it is a reset, whose action and reward are filler."""
+        envs, self._entry = np.arange(len(first)), np.where(first, 0, self._entry + 1)
+        self._open["obs"][envs, self._entry] = obs
+        self._open["action"][envs, self._entry] = np.where(first[:, None], np.nan, action)
+        self._open["reward"][envs, self._entry] = np.where(first, np.nan, reward)
+        for i in np.flatnonzero(self._entry + 1 == self._open["reward"].shape[1]):
+            self._finished.append({name: values[i].copy() for name, values in self._open.items()})
+
+    def flush(self) -> None:
+        """Writes the episodes that have ended since the last call, if there are any, to a file of their own."""
+        if not self._finished:
+            return
+        tensors = {name: np.stack([episode[name] for episode in self._finished]) for name in self._open}
+        temporary = self._folder / f".writing-{os.getpid()}"
+        save_tensordict(temporary, tensors | {"task": np.zeros(tensors["reward"].shape, np.int64)})
+        for i in itertools.count():
+            path = self._folder / f"chunk_{i}.pt"
+            try:
+                os.link(temporary, path)
+                break
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without hard links
+                if not path.exists():
+                    temporary.rename(path)
+                    break
+        temporary.unlink(missing_ok=True)
+        self._finished = []

@@ -1,0 +1,324 @@
+"""Agents made elsewhere: the original's files, and the multi-task agents of tdmpc2_jax_mt.py for a single task.
+
+    agent = read_agent("walker-walk.pt")                                  # of the original, in either of its layouts
+    agent = fold_agent(agent, "walker-walk", obs_dim, action_dim, path)   # one task of a multi-task agent
+    check_shapes(agent.params, like, path, "--model-size 5 on this task") # does it fit the networks at hand?
+
+Parameters are named as in the scripts' networks: {component: {"params": {"linear_0": {"kernel", "bias"}, "norm_0":
+{"scale", "bias"}, …}}}, with kernels [in, out], those of `q` and of the target Qs stacked along a leading axis [num_q];
+an encoder of pictures has "kernel_0" [height, width, in, out] and "bias_0" to "bias_3".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from domains.tasks import TASK_SETS, UserError, task_spec
+from files.pt import load_pt
+
+FIELDS = "enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q", "task_dim"  # what `sizes_of` reads off
+
+
+class Agent(NamedTuple):
+    """What goes from one script, or from the original, to another."""
+
+    params: dict[str, Any]  # encoder, dynamics, reward, pi, q, and termination where the agent has one
+    target_q: dict[str, Any]  # slow copy of params["q"]
+    task_emb: jax.Array | None = None  # [T, E] embeddings of a multi-task agent
+    tasks: tuple[str, ...] = ()  # names of its T tasks, if they are known
+    q_scale: jax.Array | None = None  # 5-95% range of the values; the original's files do not have it
+
+
+# --------------------------------------------------------------------------------------------- Files of the original
+def read_checkpoint(path: str | os.PathLike, part: str = "model") -> dict[str, np.ndarray]:
+    """The tensors {name: array} of one part of an original checkpoint {"model": …, …}, or of the bare {name: tensor}.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    content = load_pt(path)
+    if isinstance(content, dict) and part not in content and any(isinstance(v, np.ndarray) for v in content.values()):
+        content = {"model": content}
+    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+        kind = "a tensor" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
+        kind = f"no {part!r}" if isinstance(content, dict) else kind
+        raise UserError(f"{path} holds {kind}, so it is no checkpoint {{{part!r}: tensors}}")
+    return {name: value for name, value in content[part].items() if isinstance(value, np.ndarray)}
+
+
+def read_agent(path: str | os.PathLike, obs: str = "state", episodic: bool = True) -> Agent:
+    """The agent of an original checkpoint, in either of its two layouts.
+
+    Args:
+        path: the .pt file.
+        obs: what the agent must see, "state" or "rgb".
+        episodic: False leaves out a termination head.
+
+    Raises:
+        UserError: the file cannot be read, holds no whole agent of TD-MPC2, or one that sees something else.
+    """
+    tensors = read_checkpoint(path)
+    try:
+        agent = from_torch(tensors, obs)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    params = {name: value for name, value in agent.params.items() if episodic or name != "termination"}
+    return agent._replace(params=params)
+
+
+def read_multitask(path: str | os.PathLike, named: Sequence[str] = ()) -> Agent:
+    """The multi-task agent of an original checkpoint; `named` are its tasks, if it is not one of mt30 or mt80.
+
+    Raises:
+        UserError: as `read_agent`; it is an agent of one task, or the number of names is not that of its tasks.
+    """
+    agent = read_agent(path, episodic=False)
+    if agent.task_emb is None:
+        raise UserError(f"{path} is a single-task agent: it is for tdmpc2_jax.py")
+    agent = agent._replace(tasks=agent.tasks or tuple(named))
+    if len(agent.tasks) != len(agent.task_emb):
+        raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
+    return agent
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
+    """The agent that these tensors of an original checkpoint are; UserError if they are none, or not a whole one."""
+    first = {"state": "_encoder.state.0.weight", "rgb": "_encoder.rgb.2.weight"}
+    if not {first[obs], "_pi.2.weight"} <= tensors.keys():
+        raise UserError(f"holds no TD-MPC2 agent that sees {'states' if obs == 'state' else 'pixels'}{_other(tensors)}")
+    if obs == "rgb":
+        encoder = _convolutions(tensors)
+    else:
+        encoder = _mlp(tensors, "_encoder.state")
+    prefixes = {"dynamics": "_dynamics", "reward": "_reward", "pi": "_pi", "q": "_Qs.params"}
+    prefixes |= {"termination": "_termination"} if "_termination.0.weight" in tensors else {}
+    target = "_target_Qs_params" if "_target_Qs_params.0.weight" in tensors else "_target_Qs.params"
+    params = {"encoder": encoder} | {name: _mlp(tensors, prefix) for name, prefix in prefixes.items()}
+    target_q = _mlp(tensors, target)
+    table = _numbers(tensors, "_task_emb.weight") if "_task_emb.weight" in tensors else None
+    _check_whole(params | {"target Q": target_q}, table)
+    tasks = () if table is None else TASK_SETS.get(f"mt{len(table)}", ())
+    params, target_q, table = jax.tree.map(jnp.asarray, (params, target_q, table))
+    return Agent(params, target_q, table, tasks)
+
+
+def _other(tensors: Mapping[str, np.ndarray]) -> str:
+    kinds = {
+        "_encoder.rgb.2.weight": "pixels, for tdmpc2_jax_rgb.py",
+        "_encoder.state.0.weight": "states, for tdmpc2_jax.py",
+        "_Q1.0.weight": "TD-MPC, for tdmpc_jax.py",
+    }
+    return next((f": it is one of {kind}" for name, kind in kinds.items() if name in tensors), "")
+
+
+def _numbers(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in tensors or tensors[name].dtype.kind != "f":
+        raise UserError(f"holds no whole TD-MPC2 agent: {name} is missing")
+    return np.asarray(tensors[name], np.float32)
+
+
+def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
+    fields, names = ("weight", "bias", "ln.weight", "ln.bias"), []
+    while f"{prefix}.{len(names)}.weight" in tensors:
+        names.append([name for f in fields if (name := f"{prefix}.{len(names)}.{f}") in tensors])
+    if not names:  # the layout released in 2023: one running number per tensor; the last layer has no norm
+        names = [[f"{prefix}.{i}" for i in range(4 * layer, min(4 * layer + 4, 10))] for layer in range(3)]
+    params = {}
+    for i, layer in enumerate(names):
+        if len(layer) not in (2, 4):
+            raise UserError(f"holds no whole TD-MPC2 agent: {prefix}.{i} lacks tensors")
+        weight, bias, *norm = (_numbers(tensors, name) for name in layer)
+        params[f"linear_{i}"] = {"kernel": weight.swapaxes(-1, -2) if weight.ndim > 1 else weight, "bias": bias}
+        params |= {f"norm_{i}": {"scale": norm[0], "bias": norm[1]}} if norm else {}
+    return {"params": params}
+
+
+def _convolutions(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    params = {}
+    for i in range(4):  # the modules in between have no parameters; kernels [out, in, height, width]
+        kernel, bias = (_numbers(tensors, f"_encoder.rgb.{2 + 2 * i}.{x}") for x in ("weight", "bias"))
+        if kernel.ndim != 4:
+            raise UserError(f"holds no whole TD-MPC2 agent: _encoder.rgb.{2 + 2 * i}.weight is {kernel.shape}")
+        params |= {f"kernel_{i}": kernel.transpose(2, 3, 1, 0), f"bias_{i}": bias}
+    return {"params": params}
+
+
+def _check_whole(components: dict[str, Any], table: np.ndarray | None) -> None:
+    """UserError if the layers of an agent do not fit together."""
+
+    def size(name, layer):
+        bias = components[name]["params"].get(layer, {}).get("bias", np.zeros(()))
+        return bias.shape[-1] if bias.ndim else 0
+
+    if table is not None and table.ndim != 2:
+        raise UserError(f"holds no whole TD-MPC2 agent: _task_emb.weight is {table.shape}")
+    task_dim = 0 if table is None else table.shape[1]
+    latent_dim, outputs, num_q = size("dynamics", "linear_2"), size("pi", "linear_2"), None
+    for name, component in components.items():
+        if "kernel_0" in component["params"]:
+            continue
+        inputs = latent_dim + task_dim + (0 if name in ("pi", "termination") else outputs // 2)
+        first = component["params"]["linear_0"]["kernel"]
+        heads = first.shape[:-2]  # [num_q]
+        num_q = heads if name == "q" else num_q
+        if name == "encoder":
+            inputs = max(first.shape[-2] if first.ndim > 1 else 0, task_dim + 1)
+        count = sum(layer.startswith("linear") for layer in component["params"])
+        wanted = {"encoder": latent_dim, "dynamics": latent_dim, "pi": outputs - outputs % 2}
+        wanted = wanted.get(name, size(name, f"linear_{count - 1}"))
+        fits = count == 3 or (name == "encoder" and count >= 2)
+        fits &= len(heads) == (name in ("q", "target Q")) and (name != "target Q" or heads == num_q)
+        for i in range(count):
+            width = wanted if i == count - 1 else size(name, f"linear_{i}")
+            shapes = {"linear": {"kernel": (*heads, inputs, width), "bias": (*heads, width)}}
+            if i < count - 1 or name in ("encoder", "dynamics"):
+                shapes["norm"] = {"scale": (*heads, width), "bias": (*heads, width)}
+            layers = {kind: component["params"].get(f"{kind}_{i}") for kind in ("linear", "norm")}
+            fits &= shapes == {kind: jax.tree.map(np.shape, layer) for kind, layer in layers.items() if layer}
+            inputs = width
+        if not fits:
+            raise UserError(f"holds no whole TD-MPC2 agent: the layers of its {name} do not fit together")
+
+
+# -------------------------------------------------------------------------------------------------- Multi-task agents
+def restore_multitask(checkpoint: Path, tasks: Sequence[str]) -> Agent:
+    """The agent of a checkpoint folder of tdmpc2_jax_mt.py, on one device, whatever devices have written it.
+
+    Args:
+        checkpoint: the folder of one step.
+        tasks: its tasks, as the checkpoint's metadata names them.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    path, here = checkpoint.absolute() / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        there = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        there = {name: there[name] for name in ("params", "target_q", "q_scale")}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
+        options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
+        agent = ocp.PyTreeCheckpointer().restore(path, args=ocp.args.PyTreeRestore(like, **options))
+        task_emb = agent["params"].pop("task_emb")
+    except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
+        raise UserError(f"{checkpoint} is damaged ({type(error).__name__})") from error
+    return Agent(agent["params"], agent["target_q"], task_emb, tuple(tasks), agent["q_scale"])
+
+
+def fold_agent(agent: Agent, source_task: str | None, obs_dim: int, action_dim: int, path: str | os.PathLike) -> Agent:
+    """A single-task agent as it is, or what a multi-task agent is for one of its tasks; see `fold_task`.
+
+    Args:
+        agent: from a .pt file or a checkpoint.
+        source_task: the multi-task agent's task; None for a single-task agent.
+        obs_dim, action_dim: sizes of the task at hand: no larger than the agent's.
+        path: where the agent is from, for the sentence.
+
+    Raises:
+        UserError: a task is named and the agent has one only, or the reverse; it does not know it, or is too small.
+    """
+    if (agent.task_emb is None) != (source_task is None):
+        single = agent.task_emb is None
+        want = "is a single-task agent: leave out" if single else "is a multi-task agent: name its task with"
+        raise UserError(f"{path} {want} --source-task")
+    if agent.task_emb is None:
+        return agent
+    source = task_spec(source_task).name
+    if source not in agent.tasks:
+        known = ", ".join(agent.tasks) or f"{len(agent.task_emb)} tasks without names"
+        known = next((f"the tasks of {name}" for name, tasks in TASK_SETS.items() if tasks == agent.tasks), known)
+        raise UserError(f"{path} was not trained on {source}: it knows {known}")
+    inputs = agent.params["encoder"]["params"]["linear_0"]["kernel"].shape[0]
+    there = inputs - agent.task_emb.shape[1], agent.params["pi"]["params"]["linear_2"]["bias"].shape[0] // 2
+    if there[0] < obs_dim or there[1] < action_dim:
+        sizes = "it knows {} observations and {} actions, the task has {} and {}"
+        raise UserError(f"{path} does not fit this task: {sizes.format(*there, obs_dim, action_dim)}")
+    emb = np.asarray(agent.task_emb[agent.tasks.index(source)])
+    params = fold_task(agent.params | {"q_target": agent.target_q}, emb, obs_dim, action_dim)
+    target_q = params.pop("q_target")
+    return Agent(params, target_q, q_scale=agent.q_scale)
+
+
+def fold_task(params: dict[str, Any], emb: np.ndarray, obs_dim: int, action_dim: int) -> dict[str, Any]:
+    """Turns a multi-task agent's parameters (with or without `q_target`) into those of one task, exactly.
+
+    emb [task_dim] is the task's embedding, a constant input: it moves into the first layers' biases. Observations and
+    actions beyond the task's own sizes were always zero there: their inputs and outputs go. Inputs are obs|e, z|e|a.
+    """
+    emb = np.asarray(emb, np.float64)  # on the host: an accelerator would round the products
+    emb = emb / max(1.0, np.linalg.norm(emb))  # rows of the table have at most unit norm when read
+    E, Z = len(emb), params["dynamics"]["params"]["linear_2"]["bias"].shape[-1]
+
+    def fold(name, component):
+        layers = dict(component["params"])
+        kernel, bias = (np.asarray(layers["linear_0"][field]) for field in ("kernel", "bias"))
+        before = kernel.shape[-2] - E if name == "encoder" else Z
+        keep = [kernel[..., : obs_dim if name == "encoder" else Z, :], kernel[..., before + E :, :]]
+        if name in ("dynamics", "reward", "q", "q_target"):
+            keep[1] = keep[1][..., :action_dim, :]
+        bias = bias + np.einsum("e,...eo->...o", emb, kernel[..., before : before + E, :])
+        layers["linear_0"] = {"kernel": jnp.asarray(np.concatenate(keep, axis=-2)), "bias": jnp.float32(bias)}
+        if name == "pi":
+            half = layers["linear_2"]["bias"].shape[-1] // 2
+            outputs = np.r_[:action_dim, half : half + action_dim]  # means, log stds
+            layers["linear_2"] = jax.tree.map(lambda p: p[..., outputs], layers["linear_2"])
+        return {"params": layers}
+
+    return {name: fold(name, component) for name, component in params.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- Sizes
+def sizes_of(params: dict[str, Any]) -> dict[str, int]:
+    """The sizes of the model that these parameters are of, as far as they have them: {name of `FIELDS`: size}."""
+    encoder, dynamics = params["encoder"]["params"], params["dynamics"]["params"]
+    sizes = {"enc_dim": encoder["linear_0"]["bias"].shape[-1]} if "linear_0" in encoder else {}
+    sizes |= {
+        "mlp_dim": dynamics["linear_0"]["bias"].shape[-1],
+        "latent_dim": dynamics["linear_2"]["bias"].shape[-1],
+    }
+    sizes |= {"num_enc_layers": sum(name.startswith("linear") for name in encoder)} if "linear_0" in encoder else {}
+    sizes |= {"num_q": params["q"]["params"]["linear_0"]["bias"].shape[0]}
+    return sizes | ({"task_dim": params["task_emb"].shape[-1]} if "task_emb" in params else {})
+
+
+def check_shapes(
+    params: dict[str, Any],
+    like: dict[str, Any],
+    path: str | os.PathLike,
+    what: str,
+    model_sizes: Mapping[int, Mapping[str, int]] | None = None,
+) -> None:
+    """UserError if these parameters do not have the shapes of `like`: it names the first difference, and the sizes
+    that would fit, as one of the model sizes if it is one.
+
+    Args:
+        params: of the agent.
+        like: of the networks at hand, as `jax.eval_shape` gives them.
+        path: where the agent is from, for the sentence.
+        what: what it should fit, "--model-size 5 on this task".
+        model_sizes: {model size: {name of `FIELDS`: size}}.
+    """
+    there, here = _shapes(params), _shapes(like)
+    wrong = next((name for name in here | there if here.get(name) != there.get(name)), None)
+    if wrong is None:
+        return
+    its, hint = sizes_of(params), ""
+    if its != sizes_of(like):
+        flags = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in its.items())
+        named = (f"--model-size {size}" for size, row in (model_sizes or {}).items() if row.items() <= its.items())
+        hint = f"; it has {next(named, flags)}"
+    sizes = f"{wrong} is {there.get(wrong, 'missing')} there and {here.get(wrong, 'missing')} here"
+    raise UserError(f"{path} does not fit {what}: {sizes}{hint}")
+
+
+def _shapes(tree: Any, name: str = "") -> dict[str, tuple[int, ...]]:
+    if not isinstance(tree, Mapping):
+        return {name.removesuffix("/"): tuple(tree.shape)}
+    return {k: shape for key, value in tree.items() for k, shape in _shapes(value, f"{name}{key}/").items()}
