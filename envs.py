@@ -13,264 +13,49 @@ really ends, `info["success"]` (float) on every step. Importing this module load
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import ctypes
-import difflib
 import functools
+import importlib
 import importlib.util
 import itertools
 import mmap
 import os
 import pathlib
 import pickle
-import re
 import struct
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
 import warnings
-import weakref
 import zipfile
 from collections import OrderedDict, deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector.utils import CloudpickleWrapper
 
+from domains import vector
+from domains.parts import Task
+from domains.rendering import FRAME, PIXELS
+from domains.tasks import DOMAINS, TASK_SETS, TASKS, TaskSpec, UserError, set_sizes, set_tasks, task_spec
+from domains.vector import default_workers
 
-class UserError(Exception):
-    """A mistake of the user; its text is the one sentence to print."""
-
-
-class TaskSpec(NamedTuple):
-    """What a script must know of a task before it makes the environment."""
-
-    name: str  # canonical short name, or the Gymnasium id
-    domain: str
-    action_repeat: int  # simulator steps per decision
-    episode_length: int  # decisions
-    can_terminate: bool  # False: episodes end by the time limit only
-    success: bool  # True: the success rate is the figure of merit, not the return
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Domain(NamedTuple):
-    """A family of tasks: common settings, and rows (prefix, tasks, observation size, action size, CPU µs/decision)."""
-
-    rows: tuple[tuple[str, str, int | None, int, int], ...]
-    action_repeat: int
-    episode_length: int
-    success: bool
-    rgb: bool  # obs="rgb" is supported
-    module: str  # what to import
-    install: str  # how to get it
-
-
-_METAWORLD_TASKS = (
-    "assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall coffee-button "
-    "coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close drawer-open faucet-open "
-    "faucet-close hammer handle-press-side handle-press handle-pull-side handle-pull lever-pull peg-insert-side "
-    "peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back "
-    "plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull "
-    "sweep-into sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert"
-)
-
-DOMAINS = {
-    "DMControl": Domain(
-        rows=(
-            ("acrobot", "swingup", 6, 1, 70),
-            ("cartpole", "balance balance-sparse swingup swingup-sparse", 5, 1, 30),
-            ("cheetah", "run run-backwards run-front run-back jump", 17, 6, 40),
-            ("cup", "catch spin", 8, 2, 100),
-            ("dog", "run stand trot walk", 223, 38, 1400),
-            ("finger", "spin", 9, 2, 50),
-            ("finger", "turn-easy turn-hard", 12, 2, 95),
-            ("fish", "swim", 24, 5, 160),
-            ("hopper", "stand hop hop-backwards", 15, 4, 110),
-            ("humanoid", "stand walk run", 67, 21, 450),
-            ("pendulum", "swingup spin", 3, 1, 25),
-            ("quadruped", "walk run", 78, 12, 260),
-            ("reacher", "easy hard", 6, 2, 90),
-            ("reacher", "three-easy three-hard", 8, 3, 30),
-            ("walker", "stand walk run walk-backwards run-backwards", 24, 6, 165),
-        ),
-        action_repeat=2, episode_length=500, success=False, rgb=True,
-        module="dm_control.suite", install="pip install -e .",
-    ),
-    "Meta-World": Domain(
-        rows=(("mw", _METAWORLD_TASKS, 39, 4, 600),),
-        action_repeat=2, episode_length=100, success=True, rgb=True,
-        module="metaworld", install="pip install -e .",
-    ),
-    "MyoSuite": Domain(
-        rows=(
-            ("myo", "reach reach-hard", 115, 39, 1400),
-            ("myo", "pose pose-hard", 108, 39, 1400),
-            ("myo", "obj-hold obj-hold-hard", 91, 39, 1400),
-            ("myo", "key-turn key-turn-hard", 93, 39, 1400),
-            ("myo", "pen-twirl pen-twirl-hard", 83, 39, 1400),
-        ),
-        action_repeat=1, episode_length=100, success=True, rgb=False,
-        module="myosuite", install="pip install -e '.[myosuite]'",
-    ),
-    "ManiSkill": Domain(
-        rows=(
-            ("lift", "cube", 36, 4, 9000),
-            ("pick", "cube", 42, 4, 9000),
-            ("stack", "cube", 48, 4, 9000),
-            ("pick", "ycb", None, 7, 9000),  # None: its files must be downloaded before it can tell
-            ("turn", "faucet", None, 7, 9000),
-        ),
-        action_repeat=2, episode_length=100, success=True, rgb=False,
-        module="mani_skill.envs", install="pip install -e '.[maniskill]'",
-    ),
-}  # fmt: skip
-
-
-class Row(NamedTuple):
-    """A task of the printed table."""
-
-    domain: str
-    obs_size: int | None
-    action_size: int
-    microseconds: int  # of CPU per decision, for `default_workers`
-
-
-# By canonical name, in the order of the printed table.
-TASKS: dict[str, Row] = {
-    f"{prefix}-{task}": Row(domain, *sizes_and_time)
-    for domain, settings in DOMAINS.items()
-    for prefix, tasks, *sizes_and_time in settings.rows
-    for task in tasks.split()
-}
-
-# What tasks are called by their own package, where `make_env` needs it; these ids can be used as names, too.
-_PACKAGE_IDS = {
-    "lift-cube": "LiftCube-v1",
-    "pick-cube": "PickCube-v1",
-    "stack-cube": "StackCube-v1",
-    "pick-ycb": "PickSingleYCB-v1",
-    "turn-faucet": "TurnFaucet-v1",
-}
-_PACKAGE_IDS |= {
-    f"myo-{task}{hard}": f"myoHand{task.title().replace('-', '')}{kind}-v0"
-    for task in "reach pose obj-hold key-turn pen-twirl".split()
-    for hard, kind in (("", "Fixed"), ("-hard", "Random"))
-}
-
-# The multi-task sets; a task's place in its set is its id in multi-task models and datasets.
-_MT30 = tuple(
-    (
-        "walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup "
-        "cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cup-catch finger-spin "
-        "finger-turn-easy finger-turn-hard fish-swim hopper-stand hopper-hop walker-walk-backwards "
-        "walker-run-backwards cheetah-run-backwards cheetah-run-front cheetah-run-back cheetah-jump "
-        "hopper-hop-backwards reacher-three-easy reacher-three-hard cup-spin pendulum-spin"
-    ).split()
-)
-TASK_SETS = {"mt30": _MT30, "mt80": _MT30 + tuple(f"mw-{task}" for task in _METAWORLD_TASKS.split())}
-
-# Gymnasium tasks that only their time limit ends. Gymnasium does not register this fact, so it is a list of names (any
-# version); a task missing here is taken as one that may terminate, which costs a termination head and is never wrong.
-_NEVER_TERMINATE = {"HalfCheetah", "HumanoidStandup", "Pendulum", "Pusher", "Reacher", "Swimmer"}
-
-
-def task_spec(task: str) -> TaskSpec:
-    """The facts of a task, without loading its simulator.
-
-    Args:
-        task: a name of the table (`walker-walk`; dashes or underscores), its package's id (`myoHandReachFixed-v0`,
-            `dm_control/walker-walk-v0`), or any Gymnasium id with a time
-            limit (`HalfCheetah-v5`, `module:Id-v0`, other `dm_control/…` ids).
-
-    Raises:
-        UserError: there is no such task, or it has no time limit.
-    """
-    name = _canonical(task)
-    if name in TASKS:
-        domain = TASKS[name].domain
-        settings = DOMAINS[domain]
-        return TaskSpec(name, domain, settings.action_repeat, settings.episode_length, False, settings.success)
-    task = _suite_id(name) or task
-    spec = _gym_spec(task)
-    if task.startswith("dm_control/"):  # suite ids are domain-task; of these only lqr ends early
-        can_terminate = "-" not in spec.name or spec.name.startswith("lqr-")
-        return TaskSpec(task, "DMControl", 2, 500, can_terminate, False)
-    if spec.max_episode_steps is None:
-        _open_gymnasium(task).close()  # names a worse fault first, if there is one
-        raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
-    healthy_only = spec.kwargs.get("terminate_when_unhealthy", True)
-    can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
-    return TaskSpec(task, "Gymnasium", 1, spec.max_episode_steps, can_terminate, False)
-
-
-def _canonical(task: str) -> str:
-    """`dm_control/ball_in_cup-catch-v0`, `cup_catch` → `cup-catch`; other ids come out as no name of the table."""
-    package_id = task.rpartition(":")[2]
-    for name, known in _PACKAGE_IDS.items():
-        if package_id == known:
-            return name
-    name = re.sub("^ball-in-cup-", "cup-", _canonical_suite(task))
-    if task.startswith("dm_control/"):
-        return name if name in TASKS and TASKS[name].domain == "DMControl" else task
-    return re.sub(r"^(.*)-v3$", r"mw-\1", name)
-
-
-def _suite_id(name: str) -> str | None:
-    """`quadruped-run` → `dm_control/quadruped-run-v0`: a task of dm_control's suite that is not in the table."""
-    if not re.fullmatch("[a-z-]+-[a-z-]+", name) or name.startswith("mw-"):
-        return None
-    _import("DMControl")
-    import shimmy  # noqa: F401  registers the dm_control/ ids
-
-    return next((i for i in gym.registry if i.startswith("dm_control/") and _canonical_suite(i) == name), None)
-
-
-def _canonical_suite(task: str) -> str:
-    """`dm_control/point_mass-easy-v0` → `point-mass-easy`."""
-    return re.sub(r"^dm_control/(.*)-v0$|^dm_control/(.*)$", r"\1\2", task).replace("_", "-").lower()
-
-
-def _gym_spec(task: str) -> Any:
-    """The Gymnasium registry's entry of an id; UserError where there is none."""
-    if task.startswith("dm_control/"):
-        _import("DMControl")
-        import shimmy  # noqa: F401  registers the dm_control/ ids
-    module, _, env_id = task.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)
-        return gym.spec(env_id)
-    except (ImportError, TypeError, ValueError) as error:  # the latter two: no name of a module
-        raise UserError(f"task {task!r} cannot be imported: {error}") from error
-    except gym.error.Error:
-        names = [*TASKS, *gym.registry]
-        near = difflib.get_close_matches(task, names, n=3) or difflib.get_close_matches(_canonical(task), names, n=3)
-        hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
-        raise UserError(f"unknown task {task!r}; {hint}python envs.py lists all tasks") from None
-
+__all__ = [
+    "DOMAINS", "FRAME", "PIXELS", "TASKS", "TASK_SETS", "Chunk", "Dataset", "EpisodeWriter", "TaskSpec", "UserError",
+    "check_rendering", "default_workers", "load_dataset", "load_pt", "make_env", "make_envs", "save_tensordict",
+    "set_sizes", "set_tasks", "task_spec",
+]  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One environment
 # ----------------------------------------------------------------------------------------------------------------------
 
-FRAME = 384  # height and width of render()
-PIXELS = 64  # height and width of an rgb observation
-
 
 def make_env(
-    task: str, seed: int = 0, obs: str = "state", render_mode: str | None = None, shadows: bool = True
+    task: str,
+    seed: int = 0,
+    obs: str = "state",
+    render_mode: str | None = None,
+    shadows: bool = True,
+    action_repeat: int | None = None,
 ) -> gym.Env:
     """Makes one environment.
 
@@ -284,6 +69,7 @@ def make_env(
             ids whose own observation is such a frame).
         render_mode: None, or "rgb_array": `render()` gives uint8 [384, 384, 3] where the simulator lets us choose.
         shadows: with obs="rgb", draw shadows and reflections, as dm_control and MuJoCo do by default.
+        action_repeat: simulator steps per decision, if others than the table's are wanted (see `task_spec`).
 
     Returns:
         The environment; `env.unwrapped` reaches the simulator (`.physics` and `.dm_env` with DMControl).
@@ -291,7 +77,7 @@ def make_env(
     Raises:
         UserError: unknown task, missing package, or a task that is not a vector of numbers in and out.
     """
-    spec = task_spec(task)
+    spec = task_spec(task, action_repeat)
     if obs not in ("state", "rgb"):
         raise UserError(f"obs must be 'state' or 'rgb', not {obs!r}")
     if obs == "rgb" and spec.domain in DOMAINS and not DOMAINS[spec.domain].rgb:
@@ -299,396 +85,13 @@ def make_env(
         raise UserError(f"pixels as observations exist for {domains}, not for {spec.name!r} ({spec.domain})")
     if render_mode not in (None, "rgb_array"):
         raise UserError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-    make = {
-        "DMControl": _make_dmcontrol,
-        "Meta-World": _make_metaworld,
-        "MyoSuite": _make_myosuite,
-        "ManiSkill": _make_maniskill,
-        "Gymnasium": _make_gymnasium,
-    }[spec.domain]
-    parts = make(spec, render_mode)
-    space, frame = parts.env.observation_space, gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
-    if parts.scene is None and (space != frame if obs == "rgb" else _is_image(space) or len(space.shape) != 1):
+    room = DOMAINS[spec.domain].room if spec.domain in DOMAINS else "gym_ids"
+    parts = importlib.import_module(f"domains.{room}").make(spec, render_mode)
+    try:
+        return Task(parts, spec, seed, obs, render_mode, shadows)
+    except UserError:
         parts.env.close()
-        if obs == "rgb":
-            raise UserError(
-                f"task {task!r} gives no pictures of {PIXELS} x {PIXELS} as observations, uint8 [64, 64, 3]"
-            )
-        kind = "image" if _is_image(space) else f"{space.shape}"
-        raise UserError(f"task {task!r} has {kind} observations; only a flat Box of numbers is supported")
-    return Task(parts, spec, seed, obs, render_mode, shadows)
-
-
-class Parts(NamedTuple):
-    """What a domain gives to `Task`."""
-
-    env: gym.Env
-    repeat: int  # how often `Task` steps it per decision: 1 where the environment repeats by itself
-    seconds: float | None = None  # simulated time per decision; None: the environment's own render_fps is right
-    scene: Callable[[], tuple[Any, Any]] | None = None  # MjModel and MjData to draw; None: `env.render()` draws
-    camera: int = 0  # which of the model's cameras
-
-
-class Task(gym.Wrapper):
-    """What all domains share: repeat, format of action and observation, time limit, success, first seed, pictures."""
-
-    def __init__(self, parts: Parts, spec: TaskSpec, seed: int, obs: str, render_mode: str | None, shadows: bool):
-        super().__init__(parts.env)
-        self._parts, self._limit, self._first_seed, self._decision = parts, spec.episode_length, seed, 0
-        self._pixels, self._render_mode, self._cameras, self._shadows = obs == "rgb", render_mode, {}, shadows
-        low, high = _check_action_space(parts.env.action_space, spec.name)
-        self._low, self._half_range = low, (high - low) / 2
-        self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, parts.env.observation_space.shape, np.float32)
-        if self._pixels:
-            self.observation_space = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
-        if parts.seconds:
-            self.metadata = {"render_modes": ["rgb_array"], "render_fps": max(1, round(1 / parts.seconds))}
-        if parts.scene and (self._pixels or render_mode):
-            _choose_gl()
-
-    @property
-    def render_mode(self) -> str | None:
-        return self._render_mode
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Starts an episode → obs, info."""
-        if seed is None:
-            seed = self._first_seed
-        self._first_seed, self._decision = None, 0
-        obs, info = self.env.reset(seed=None if seed is None else int(seed), options=options)
-        return self._observation(obs), {**info, "success": 0.0}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """One decision, action in [-1, 1] held for the repeat → obs, summed reward, terminated, truncated, info."""
-        action = self._low + (np.asarray(action, np.float64) + 1.0) * self._half_range
-        action = action.astype(self.env.action_space.dtype, copy=False)
-        total = 0.0
-        for _ in range(self._parts.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        self._decision += 1
-        truncated = not terminated and (truncated or self._decision >= self._limit)
-        info = {**info, "success": float(info.get("success", 0.0))}
-        return self._observation(obs), total, bool(terminated), bool(truncated), info
-
-    def _observation(self, obs: Any) -> np.ndarray:
-        if self._pixels and self._parts.scene:
-            return self._draw(PIXELS)
-        return np.asarray(obs, self.observation_space.dtype)
-
-    def render(self) -> np.ndarray | None:
-        """The current picture, uint8 [height, width, 3], or None without a render_mode."""
-        if not self.render_mode:
-            return None
-        return self._draw(FRAME) if self._parts.scene else self.env.render()
-
-    def _draw(self, size: int) -> np.ndarray:
-        model, data = self._parts.scene()
-        if size in self._cameras and self._cameras[size].model is not model:  # some resets build a new model
-            self._cameras.pop(size).close()
-        if size not in self._cameras:
-            effects = self._shadows or size != PIXELS
-            self._cameras[size] = MujocoCamera(model, size, self._parts.camera, effects)
-        return self._cameras[size].frame(data)
-
-    def close(self) -> None:
-        """Frees the simulator and the GL contexts."""
-        for camera in self._cameras.values():
-            camera.close()
-        self._cameras.clear()
-        super().close()
-
-
-def _import(domain: str) -> None:
-    """Imports a domain's simulator such that it touches no GL library, unless the user's MUJOCO_GL wants one.
-
-    dm_control and others bind their renderer when they are imported, and fail there when that one does not work. We
-    draw with MuJoCo's own functions instead (`MujocoCamera`), so they can always be told to do without.
-    """
-    settings, gl = DOMAINS[domain], os.environ.get("MUJOCO_GL")
-    try:
-        with _environ(MUJOCO_GL=gl or "disable"):
-            importlib.import_module(settings.module)
-    except (ImportError, RuntimeError) as error:
-        under = f" with MUJOCO_GL={gl}" if gl else ""
-        raise UserError(f"{domain} cannot be imported{under} ({error}); to install it: {settings.install}") from error
-
-
-@contextlib.contextmanager
-def _environ(**values: str):
-    """Sets environment variables for the length of a with block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _is_image(space: gym.Space) -> bool:
-    return isinstance(space, gym.spaces.Box) and (len(space.shape) > 1 or space.dtype == np.uint8)
-
-
-def _check_action_space(space: gym.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds (low, high), each float64 [size], of a usable action space."""
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        raise UserError(f"task {name!r} has actions {space}; only a flat Box of continuous actions is supported")
-    if not np.all(np.isfinite(space.low) & np.isfinite(space.high)):
-        raise UserError(f"task {name!r} has actions without finite bounds, which cannot be scaled to [-1, 1]")
-    return space.low.astype(np.float64), space.high.astype(np.float64)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gymnasium
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _make_gymnasium(spec: TaskSpec, render_mode: str | None) -> Parts:
-    """Any registered id whose actions are a Box and whose observations are a flat Box."""
-    options = {"render_mode": render_mode} if render_mode else {}
-    if render_mode and str(_gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
-        _choose_gl()
-        options.update(width=FRAME, height=FRAME)
-    return Parts(_open_gymnasium(spec.name, **options), spec.action_repeat)
-
-
-def _open_gymnasium(task: str, **options: Any) -> gym.Env:
-    """gym.make, with one sentence for what may be wrong with the task's package or its spaces."""
-    try:
-        env = gym.make(task, disable_env_checker=True, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(f"task {task!r} cannot be made: {error}") from error
-    _check_action_space(env.action_space, task)
-    space = env.observation_space
-    if not isinstance(space, gym.spaces.Box):
-        raise UserError(f"task {task!r} has {type(space).__name__} observations; only a Box of numbers is supported")
-    return env
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# DMControl
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _make_dmcontrol(spec: TaskSpec, render_mode: str | None) -> Parts:
-    """A task of the table from dm_control's suite or our own ones; another `dm_control/…` id by way of shimmy."""
-    _import("DMControl")
-    if spec.name in TASKS:
-        import dmcontrol_tasks
-
-        env, repeat = DMControl(dmcontrol_tasks.load(spec.name), spec.action_repeat), 1
-        seconds = env.dm_env.control_timestep() * spec.action_repeat
-    else:
-        try:
-            env, repeat = ShimmyDMControl(gym.make(spec.name, disable_env_checker=True), spec), spec.action_repeat
-        except RuntimeError as error:  # dm_control draws a first observation where that is an image
-            raise UserError(f"task {spec.name!r} cannot be made (are its observations images?): {error}") from error
-        seconds = env.unwrapped.dt * spec.action_repeat
-    camera = 2 if spec.name.startswith("quadruped") else 0  # quadruped's camera 0 does not follow it
-
-    def scene() -> tuple[Any, Any]:
-        physics = env.unwrapped.physics
-        return physics.model.ptr, physics.data.ptr
-
-    return Parts(env, repeat, seconds, scene, camera)
-
-
-class DMControl(gym.Env):
-    """A suite task of dm_control as a Gymnasium environment, with the repeat inside.
-
-    The observation is the values of dm_control's observation dict, flattened in its order. The repeat is here and not
-    in `Task` because only the last simulator step needs an observation, and the simulator is stepped directly: what
-    dm_env.step does around it takes longer than the physics of a small model.
-    """
-
-    def __init__(self, dm_env: Any, repeat: int):
-        import mujoco
-
-        self.dm_env, self._repeat, self._mujoco = dm_env, repeat, mujoco
-        self._model, self._data = self.physics.model.ptr, self.physics.data.ptr
-        self._substeps = round(dm_env.control_timestep() / self.physics.timestep())
-        self._two_halves = self._model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4
-        self._warnings, self._old_warnings = self.physics.data.warning.number, 0
-        action = dm_env.action_spec()
-        low, high = (np.broadcast_to(bound, action.shape) for bound in (action.minimum, action.maximum))
-        self.action_space = gym.spaces.Box(low, high, dtype=np.float64)
-        size = sum(int(np.prod(part.shape)) for part in dm_env.observation_spec().values())
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-
-    @property
-    def physics(self) -> Any:
-        """dm_control's Physics: `.model`, `.data`, `.named`."""
-        return self.dm_env.physics
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if seed is not None:
-            self.dm_env.task.random.seed(seed)
-        self.dm_env.reset()
-        self._old_warnings = self._warnings.sum()
-        return _flatten(self.dm_env.task.get_observation(self.physics)), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        task, physics, total = self.dm_env.task, self.physics, 0.0
-        self._data.ctrl[:] = action
-        for _ in range(self._repeat):
-            self._step_physics()
-            total += task.get_reward(physics)
-        if self._warnings.sum() != self._old_warnings:
-            raise RuntimeError("MuJoCo warns that the simulation has become unstable")
-        return _flatten(task.get_observation(physics)), total, False, False, {}  # no task of the table terminates
-
-    def _step_physics(self) -> None:
-        """One control step, as dm_control's: what depends on position and velocity is up to date after it."""
-        mujoco, model, data = self._mujoco, self._model, self._data
-        if self._two_halves:  # the first half of this step was the last one's end
-            mujoco.mj_step2(model, data)
-            if self._substeps > 1:
-                mujoco.mj_step(model, data, self._substeps - 1)
-        else:
-            mujoco.mj_step(model, data, self._substeps)
-        mujoco.mj_step1(model, data)
-
-    def close(self) -> None:
-        self.dm_env.close()
-
-
-class ShimmyDMControl(gym.ObservationWrapper):
-    """Another dm_control environment, which shimmy brings with a dict of observations: flattened in its order."""
-
-    def __init__(self, env: gym.Env, spec: TaskSpec):
-        super().__init__(env)
-        parts = env.observation_space.spaces.values()
-        if any(_is_image(part) and part.shape[-1] in (1, 3) and len(part.shape) == 3 for part in parts):
-            raise UserError(f"task {spec.name!r} has image observations; only numbers are supported")
-        size = sum(int(np.prod(part.shape)) for part in parts)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-
-    def observation(self, observation: dict[str, Any]) -> np.ndarray:
-        return _flatten(observation)
-
-
-def _flatten(observation: dict[str, Any]) -> np.ndarray:
-    return np.concatenate([*observation.values()], axis=None, dtype=np.float32, casting="unsafe")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Meta-World
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _make_metaworld(spec: TaskSpec, render_mode: str | None) -> Parts:
-    """A Meta-World task with its goal in the observation, seen by camera corner2, moved as in TD-MPC2."""
-    _import(spec.domain)
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
-
-    simulator = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{spec.name.removeprefix('mw-')}-v3-goal-observable"](seed=0)
-    model, camera = simulator.model, simulator.model.camera("corner2").id
-    model.cam_pos[camera] = 0.75, 0.075, 0.7
-    _turn_upright(model, simulator.data, camera)
-    seconds = simulator.dt * spec.action_repeat
-    return Parts(MetaWorld(simulator), spec.action_repeat, seconds, lambda: (model, simulator.data), camera)
-
-
-class MetaWorld(gym.Wrapper):
-    """Goals drawn anew at every reset, from a stream of our own; the first action, as in TD-MPC2's, is zero."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        env.seeded_rand_vec, env._freeze_rand_vec = True, False  # else one goal forever, or NumPy's global generator
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if seed is not None:
-            self.env.seed(int(seed))  # its reset ignores a seed
-        self.env.reset()
-        obs, _, _, _, info = self.env.step(np.zeros(4))
-        return obs, info
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# MyoSuite
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _make_myosuite(spec: TaskSpec, render_mode: str | None) -> Parts:
-    """A task of the hand; -hard draws goal or object anew at every reset."""
-    _import(spec.domain)
-    simulator = gym.make(_PACKAGE_IDS[spec.name], disable_env_checker=True).unwrapped  # without its own time limit
-    camera = simulator.model.camera("hand_side_inter").id
-    simulator.reset(seed=0)
-    _turn_upright(simulator.model, simulator.data, camera)  # it is fixed to the arm, which some tasks' resets turn over
-    return Parts(MyoSuite(simulator), 1, simulator.dt, lambda: (simulator.model, simulator.data), camera)
-
-
-class MyoSuite(gym.Wrapper):
-    """Episodes go on when the object is dropped or the hand strays, as in TD-MPC2."""
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        return self.env.reset(seed=seed)[0], {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, reward, _, _, info = self.env.step(action)
-        return obs, reward, False, False, {"success": float(info["solved"])}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ManiSkill
-# ----------------------------------------------------------------------------------------------------------------------
-
-_MANISKILL_ASSETS = {"pick-ycb": "ycb", "turn-faucet": "partnet_mobility_faucet"}
-
-
-def _make_maniskill(spec: TaskSpec, render_mode: str | None) -> Parts:
-    """A ManiSkill 3 task on its CPU simulator; drawn by the GPU if PyTorch sees one."""
-    _import(spec.domain)
-    import torch
-    from mani_skill.utils import assets
-    from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
-
-    import maniskill_tasks  # noqa: F401  registers LiftCube-v1
-
-    torch.set_num_threads(1)  # its tensors have one row, and the cores are XLA's
-    sources = assets.expand_data_group_into_individual_data_source_ids(_PACKAGE_IDS[spec.name])
-    if not all(map(assets.is_data_source_downloaded, sources)):  # else it would ask on the terminal, and wait
-        download = f"python -m mani_skill.utils.download_asset -y {_MANISKILL_ASSETS[spec.name]}"
-        raise UserError(f"task {spec.name!r} needs files that are not here; download them with {download}")
-    try:
-        simulator = gym.make(
-            _PACKAGE_IDS[spec.name],
-            obs_mode="state",
-            control_mode="pd_ee_delta_pos" if spec.name.endswith("-cube") else "pd_ee_delta_pose",
-            sim_backend="physx_cpu",
-            render_backend="gpu" if torch.cuda.is_available() else "cpu",
-            render_mode=render_mode,
-            human_render_camera_configs={"width": FRAME, "height": FRAME},
-        ).unwrapped  # without its own time limit
-    except RuntimeError as error:
-        hint = "apt-get install -y libvulkan1 mesa-vulkan-drivers; without a GPU, Mesa must be 25 or newer"
-        raise UserError(f"task {spec.name!r} needs Vulkan, also without pictures ({error}): {hint}") from error
-    seconds = spec.action_repeat / simulator.control_freq
-    return Parts(ManiSkill(CPUGymWrapper(simulator, ignore_terminations=True)), spec.action_repeat, seconds)
-
-
-class ManiSkill(gym.Wrapper):
-    """Every reset with a seed, of a stream of our own: its others draw from PyTorch's global generator."""
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if seed is not None:
-            self._seeds = np.random.default_rng(seed)
-        return self.env.reset(seed=int(self._seeds.integers(2**31)), options=options)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ----------------------------------------------------------------------------------------------------------------------
-
-GL_PACKAGES = "libegl1 libosmesa6 libgl1 libgl1-mesa-dri"
+        raise
 
 
 def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rgb_array") -> None:
@@ -713,169 +116,6 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
         raise UserError(f"task {task!r} gives no pictures")
 
 
-def _choose_gl() -> None:
-    """Sets MUJOCO_GL to a way of drawing that works here: the user's choice, else EGL (GPU or Mesa), else OSMesa (CPU).
-
-    Whether one works is not known before a context is made (the library may be there without a device), and PyOpenGL
-    cannot change over in a process that has loaded the wrong one: so each is tried in a process of its own, once.
-
-    Raises:
-        UserError: none works.
-    """
-    chosen = os.environ.get("MUJOCO_GL", "").lower()
-    if chosen in _working_gl:
-        return
-    if chosen in ("disable", "disabled", "off", "false", "0"):
-        raise UserError(f"MUJOCO_GL={chosen} forbids pictures: unset it, or set it to egl or osmesa")
-    for name in [chosen] if chosen else ["egl", "osmesa", "glfw"]:
-        probe = f"from mujoco.{name} import GLContext; GLContext({PIXELS}, {PIXELS}).make_current()"
-        environment = {**os.environ, "MUJOCO_GL": "disable"}
-        run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, check=False)
-        if run.returncode == 0:
-            os.environ["MUJOCO_GL"] = name
-            _working_gl.add(name)
-            return
-    tried = f"MUJOCO_GL={chosen}" if chosen else "neither EGL nor OSMesa"
-    raise UserError(f"pictures need OpenGL, and {tried} does not work here: apt-get install -y {GL_PACKAGES}")
-
-
-_working_gl: set[str] = set()
-_worker: int | None = None  # this process's number among the workers of a WorkerVectorEnv
-
-
-def _choose_egl_device(environment: MutableMapping[str, str], worker: int | None, gpus: list[int]) -> bool:
-    """On a machine with several GPUs, lets worker processes draw on them in turn, where MuJoCo would take the first for
-    all; with CUDA_VISIBLE_DEVICES (numbers in PCI order) on those only. The user's MUJOCO_EGL_DEVICE_ID counts more. To
-    be called before this process's first context is made; returns whether a choice was made."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    mine = [gpus[int(i)] for i in visible.split(",") if i.strip().isdecimal() and int(i) < len(gpus)]
-    unrestricted = not visible and worker is not None  # the main process draws where MuJoCo likes
-    if "MUJOCO_EGL_DEVICE_ID" in environment or len(gpus) < 2 or not (mine or unrestricted):
-        return False
-    environment["MUJOCO_EGL_DEVICE_ID"] = str((mine or gpus)[(worker or 0) % len(mine or gpus)])
-    return True
-
-
-@functools.cache
-def _egl_gpus() -> list[int]:
-    """EGL's numbers of the NVIDIA GPUs; other devices of its list may be one of these again, or draw on the CPU."""
-    from mujoco.egl import egl_ext
-
-    kind = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32)
-    extensions = kind(egl_ext.eglGetProcAddress("eglQueryDeviceStringEXT"))
-    devices = enumerate(egl_ext.eglQueryDevicesEXT())
-    return [i for i, device in devices if b"EGL_NV_device_cuda" in (extensions(device, egl_ext.EGL_EXTENSIONS) or b"")]
-
-
-def _gl_context(gl: Any, size: int) -> Any:
-    """A GL context; with EGL on this process's GPU, or where that cannot be opened (EGL lists those of others, too), on
-    the first that can."""
-    chosen = os.environ["MUJOCO_GL"] == "egl" and _choose_egl_device(os.environ, _worker, _egl_gpus())
-    try:
-        return gl.GLContext(size, size)
-    except (ImportError, RuntimeError):
-        if not chosen:
-            raise
-    del os.environ["MUJOCO_EGL_DEVICE_ID"]
-    gl.EGL_DISPLAY = None  # not the one that could not be opened
-    return gl.GLContext(size, size)
-
-
-def _turn_upright(model: Any, data: Any, camera: int) -> None:
-    """Turns a camera that hangs upside down in this state by 180° about its line of sight."""
-    import mujoco
-
-    mujoco.mj_forward(model, data)
-    if data.cam_xmat[camera, 7] < -0.5:  # z of the picture's upward direction
-        mujoco.mju_mulQuat(model.cam_quat[camera], model.cam_quat[camera].copy(), [0.0, 0.0, 0.0, 1.0])
-
-
-class MujocoCamera:
-    """Draws square RGB frames of a MuJoCo model.
-
-    dm_control's and MuJoCo's own renderers are bound to a GL library when they are imported; this one when it is made.
-
-    Args:
-        model: the MjModel to draw.
-        size: height and width in pixels.
-        camera_id: a camera of the model; the free camera if it has none.
-        effects: draw shadows and reflections.
-    """
-
-    def __init__(self, model: Any, size: int, camera_id: int, effects: bool = True):
-        self._gl_context = None
-        import mujoco
-
-        _choose_gl()
-        self._mujoco, self.model = mujoco, model
-        self._gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
-        self._size, self._camera_id, self._effects = size, camera_id, effects
-
-    def _open(self) -> None:
-        mujoco, model = self._mujoco, self.model
-        self._gl_context = _gl_context(self._gl, self._size)
-        _close_cameras_at_exit()
-        self._gl_context.make_current()
-        # The offscreen buffer has the model's size, and copying one of 640 × 480 costs more than a small picture.
-        settings = model.vis.global_
-        before = settings.offwidth, settings.offheight
-        settings.offwidth = settings.offheight = self._size
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        settings.offwidth, settings.offheight = before
-        _open_cameras.add(self)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        self._scene = mujoco.MjvScene(model, 10_000)
-        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self._scene.flags[effect] &= self._effects
-        self._viewport = mujoco.MjrRect(0, 0, self._size, self._size)
-        self._option = mujoco.MjvOption()
-        self._option.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False  # sensor beams are no part of the scene
-        self._camera = mujoco.MjvCamera()
-        if model.ncam:
-            self._camera.type, self._camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._camera_id
-        else:
-            mujoco.mjv_defaultFreeCamera(model, self._camera)
-
-    def frame(self, data: Any) -> np.ndarray:
-        """The picture of a state (MjData): uint8 [size, size, 3], right way up."""
-        if self._gl_context is None:
-            self._open()
-        mujoco = self._mujoco
-        self._gl_context.make_current()  # another camera of this process may have been used in between
-        everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self.model, data, self._option, None, self._camera, everything, self._scene)
-        mujoco.mjr_render(self._viewport, self._scene, self._context)
-        picture = np.empty((self._size, self._size, 3), np.uint8)
-        mujoco.mjr_readPixels(picture, None, self._viewport, self._context)
-        return picture[::-1].copy()  # OpenGL's first row is the lowest
-
-    def close(self) -> None:
-        """Frees the GL context; a later frame opens a new one."""
-        gl_context, self._gl_context = self._gl_context, None
-        if gl_context is not None:
-            gl_context.make_current()
-            self._context.free()
-            gl_context.free()
-
-    def __del__(self):
-        self.close()  # in its own GL context; else MuJoCo would free its numbers in whichever is current
-
-
-_open_cameras: weakref.WeakSet[MujocoCamera] = weakref.WeakSet()
-
-
-@functools.cache
-def _close_cameras_at_exit() -> None:
-    """To be called when a GL context was made: MuJoCo's own exit handler ends EGL, and the last ones run first."""
-
-    def close() -> None:
-        for camera in list(_open_cameras):
-            with contextlib.suppress(Exception):  # another library's handler may have ended EGL already
-                camera.close()
-
-    atexit.register(close)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Many environments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -890,6 +130,7 @@ def make_envs(
     num_workers: int | None = None,
     sizes: tuple[int, int] | None = None,
     shadows: bool = True,
+    action_repeat: int | None = None,
 ) -> gym.vector.VectorEnv:
     """Makes `num_envs` environments that step together; environment i is `make_env(task, seed + i)`.
 
@@ -901,7 +142,8 @@ def make_envs(
     returns depends on its seed and actions only, not on the number of workers.
 
     Args:
-        task, seed, obs, shadows: as in `make_env`; task may also be several names of the table (with obs="state" only).
+        task, seed, obs, shadows, action_repeat: as in `make_env`; task may also be several names of the table (with
+            obs="state" only).
         num_envs: number of environments (of each task), at least 1.
         render_mode: "rgb_array": `envs.render()[i]` is a frame of environment i if it is the first of its task; the
             others draw nothing.
@@ -914,259 +156,25 @@ def make_envs(
     """
     if num_envs < 1:
         raise UserError(f"the number of environments must be at least 1, not {num_envs}")
-    names, modes = [task_spec(task).name] if isinstance(task, str) else list(set_tasks(task)), [render_mode]
-    modes += [None] * (num_envs - 1)
+    names = [task_spec(task).name] if isinstance(task, str) else list(set_tasks(task))
+    modes = [render_mode] + [None] * (num_envs - 1)
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]
     makers = [
-        functools.partial(_make_one, name, seed + i, obs, mode, shadows, sizes)
+        functools.partial(_make_one, sizes, name, seed + i, obs, mode, shadows, action_repeat)
         for i, (name, mode) in enumerate(one_each)
     ]
     if num_workers is None:
         num_workers = default_workers(names, num_envs, obs=obs)
     if num_workers == 0:
-        makers = [lambda make=make: SuccessOnly(make()) for make in makers]
+        makers = [lambda make=make: vector.SuccessOnly(make()) for make in makers]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    return WorkerVectorEnv(names, makers, min(num_workers, len(makers)), render_mode)
+    return vector.WorkerVectorEnv(names, makers, min(num_workers, len(makers)), render_mode)
 
 
-def _make_one(
-    name: str, seed: int, obs: str, render_mode: str | None, shadows: bool, sizes: tuple[int, int] | None
-) -> gym.Env:
-    env = make_env(name, seed, obs, render_mode, shadows)
-    return Padded(env, *sizes) if sizes else env
-
-
-class Padded(gym.Wrapper):
-    """Observations with zeros behind them, and actions of which the first entries count: one shape for many tasks."""
-
-    def __init__(self, env: gym.Env, obs_size: int, action_size: int):
-        super().__init__(env)
-        self._own, self._padding = env.action_space.shape[0], (0, obs_size - env.observation_space.shape[0])
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (action_size,), np.float32)
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        return np.pad(obs, self._padding), info
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, *rest = self.env.step(action[: self._own])
-        return np.pad(obs, self._padding), *rest
-
-
-def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None = None, obs: str = "state") -> int:
-    """The number of worker processes that should step num_envs environments of each task fastest; 0: this process does.
-
-    n environments of t µs take n·t in this process. w workers take 1.3·⌈n/w⌉·t (their caches cool while they wait)
-    and 50 + 30·w for the messages, as measured by benchmarks/environments.py. So 8 cartpoles (30 µs) stay here and two
-    dogs (1.4 ms) get a worker each. Other Gymnasium tasks are taken for 100 µs, and drawing an observation for 2 ms (on
-    a GPU less, in software 3 to 16).
-    """
-    if cores is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    tasks = [tasks] if isinstance(tasks, str) else tasks
-    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs == "rgb")
-    num_envs *= len(tasks)
-    workers = range(2, min(num_envs, cores) + 1)
-    times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
-    return min(times, key=times.get)
-
-
-class SuccessOnly(gym.Wrapper):
-    """Leaves of info what workers send: infos of all simulators cannot be joined, and joining them takes long."""
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        return obs, {"success": info["success"]}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        *rest, info = self.env.step(action)
-        return *rest, {"success": info["success"]}
-
-
-class WorkerVectorEnv(gym.vector.VectorEnv):
-    """Environments in worker processes, several to a worker, with everything but commands in shared memory.
-
-    A worker is a fresh Python that imports this module and the simulator, nothing else. Gymnasium's AsyncVectorEnv
-    either forks a process that has JAX's threads (deadlock), or imports the user's script, and with it JAX, in every
-    worker (start 7 s instead of 1.7 s with four of them), and waits forever for one whose exception cannot be pickled.
-    Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
-    """
-
-    def __init__(self, tasks: list[str], makers: list[Any], num_workers: int, render_mode: str | None):
-        self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
-        self.num_envs, self.render_mode = len(makers), render_mode
-        self.processes: list[subprocess.Popen] = []
-        self._pipes: list[Connection] = []
-        self._rows_of = [np.arange(i, self.num_envs, num_workers) for i in range(num_workers)]  # every task to many
-        registered = gym.registry.get(tasks[0])  # a task that the user's script registered is unknown to a fresh Python
-        with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
-            try:
-                for i, rows in enumerate(self._rows_of):
-                    job = registered, slice(i, self.num_envs, num_workers), [makers[row] for row in rows]
-                    self._start(shared.fileno(), job)
-                (self.single_observation_space, self.single_action_space, self.metadata), *_ = (
-                    self._receive(worker) for worker in range(num_workers)
-                )
-                record = _record(self.single_observation_space, self.single_action_space)
-                os.ftruncate(shared.fileno(), record.itemsize * self.num_envs)
-                self._records = np.frombuffer(mmap.mmap(shared.fileno(), 0), record)
-                self._command_all("share", [None] * num_workers)
-            except BaseException:
-                self.close()
-                raise
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self.metadata = {**self.metadata, "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-
-    def _start(self, shared: int, job: tuple) -> None:
-        ours, theirs = Pipe()
-        # Ctrl-C and a batch system's SIGTERM reach the whole process group; it is the parent that decides on the end.
-        code = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN); import sys; "
-        code += "sys.path.insert(0, sys.argv[1]); import envs; envs._work(int(sys.argv[2]), int(sys.argv[3]))"
-        here = os.path.dirname(os.path.abspath(__file__))
-        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}  # cores are XLA's
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, here, str(theirs.fileno()), str(shared)],
-                env={**os.environ, **one_thread},
-                pass_fds=(theirs.fileno(), shared),
-                stdin=subprocess.DEVNULL,
-            )
-        self.processes.append(process)
-        self._pipes.append(ours)
-        self._send(len(self._pipes) - 1, sys.path)
-        self._send(len(self._pipes) - 1, CloudpickleWrapper(job))  # by value what the user's script defines
-
-    def _send(self, worker: int, message: Any) -> None:
-        try:
-            self._pipes[worker].send_bytes(pickle.dumps(message))  # Connection.send's pickler takes 5 µs longer
-        except OSError:
-            pass  # it has ended: _receive tells why
-
-    def _receive(self, worker: int) -> Any:
-        """A worker's answer; raises what went wrong if it failed or died."""
-        try:
-            answer, value = self._pipes[worker].recv()
-        except (EOFError, OSError):
-            code = self.processes[worker].wait()
-            reason = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            answer, value = "failed", f"environment worker {worker} (process {self.processes[worker].pid}) {reason}"
-        if answer == "done":
-            return value
-        raise UserError(value) if answer == "user error" else RuntimeError(f"task {self._task!r}: {value}")
-
-    def _command_all(self, command: str, arguments: list[Any]) -> list[Any]:
-        if self.closed:
-            raise RuntimeError(f"task {self._task!r}: these environments are closed")
-        try:
-            for worker, argument in enumerate(arguments):
-                self._send(worker, (command, argument))
-            return [self._receive(worker) for worker in range(len(arguments))]
-        except BaseException:  # a KeyboardInterrupt, too: unread answers would be taken for those of later commands
-            self.close()
-            raise
-
-    def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
-        """Starts an episode in every environment → obs [num_envs, …], infos."""
-        if seed is None or isinstance(seed, int | np.integer):
-            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        self._command_all("reset", [([seed[i] for i in rows], options) for rows in self._rows_of])
-        return self._records["obs"].copy(), self._infos()
-
-    def step(self, actions: np.ndarray):
-        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos."""
-        self._records["action"] = np.reshape(actions, self.action_space.shape)
-        self._command_all("step", [None] * len(self._pipes))
-        rec = self._records
-        return rec["obs"].copy(), rec["reward"].copy(), rec["terminated"].copy(), rec["truncated"].copy(), self._infos()
-
-    def _infos(self) -> dict[str, np.ndarray]:
-        return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
-
-    def render(self) -> tuple[np.ndarray | None, ...] | None:
-        """A frame or None for every environment."""
-        if self.render_mode is None:
-            return None
-        frames = self._command_all("render", [None] * len(self._pipes))
-        return tuple(frames[i % len(frames)][i // len(frames)] for i in range(self.num_envs))
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Ends the workers within 5 s, also those that hang or have failed."""
-        deadline = time.monotonic() + 5
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self.processes:
-            try:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype:
-    """What parent and worker share of one environment."""
-    fields = [("obs", obs_space.dtype, obs_space.shape), ("action", action_space.dtype, action_space.shape)]
-    fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8")]
-    return np.dtype(fields, align=True)
-
-
-def _work(pipe_fd: int, shared_fd: int) -> None:
-    """A worker process: makes its environments, then obeys until the pipe is closed."""
-    global _worker
-    pipe = Connection(pipe_fd)
-    envs: list[gym.Env] = []
-    try:
-        sys.path[:] = pipe.recv()
-        registered, rows, makers = pipe.recv().fn
-        _worker = rows.start
-        if registered:
-            gym.registry[registered.id] = registered
-        envs += [make() for make in makers]
-        pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
-        record = _record(envs[0].observation_space, envs[0].action_space)
-        while True:
-            command, argument = pipe.recv()
-            value = None
-            if command == "share":  # the parent has given the shared file its size
-                records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows]
-            elif command == "reset":
-                for record, env, seed in zip(records, envs, argument[0], strict=True):
-                    _record_reset(record, env.reset(seed=seed, options=argument[1]))
-            elif command == "step":
-                for record, env in zip(records, envs, strict=True):
-                    _record_step(record, env)
-            elif command == "render":
-                value = [env.render() for env in envs]
-            pipe.send_bytes(pickle.dumps(("done", value)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent has closed the pipe, or is no more
-    except UserError as error:
-        _report(pipe, "user error", str(error))
-    except BaseException:
-        _report(pipe, "failed", f"an environment of worker process {os.getpid()} raised\n{traceback.format_exc()}")
-    finally:
-        for env in envs:
-            env.close()
-
-
-def _report(pipe: Connection, kind: str, text: str) -> None:
-    with contextlib.suppress(OSError):  # the parent may be gone
-        pipe.send((kind, text))
-
-
-def _record_reset(record: np.void, result: tuple[np.ndarray, dict]) -> None:
-    record["obs"], info = result
-    record["reward"], record["terminated"], record["truncated"], record["success"] = 0.0, False, False, info["success"]
-
-
-def _record_step(record: np.void, env: gym.Env) -> None:
-    if record["terminated"] or record["truncated"]:  # NEXT_STEP autoreset
-        _record_reset(record, env.reset())
-    else:
-        record["obs"], record["reward"], record["terminated"], record["truncated"], info = env.step(record["action"])
-        record["success"] = info["success"]
+def _make_one(sizes: tuple[int, int] | None, *arguments: Any) -> gym.Env:
+    env = make_env(*arguments)
+    return vector.Padded(env, *sizes) if sizes else env
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1309,28 +317,6 @@ def _rebuild_quantised(storage: np.ndarray, offset: int, size: tuple, stride: tu
 # ----------------------------------------------------------------------------------------------------------------------
 
 _CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
-
-
-def set_tasks(task_set: str | Sequence[str]) -> tuple[str, ...]:
-    """Canonical names of a multi-task set's tasks, in the order of their ids: "mt30", "mt80", or a list of names.
-
-    Raises:
-        UserError: there is no such set or task, a name stands twice, or the table does not give the task's sizes.
-    """
-    if isinstance(task_set, str) and task_set not in TASK_SETS:
-        raise UserError(f"unknown task set {task_set!r}; there are {' and '.join(TASK_SETS)}, and lists of tasks")
-    tasks = TASK_SETS[task_set] if isinstance(task_set, str) else tuple(task_spec(task).name for task in task_set)
-    for task in tasks:
-        if task not in TASKS or TASKS[task].obs_size is None:
-            raise UserError(f"task {task!r} cannot be in a set: only tasks of the table whose sizes it gives can")
-        if tasks.count(task) > 1:
-            raise UserError(f"task {task!r} stands twice in the set")
-    return tasks
-
-
-def set_sizes(tasks: Sequence[str]) -> tuple[int, int]:
-    """Sizes of the largest observation and of the largest action of these tasks: those of all others are padded."""
-    return max(TASKS[task].obs_size for task in tasks), max(TASKS[task].action_size for task in tasks)
 
 
 def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> Dataset:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs as environments
 import tdmpc2_jax_rgb as rgb
+from domains import rendering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def split(stack: np.ndarray) -> list[np.ndarray]:
 
 
 def main(args: Args) -> None:
-    environments._choose_gl()  # dm_control's renderer wants to know before it is imported
+    rendering.choose_gl()  # dm_control's renderer wants to know before it is imported
     rows = [row(task) for task in args.tasks]
     gap = np.full((6, rows[0].shape[1], 3), 255, np.uint8)
     picture = np.concatenate([part for one in rows for part in (one, gap)])

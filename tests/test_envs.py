@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import envs
+from domains import dmcontrol, rendering
 
 ROOT = Path(envs.__file__).parent
 DMCONTROL = [name for name, row in envs.TASKS.items() if row.domain == "DMControl"]
@@ -193,7 +194,7 @@ def test_own_tasks_observe_what_the_stock_task_of_their_domain_does(own, stock):
             env.physics.set_state(state)
     observations = [env.dm_env.task.get_observation(env.physics) for env in (first, second)]
     assert list(observations[0]) == list(observations[1])
-    np.testing.assert_array_equal(*map(envs._flatten, observations))
+    np.testing.assert_array_equal(*map(dmcontrol.flatten, observations))
 
 
 # --- one contract for all ---------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def check_contract(task):
         assert env.observation_space.shape == (obs_size or env.observation_space.shape[0],)
         assert env.action_space.shape == (action_size,)
         facts = {"DMControl": (2, 500), "Meta-World": (2, 100), "MyoSuite": (1, 100), "ManiSkill": (2, 100)}[domain]
-        assert spec == envs.TaskSpec(task, domain, *facts, False, domain != "DMControl")
+        assert spec == envs.TaskSpec(task, domain, *facts, False, domain != "DMControl", facts[0] * facts[1])
     assert info["success"] == 0.0
     env.action_space.seed(0)
     for _ in range(3):
@@ -795,23 +796,19 @@ def test_suite_tasks_beyond_the_table_have_short_names_and_pictures(gl):
 
 
 def test_workers_draw_on_several_gpus_in_turn_unless_the_user_says_where():
-    def chosen(worker, gpus, **environment):
-        envs._choose_egl_device(environment, worker, gpus)
+    def chosen(worker, **environment):
+        rendering._choose_gpu(environment, worker)
         return environment.get("MUJOCO_EGL_DEVICE_ID")
 
-    assert [chosen(worker, [0, 1, 3]) for worker in range(4)] == ["0", "1", "3", "0"]
-    assert [chosen(worker, [0, 1, 3], CUDA_VISIBLE_DEVICES="2,0") for worker in (None, 0, 1, 2)] == ["3", "3", "0", "3"]
-    assert chosen(1, [0, 1], MUJOCO_EGL_DEVICE_ID="0") == "0"
-    assert chosen(1, [0]) is None and chosen(None, [0, 1]) is None
-    assert chosen(1, [0, 1], CUDA_VISIBLE_DEVICES="GPU-1a2b") is None
+    assert [chosen(worker, CUDA_VISIBLE_DEVICES="3,0") for worker in (0, 1, 2)] == ["3", "0", "3"]
+    assert chosen(1, CUDA_VISIBLE_DEVICES="3,0", MUJOCO_EGL_DEVICE_ID="1") == "1"
+    assert chosen(1) is None and chosen(1, CUDA_VISIBLE_DEVICES="") is None
+    assert chosen(1, CUDA_VISIBLE_DEVICES="GPU-1a2b") is None
 
 
 def test_a_gpu_that_cannot_be_opened_is_passed_over(gl):
-    code = (
-        "import envs; envs._choose_gl(); envs._worker = 1; envs._egl_gpus = lambda: [0, 99]; "
-        "env = envs.make_env('cartpole-swingup', obs='rgb'); assert env.reset()[0].std() > 10; print('drawn')"
-    )
-    run = run_python(code)
+    code = "from domains import rendering; rendering._worker = 1; import envs; env = envs.make_env('cartpole-swingup', obs='rgb'); assert env.reset()[0].std() > 10; print('drawn')"
+    run = run_python(code, CUDA_VISIBLE_DEVICES="0,99")
     assert "drawn" in run.stdout, run.stderr
 
 
@@ -824,9 +821,8 @@ def test_pictures_come_from_worker_processes_too(gl):
 
 
 def test_missing_gl_is_one_sentence_that_names_the_packages(monkeypatch):
-    monkeypatch.setattr(envs, "_working_gl", set())
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr(envs.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    monkeypatch.setattr(rendering.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
     with pytest.raises(envs.UserError, match="neither EGL nor OSMesa .*: apt-get install .*libegl1.*libosmesa6"):
         envs.check_rendering("walker-walk")
 

@@ -16,6 +16,7 @@ from test_runs import read_curve, read_scalars, wait_for
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_rgb as rgb
+from domains import rendering
 
 H = 3
 SCRIPT = rgb
@@ -364,9 +365,8 @@ def test_agents_of_states_and_of_pixels_are_not_taken_for_each_other(refused, tm
 
 
 def test_no_gl_library_is_one_sentence_that_names_the_packages(refused, monkeypatch):
-    monkeypatch.setattr(envs, "_working_gl", set())
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr(envs.subprocess, "run", lambda *_, **__: type("Failed", (), {"returncode": 1})())
+    monkeypatch.setattr(rendering.subprocess, "run", lambda *_, **__: type("Failed", (), {"returncode": 1})())
     assert "apt-get install -y" in refused("--task", "walker-walk")
 
 

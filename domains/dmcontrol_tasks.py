@@ -1,8 +1,8 @@
 """DMControl's tasks: 28 of dm_control's suite, and TD-MPC2's own 11 that change a stock one's reward, start or model.
 
-Only envs.py imports this, when a DMControl task is made. The own tasks subclass the stock ones and change their models
-in memory. They read the simulator's arrays by integer indices, looked up once: dm_control's access by name and its
-reward function work on arrays and take most of the time of a small model's step. For the same reason the stock
+Only dmcontrol.py imports this, when a DMControl task is made. The own tasks subclass the stock ones and change their
+models in memory. They read the simulator's arrays by integer indices, looked up once: dm_control's access by name and
+its reward function work on arrays and take most of the time of a small model's step. For the same reason the stock
 cartpole and walker are written out here once more.
 """
 

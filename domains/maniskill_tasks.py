@@ -1,6 +1,6 @@
 """ManiSkill's lift-cube, which version 3 no longer has: its PickCube scene without the goal.
 
-Only envs.py imports this, when a ManiSkill task is made; importing it registers `LiftCube-v1`.
+Only maniskill.py imports this, when a ManiSkill task is made; importing it registers `LiftCube-v1`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The simulators, one room each; `envs.py` is their face."""

@@ -1,0 +1,318 @@
+"""The ground floor: the table of tasks, their names and ids, sets of tasks. Importing it loads no simulator."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+
+class UserError(Exception):
+    """A mistake of the user; its text is the one sentence to print."""
+
+
+class TaskSpec(NamedTuple):
+    """What a script must know of a task before it makes the environment."""
+
+    name: str  # canonical short name, or the Gymnasium id
+    domain: str
+    action_repeat: int  # simulator steps per decision
+    episode_length: int  # decisions
+    can_terminate: bool  # False: episodes end by the time limit only
+    success: bool  # True: the success rate is the figure of merit, not the return
+    simulator_steps: int  # of a whole episode
+
+
+class Domain(NamedTuple):
+    """A family of tasks: common settings, and rows (prefix, tasks, observation size, action size, CPU µs/decision)."""
+
+    rows: tuple[tuple[str, str, int | None, int, int], ...]
+    action_repeat: int
+    episode_length: int
+    success: bool
+    rgb: bool  # obs="rgb" is supported
+    room: str  # the module of this folder whose `make` gives a task's `Parts`
+    module: str  # what that imports
+    install: str  # how to get it
+
+
+_METAWORLD_TASKS = (
+    "assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall coffee-button "
+    "coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close drawer-open faucet-open "
+    "faucet-close hammer handle-press-side handle-press handle-pull-side handle-pull lever-pull peg-insert-side "
+    "peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back "
+    "plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull "
+    "sweep-into sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert"
+)
+
+DOMAINS = {
+    "DMControl": Domain(
+        rows=(
+            ("acrobot", "swingup", 6, 1, 70),
+            ("cartpole", "balance balance-sparse swingup swingup-sparse", 5, 1, 30),
+            ("cheetah", "run run-backwards run-front run-back jump", 17, 6, 40),
+            ("cup", "catch spin", 8, 2, 100),
+            ("dog", "run stand trot walk", 223, 38, 1400),
+            ("finger", "spin", 9, 2, 50),
+            ("finger", "turn-easy turn-hard", 12, 2, 95),
+            ("fish", "swim", 24, 5, 160),
+            ("hopper", "stand hop hop-backwards", 15, 4, 110),
+            ("humanoid", "stand walk run", 67, 21, 450),
+            ("pendulum", "swingup spin", 3, 1, 25),
+            ("quadruped", "walk run", 78, 12, 260),
+            ("reacher", "easy hard", 6, 2, 90),
+            ("reacher", "three-easy three-hard", 8, 3, 30),
+            ("walker", "stand walk run walk-backwards run-backwards", 24, 6, 165),
+        ),
+        action_repeat=2, episode_length=500, success=False, rgb=True,
+        room="dmcontrol", module="dm_control.suite", install="pip install -e .",
+    ),
+    "Meta-World": Domain(
+        rows=(("mw", _METAWORLD_TASKS, 39, 4, 600),),
+        action_repeat=2, episode_length=100, success=True, rgb=True,
+        room="metaworld", module="metaworld", install="pip install -e .",
+    ),
+    "MyoSuite": Domain(
+        rows=(
+            ("myo", "reach reach-hard", 115, 39, 1400),
+            ("myo", "pose pose-hard", 108, 39, 1400),
+            ("myo", "obj-hold obj-hold-hard", 91, 39, 1400),
+            ("myo", "key-turn key-turn-hard", 93, 39, 1400),
+            ("myo", "pen-twirl pen-twirl-hard", 83, 39, 1400),
+        ),
+        action_repeat=1, episode_length=100, success=True, rgb=False,
+        room="myosuite", module="myosuite", install="pip install -e '.[myosuite]'",
+    ),
+    "ManiSkill": Domain(
+        rows=(
+            ("lift", "cube", 36, 4, 9000),
+            ("pick", "cube", 42, 4, 9000),
+            ("stack", "cube", 48, 4, 9000),
+            ("pick", "ycb", None, 7, 9000),  # None: its files must be downloaded before it can tell
+            ("turn", "faucet", None, 7, 9000),
+        ),
+        action_repeat=2, episode_length=100, success=True, rgb=False,
+        room="maniskill", module="mani_skill.envs", install="pip install -e '.[maniskill]'",
+    ),
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A task of the printed table."""
+
+    domain: str
+    obs_size: int | None
+    action_size: int
+    microseconds: int  # of CPU per decision, for `default_workers`
+
+
+# By canonical name, in the order of the printed table.
+TASKS: dict[str, Row] = {
+    f"{prefix}-{task}": Row(domain, *sizes_and_time)
+    for domain, settings in DOMAINS.items()
+    for prefix, tasks, *sizes_and_time in settings.rows
+    for task in tasks.split()
+}
+
+# What tasks are called by their own package, where that needs it; these ids can be used as names, too.
+PACKAGE_IDS = {
+    "lift-cube": "LiftCube-v1",
+    "pick-cube": "PickCube-v1",
+    "stack-cube": "StackCube-v1",
+    "pick-ycb": "PickSingleYCB-v1",
+    "turn-faucet": "TurnFaucet-v1",
+}
+PACKAGE_IDS |= {
+    f"myo-{task}{hard}": f"myoHand{task.title().replace('-', '')}{kind}-v0"
+    for task in "reach pose obj-hold key-turn pen-twirl".split()
+    for hard, kind in (("", "Fixed"), ("-hard", "Random"))
+}
+
+# The multi-task sets; a task's place in its set is its id in multi-task models and datasets.
+_MT30 = tuple(
+    (
+        "walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup "
+        "cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cup-catch finger-spin "
+        "finger-turn-easy finger-turn-hard fish-swim hopper-stand hopper-hop walker-walk-backwards "
+        "walker-run-backwards cheetah-run-backwards cheetah-run-front cheetah-run-back cheetah-jump "
+        "hopper-hop-backwards reacher-three-easy reacher-three-hard cup-spin pendulum-spin"
+    ).split()
+)
+TASK_SETS = {"mt30": _MT30, "mt80": _MT30 + tuple(f"mw-{task}" for task in _METAWORLD_TASKS.split())}
+
+# Gymnasium tasks that only their time limit ends. Gymnasium does not register this fact, so it is a list of names (any
+# version); a task missing here is taken as one that may terminate, which costs a termination head and is never wrong.
+_NEVER_TERMINATE = {"HalfCheetah", "HumanoidStandup", "Pendulum", "Pusher", "Reacher", "Swimmer"}
+
+
+def task_spec(task: str, action_repeat: int | None = None) -> TaskSpec:
+    """The facts of a task, without loading its simulator.
+
+    Args:
+        task: a name of the table (`walker-walk`; dashes or underscores), its package's id (`myoHandReachFixed-v0`,
+            `dm_control/walker-walk-v0`), or any Gymnasium id with a time
+            limit (`HalfCheetah-v5`, `module:Id-v0`, other `dm_control/…` ids).
+        action_repeat: simulator steps per decision, if others than the table's are wanted; an episode has as many
+            simulator steps as before, and the last decision of one that it does not divide gets what is left.
+
+    Raises:
+        UserError: there is no such task, it has no time limit, or the repeat is not a whole number from 1 on.
+    """
+    spec = _spec(task)
+    if action_repeat is None:
+        return spec
+    if action_repeat != int(action_repeat) or action_repeat < 1:
+        raise UserError(f"the action repeat must be a whole number from 1 on, not {action_repeat}")
+    episode_length = -(-spec.simulator_steps // action_repeat)
+    return spec._replace(action_repeat=int(action_repeat), episode_length=int(episode_length))
+
+
+def _spec(task: str) -> TaskSpec:
+    name = _canonical(task)
+    if name in TASKS:
+        domain = TASKS[name].domain
+        _, repeat, length, success, *_ = DOMAINS[domain]
+        return TaskSpec(name, domain, repeat, length, False, success, repeat * length)
+    task = _suite_id(name) or task
+    spec = gym_spec(task)
+    if task.startswith("dm_control/"):  # suite ids are domain-task; of these only lqr ends early
+        can_terminate = "-" not in spec.name or spec.name.startswith("lqr-")
+        return TaskSpec(task, "DMControl", 2, 500, can_terminate, False, 1000)
+    if spec.max_episode_steps is None:
+        open_gym(task).close()  # names a worse fault first, if there is one
+        raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
+    healthy_only = spec.kwargs.get("terminate_when_unhealthy", True)
+    can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
+    steps = spec.max_episode_steps
+    return TaskSpec(task, "Gymnasium", 1, steps, can_terminate, False, steps)
+
+
+def set_tasks(task_set: str | Sequence[str]) -> tuple[str, ...]:
+    """Canonical names of a multi-task set's tasks, in the order of their ids: "mt30", "mt80", or a list of names.
+
+    Raises:
+        UserError: there is no such set or task, a name stands twice, or the table does not give the task's sizes.
+    """
+    if isinstance(task_set, str) and task_set not in TASK_SETS:
+        raise UserError(f"unknown task set {task_set!r}; there are {' and '.join(TASK_SETS)}, and lists of tasks")
+    tasks = TASK_SETS[task_set] if isinstance(task_set, str) else tuple(task_spec(task).name for task in task_set)
+    for task in tasks:
+        if task not in TASKS or TASKS[task].obs_size is None:
+            raise UserError(f"task {task!r} cannot be in a set: only tasks of the table whose sizes it gives can")
+        if tasks.count(task) > 1:
+            raise UserError(f"task {task!r} stands twice in the set")
+    return tasks
+
+
+def set_sizes(tasks: Sequence[str]) -> tuple[int, int]:
+    """Sizes of the largest observation and of the largest action of these tasks: those of all others are padded."""
+    return max(TASKS[task].obs_size for task in tasks), max(TASKS[task].action_size for task in tasks)
+
+
+def _canonical(task: str) -> str:
+    """`dm_control/ball_in_cup-catch-v0`, `cup_catch` → `cup-catch`; other ids come out as no name of the table."""
+    package_id = task.rpartition(":")[2]
+    for name, known in PACKAGE_IDS.items():
+        if package_id == known:
+            return name
+    name = re.sub("^ball-in-cup-", "cup-", _canonical_suite(task))
+    if task.startswith("dm_control/"):
+        return name if name in TASKS and TASKS[name].domain == "DMControl" else task
+    return re.sub(r"^(.*)-v3$", r"mw-\1", name)
+
+
+def _suite_id(name: str) -> str | None:
+    """`quadruped-run` → `dm_control/quadruped-run-v0`: a task of dm_control's suite that is not in the table."""
+    if not re.fullmatch("[a-z-]+-[a-z-]+", name) or name.startswith("mw-"):
+        return None
+    import_simulator("DMControl")
+    import shimmy  # noqa: F401  registers the dm_control/ ids
+
+    return next((i for i in gym.registry if i.startswith("dm_control/") and _canonical_suite(i) == name), None)
+
+
+def _canonical_suite(task: str) -> str:
+    """`dm_control/point_mass-easy-v0` → `point-mass-easy`."""
+    return re.sub(r"^dm_control/(.*)-v0$|^dm_control/(.*)$", r"\1\2", task).replace("_", "-").lower()
+
+
+def gym_spec(task: str) -> Any:
+    """The Gymnasium registry's entry of an id; UserError where there is none."""
+    if task.startswith("dm_control/"):
+        import_simulator("DMControl")
+        import shimmy  # noqa: F401  registers the dm_control/ ids
+    module, _, env_id = task.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        return gym.spec(env_id)
+    except (ImportError, TypeError, ValueError) as error:  # the latter two: no name of a module
+        raise UserError(f"task {task!r} cannot be imported: {error}") from error
+    except gym.error.Error:
+        names = [*TASKS, *gym.registry]
+        near = difflib.get_close_matches(task, names, n=3) or difflib.get_close_matches(_canonical(task), names, n=3)
+        hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
+        raise UserError(f"unknown task {task!r}; {hint}python envs.py lists all tasks") from None
+
+
+def import_simulator(domain: str) -> None:
+    """Imports a domain's simulator such that it touches no GL library, unless the user's MUJOCO_GL wants one.
+
+    dm_control and others bind their renderer when they are imported, and fail there when that one does not work. We
+    draw with MuJoCo's own instead (rendering.py), so they can always be told to do without.
+    """
+    settings, gl = DOMAINS[domain], os.environ.get("MUJOCO_GL")
+    try:
+        with environ(MUJOCO_GL=gl or "disable"):
+            importlib.import_module(settings.module)
+    except (ImportError, RuntimeError) as error:
+        under = f" with MUJOCO_GL={gl}" if gl else ""
+        raise UserError(f"{domain} cannot be imported{under} ({error}); to install it: {settings.install}") from error
+
+
+@contextlib.contextmanager
+def environ(**values: str):
+    """Sets environment variables for the length of a with block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def is_image(space: gym.Space) -> bool:
+    return isinstance(space, gym.spaces.Box) and (len(space.shape) > 1 or space.dtype == np.uint8)
+
+
+def check_action_space(space: gym.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds (low, high), each float64 [size], of a usable action space."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise UserError(f"task {name!r} has actions {space}; only a flat Box of continuous actions is supported")
+    if not np.all(np.isfinite(space.low) & np.isfinite(space.high)):
+        raise UserError(f"task {name!r} has actions without finite bounds, which cannot be scaled to [-1, 1]")
+    return space.low.astype(np.float64), space.high.astype(np.float64)
+
+
+def open_gym(task: str, **options: Any) -> gym.Env:
+    """gym.make, with one sentence for what may be wrong with the task's package or its spaces."""
+    try:
+        env = gym.make(task, disable_env_checker=True, **options)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"task {task!r} cannot be made: {error}") from error
+    check_action_space(env.action_space, task)
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"task {task!r} has {type(space).__name__} observations; only a Box of numbers is supported")
+    return env

@@ -1,0 +1,254 @@
+"""Many environments that step together, in this process or in worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector.utils import CloudpickleWrapper
+
+from domains import rendering
+from domains.tasks import TASKS, UserError
+
+
+class Padded(gym.Wrapper):
+    """Observations with zeros behind them, and actions of which the first entries count: one shape for many tasks."""
+
+    def __init__(self, env: gym.Env, obs_size: int, action_size: int):
+        super().__init__(env)
+        self._own, self._padding = env.action_space.shape[0], (0, obs_size - env.observation_space.shape[0])
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (action_size,), np.float32)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return np.pad(obs, self._padding), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, *rest = self.env.step(action[: self._own])
+        return np.pad(obs, self._padding), *rest
+
+
+def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None = None, obs: str = "state") -> int:
+    """The number of worker processes that should step num_envs environments of each task fastest; 0: this process does.
+
+    n environments of t µs take n·t in this process. w workers take 1.3·⌈n/w⌉·t (their caches cool while they wait)
+    and 50 + 30·w for the messages, as measured by benchmarks/environments.py. So 8 cartpoles (30 µs) stay here and two
+    dogs (1.4 ms) get a worker each. Other Gymnasium tasks are taken for 100 µs, and drawing an observation for 2 ms (on
+    a GPU less, in software 3 to 16).
+    """
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs == "rgb")
+    num_envs *= len(tasks)
+    workers = range(2, min(num_envs, cores) + 1)
+    times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
+    return min(times, key=times.get)
+
+
+class SuccessOnly(gym.Wrapper):
+    """Leaves of info what workers send: infos of all simulators cannot be joined, and joining them takes long."""
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return obs, {"success": info["success"]}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        *rest, info = self.env.step(action)
+        return *rest, {"success": info["success"]}
+
+
+class WorkerVectorEnv(gym.vector.VectorEnv):
+    """Environments in worker processes, several to a worker, with everything but commands in shared memory.
+
+    A worker is a fresh Python that imports this module and the simulator, nothing else. Gymnasium's AsyncVectorEnv
+    either forks a process that has JAX's threads (deadlock), or imports the user's script, and with it JAX, in every
+    worker (start 7 s instead of 1.7 s with four of them), and waits forever for one whose exception cannot be pickled.
+    Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
+    """
+
+    def __init__(self, tasks: list[str], makers: list[Any], num_workers: int, render_mode: str | None):
+        self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
+        self.num_envs, self.render_mode = len(makers), render_mode
+        self.processes: list[subprocess.Popen] = []
+        self._pipes: list[Connection] = []
+        self._rows_of = [np.arange(i, self.num_envs, num_workers) for i in range(num_workers)]  # every task to many
+        registered = gym.registry.get(tasks[0])  # a task that the user's script registered is unknown to a fresh Python
+        with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
+            try:
+                for i, rows in enumerate(self._rows_of):
+                    job = registered, slice(i, self.num_envs, num_workers), [makers[row] for row in rows]
+                    self._start(shared.fileno(), job)
+                (self.single_observation_space, self.single_action_space, self.metadata), *_ = (
+                    self._receive(worker) for worker in range(num_workers)
+                )
+                record = _record(self.single_observation_space, self.single_action_space)
+                os.ftruncate(shared.fileno(), record.itemsize * self.num_envs)
+                self._records = np.frombuffer(mmap.mmap(shared.fileno(), 0), record)
+                self._command_all("share", [None] * num_workers)
+            except BaseException:
+                self.close()
+                raise
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        self.metadata = {**self.metadata, "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def _start(self, shared: int, job: tuple) -> None:
+        ours, theirs = Pipe()
+        # Ctrl-C and a batch system's SIGTERM reach the whole process group; it is the parent that decides on the end.
+        code = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN); import sys; "
+        code += "sys.path.insert(0, sys.argv[1]); from domains import vector as v; v._work(*map(int, sys.argv[2:]))"
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}  # cores are XLA's
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, here, str(theirs.fileno()), str(shared)],
+                env={**os.environ, **one_thread},
+                pass_fds=(theirs.fileno(), shared),
+                stdin=subprocess.DEVNULL,
+            )
+        self.processes.append(process)
+        self._pipes.append(ours)
+        self._send(len(self._pipes) - 1, sys.path)
+        self._send(len(self._pipes) - 1, CloudpickleWrapper(job))  # by value what the user's script defines
+
+    def _send(self, worker: int, message: Any) -> None:
+        try:
+            self._pipes[worker].send_bytes(pickle.dumps(message))  # Connection.send's pickler takes 5 µs longer
+        except OSError:
+            pass  # it has ended: _receive tells why
+
+    def _receive(self, worker: int) -> Any:
+        """A worker's answer; raises what went wrong if it failed or died."""
+        try:
+            answer, value = self._pipes[worker].recv()
+        except (EOFError, OSError):
+            code = self.processes[worker].wait()
+            reason = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            answer, value = "failed", f"environment worker {worker} (process {self.processes[worker].pid}) {reason}"
+        if answer == "done":
+            return value
+        raise UserError(value) if answer == "user error" else RuntimeError(f"task {self._task!r}: {value}")
+
+    def _command_all(self, command: str, arguments: list[Any]) -> list[Any]:
+        if self.closed:
+            raise RuntimeError(f"task {self._task!r}: these environments are closed")
+        try:
+            for worker, argument in enumerate(arguments):
+                self._send(worker, (command, argument))
+            return [self._receive(worker) for worker in range(len(arguments))]
+        except BaseException:  # a KeyboardInterrupt, too: unread answers would be taken for those of later commands
+            self.close()
+            raise
+
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
+        """Starts an episode in every environment → obs [num_envs, …], infos."""
+        if seed is None or isinstance(seed, int | np.integer):
+            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        self._command_all("reset", [([seed[i] for i in rows], options) for rows in self._rows_of])
+        return self._records["obs"].copy(), self._infos()
+
+    def step(self, actions: np.ndarray):
+        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos."""
+        self._records["action"] = np.reshape(actions, self.action_space.shape)
+        self._command_all("step", [None] * len(self._pipes))
+        rec = self._records
+        return rec["obs"].copy(), rec["reward"].copy(), rec["terminated"].copy(), rec["truncated"].copy(), self._infos()
+
+    def _infos(self) -> dict[str, np.ndarray]:
+        return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
+
+    def render(self) -> tuple[np.ndarray | None, ...] | None:
+        """A frame or None for every environment."""
+        if self.render_mode is None:
+            return None
+        frames = self._command_all("render", [None] * len(self._pipes))
+        return tuple(frames[i % len(frames)][i // len(frames)] for i in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Ends the workers within 5 s, also those that hang or have failed."""
+        deadline = time.monotonic() + 5
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype:
+    """What parent and worker share of one environment."""
+    fields = [("obs", obs_space.dtype, obs_space.shape), ("action", action_space.dtype, action_space.shape)]
+    fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8")]
+    return np.dtype(fields, align=True)
+
+
+def _work(pipe_fd: int, shared_fd: int) -> None:
+    """A worker process: makes its environments, then obeys until the pipe is closed."""
+    pipe = Connection(pipe_fd)
+    envs: list[gym.Env] = []
+    try:
+        sys.path[:] = pipe.recv()
+        registered, rows, makers = pipe.recv().fn
+        rendering._worker = rows.start
+        if registered:
+            gym.registry[registered.id] = registered
+        envs += [make() for make in makers]
+        pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
+        record = _record(envs[0].observation_space, envs[0].action_space)
+        while True:
+            command, argument = pipe.recv()
+            value = None
+            if command == "share":  # the parent has given the shared file its size
+                records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows]
+            elif command == "reset":
+                for record, env, seed in zip(records, envs, argument[0], strict=True):
+                    _record_reset(record, env.reset(seed=seed, options=argument[1]))
+            elif command == "step":
+                for record, env in zip(records, envs, strict=True):
+                    _record_step(record, env)
+            elif command == "render":
+                value = [env.render() for env in envs]
+            pipe.send_bytes(pickle.dumps(("done", value)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent has closed the pipe, or is no more
+    except UserError as error:
+        _report(pipe, "user error", str(error))
+    except BaseException:
+        _report(pipe, "failed", f"an environment of worker process {os.getpid()} raised\n{traceback.format_exc()}")
+    finally:
+        for env in envs:
+            env.close()
+
+
+def _report(pipe: Connection, kind: str, text: str) -> None:
+    with contextlib.suppress(OSError):  # the parent may be gone
+        pipe.send((kind, text))
+
+
+def _record_reset(record: np.void, result: tuple[np.ndarray, dict]) -> None:
+    record["obs"], info = result
+    record["reward"], record["terminated"], record["truncated"], record["success"] = 0.0, False, False, info["success"]
+
+
+def _record_step(record: np.void, env: gym.Env) -> None:
+    if record["terminated"] or record["truncated"]:  # NEXT_STEP autoreset
+        _record_reset(record, env.reset())
+    else:
+        record["obs"], record["reward"], record["terminated"], record["truncated"], info = env.step(record["action"])
+        record["success"] = info["success"]
