@@ -2,6 +2,8 @@
 
     data = load_dataset("mt30", "data/mt30")  # the original's files, or a folder of files for every task
     batch = data.sample(rng, 256, horizon=3)  # windows that lie within one episode
+
+Files are those of `files/pt.py`; what `EpisodeWriter` writes, PyTorch with tensordict reads, too.
 """
 
 from __future__ import annotations
@@ -68,10 +70,10 @@ class Chunk(NamedTuple):
 
 def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray) -> list[Chunk]:
     found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
-    missing = [folder / f"chunk_{i}.pt" for i in range(max(found, default=0) + 1) if i not in found]
-    if missing:
+    missing = next(i for i in itertools.count() if i not in found)
+    if missing <= max(found, default=0):
         there = f", though there is {found[max(found)].name}" if found else ""
-        raise UserError(f"{missing[0]} is missing{there}")
+        raise UserError(f"{folder / f'chunk_{missing}.pt'} is missing{there}")
     return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids) for _, path in sorted(found.items())]
 
 

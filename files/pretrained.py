@@ -1,8 +1,8 @@
 """Agents made elsewhere: the original's files, and the multi-task agents of tdmpc2_jax_mt.py for a single task.
 
-    agent = read_agent("walker-walk.pt")                                  # of the original, in either of its layouts
-    agent = fold_agent(agent, "walker-walk", obs_dim, action_dim, path)   # one task of a multi-task agent
-    check_shapes(agent.params, like, path, "--model-size 5 on this task") # does it fit the networks at hand?
+    agent = read_original("walker-walk.pt")                       # of the original, in either of its two layouts
+    agent = restore_multitask(checkpoint, tasks)                  # of tdmpc2_jax_mt.py
+    agent = fit_agent(agent, "walker-walk", like, checkpoint)     # its task folded in, and compared with the networks
 
 Parameters are named as in the scripts' networks: {component: {"params": {"linear_0": {"kernel", "bias"}, "norm_0":
 {"scale", "bias"}, …}}}, with kernels [in, out], those of `q` and of the target Qs stacked along a leading axis [num_q];
@@ -38,7 +38,7 @@ class Agent(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------- Files of the original
-def read_checkpoint(path: str | os.PathLike, part: str = "model") -> dict[str, np.ndarray]:
+def read_tensors(path: str | os.PathLike, part: str = "model") -> dict[str, np.ndarray]:
     """The tensors {name: array} of one part of an original checkpoint {"model": …, …}, or of the bare {name: tensor}.
 
     Raises:
@@ -54,36 +54,33 @@ def read_checkpoint(path: str | os.PathLike, part: str = "model") -> dict[str, n
     return {name: value for name, value in content[part].items() if isinstance(value, np.ndarray)}
 
 
-def read_agent(path: str | os.PathLike, obs: str = "state", episodic: bool = True) -> Agent:
+def read_original(path: str | os.PathLike, obs: str = "state") -> Agent:
     """The agent of an original checkpoint, in either of its two layouts.
 
     Args:
         path: the .pt file.
         obs: what the agent must see, "state" or "rgb".
-        episodic: False leaves out a termination head.
 
     Raises:
         UserError: the file cannot be read, holds no whole agent of TD-MPC2, or one that sees something else.
     """
-    tensors = read_checkpoint(path)
+    tensors = read_tensors(path)
     try:
-        agent = from_torch(tensors, obs)
+        return from_torch(tensors, obs)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    params = {name: value for name, value in agent.params.items() if episodic or name != "termination"}
-    return agent._replace(params=params)
 
 
 def read_multitask(path: str | os.PathLike, named: Sequence[str] = ()) -> Agent:
     """The multi-task agent of an original checkpoint; `named` are its tasks, if it is not one of mt30 or mt80.
 
     Raises:
-        UserError: as `read_agent`; it is an agent of one task, or the number of names is not that of its tasks.
+        UserError: as `read_original`; it is an agent of one task, or the number of names is not that of its tasks.
     """
-    agent = read_agent(path, episodic=False)
+    agent = read_original(path)
     if agent.task_emb is None:
         raise UserError(f"{path} is a single-task agent: it is for tdmpc2_jax.py")
-    agent = agent._replace(tasks=agent.tasks or tuple(named))
+    agent = _without_termination(agent._replace(tasks=agent.tasks or tuple(named)))
     if len(agent.tasks) != len(agent.task_emb):
         raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
     return agent
@@ -94,17 +91,14 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
     first = {"state": "_encoder.state.0.weight", "rgb": "_encoder.rgb.2.weight"}
     if not {first[obs], "_pi.2.weight"} <= tensors.keys():
         raise UserError(f"holds no TD-MPC2 agent that sees {'states' if obs == 'state' else 'pixels'}{_other(tensors)}")
-    if obs == "rgb":
-        encoder = _convolutions(tensors)
-    else:
-        encoder = _mlp(tensors, "_encoder.state")
+    encoder = _convolutions(tensors) if obs == "rgb" else _mlp(tensors, "_encoder.state")
     prefixes = {"dynamics": "_dynamics", "reward": "_reward", "pi": "_pi", "q": "_Qs.params"}
     prefixes |= {"termination": "_termination"} if "_termination.0.weight" in tensors else {}
     target = "_target_Qs_params" if "_target_Qs_params.0.weight" in tensors else "_target_Qs.params"
     params = {"encoder": encoder} | {name: _mlp(tensors, prefix) for name, prefix in prefixes.items()}
     target_q = _mlp(tensors, target)
-    table = _numbers(tensors, "_task_emb.weight") if "_task_emb.weight" in tensors else None
-    _check_whole(params | {"target Q": target_q}, table)
+    table = _numbers(tensors, "_task_emb.weight", 2) if "_task_emb.weight" in tensors else None
+    _check_whole(params | {"target Q": target_q}, 0 if table is None else table.shape[-1])
     tasks = () if table is None else TASK_SETS.get(f"mt{len(table)}", ())
     params, target_q, table = jax.tree.map(jnp.asarray, (params, target_q, table))
     return Agent(params, target_q, table, tasks)
@@ -119,24 +113,25 @@ def _other(tensors: Mapping[str, np.ndarray]) -> str:
     return next((f": it is one of {kind}" for name, kind in kinds.items() if name in tensors), "")
 
 
-def _numbers(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _numbers(tensors: Mapping[str, np.ndarray], name: str, ndim: int = 1) -> np.ndarray:
     if name not in tensors or tensors[name].dtype.kind != "f":
         raise UserError(f"holds no whole TD-MPC2 agent: {name} is missing")
+    if tensors[name].ndim < ndim:
+        raise UserError(f"holds no whole TD-MPC2 agent: {name} has shape {tensors[name].shape}")
     return np.asarray(tensors[name], np.float32)
 
 
 def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
     fields, names = ("weight", "bias", "ln.weight", "ln.bias"), []
     while f"{prefix}.{len(names)}.weight" in tensors:
-        names.append([name for f in fields if (name := f"{prefix}.{len(names)}.{f}") in tensors])
+        norm = f"{prefix}.{len(names)}.ln.weight" in tensors
+        names.append([f"{prefix}.{len(names)}.{field}" for field in fields[: 4 if norm else 2]])
     if not names:  # the layout released in 2023: one running number per tensor; the last layer has no norm
         names = [[f"{prefix}.{i}" for i in range(4 * layer, min(4 * layer + 4, 10))] for layer in range(3)]
     params = {}
-    for i, layer in enumerate(names):
-        if len(layer) not in (2, 4):
-            raise UserError(f"holds no whole TD-MPC2 agent: {prefix}.{i} lacks tensors")
-        weight, bias, *norm = (_numbers(tensors, name) for name in layer)
-        params[f"linear_{i}"] = {"kernel": weight.swapaxes(-1, -2) if weight.ndim > 1 else weight, "bias": bias}
+    for i, (weight, *others) in enumerate(names):
+        bias, *norm = (_numbers(tensors, name) for name in others)
+        params[f"linear_{i}"] = {"kernel": _numbers(tensors, weight, 2).swapaxes(-1, -2), "bias": bias}
         params |= {f"norm_{i}": {"scale": norm[0], "bias": norm[1]}} if norm else {}
     return {"params": params}
 
@@ -144,48 +139,43 @@ def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
 def _convolutions(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     params = {}
     for i in range(4):  # the modules in between have no parameters; kernels [out, in, height, width]
-        kernel, bias = (_numbers(tensors, f"_encoder.rgb.{2 + 2 * i}.{x}") for x in ("weight", "bias"))
-        if kernel.ndim != 4:
-            raise UserError(f"holds no whole TD-MPC2 agent: _encoder.rgb.{2 + 2 * i}.weight is {kernel.shape}")
-        params |= {f"kernel_{i}": kernel.transpose(2, 3, 1, 0), f"bias_{i}": bias}
+        name = f"_encoder.rgb.{2 + 2 * i}"
+        params[f"kernel_{i}"] = np.moveaxis(_numbers(tensors, f"{name}.weight", 4), (0, 1), (-1, -2))
+        params[f"bias_{i}"] = _numbers(tensors, f"{name}.bias")
     return {"params": params}
 
 
-def _check_whole(components: dict[str, Any], table: np.ndarray | None) -> None:
-    """UserError if the layers of an agent do not fit together."""
-
-    def size(name, layer):
-        bias = components[name]["params"].get(layer, {}).get("bias", np.zeros(()))
-        return bias.shape[-1] if bias.ndim else 0
-
-    if table is not None and table.ndim != 2:
-        raise UserError(f"holds no whole TD-MPC2 agent: _task_emb.weight is {table.shape}")
-    task_dim = 0 if table is None else table.shape[1]
-    latent_dim, outputs, num_q = size("dynamics", "linear_2"), size("pi", "linear_2"), None
-    for name, component in components.items():
-        if "kernel_0" in component["params"]:
+def _check_whole(components: dict[str, Any], task_dim: int) -> None:
+    """UserError if the layers do not fit together, as they must where tasks are folded in and sizes are read off."""
+    layers = {name: component["params"] for name, component in components.items()}
+    widths = {
+        name: [layer["bias"].shape[-1] for key, layer in its.items() if "linear" in key] for name, its in layers.items()
+    }
+    latent_dim, action_dim, num_q = (
+        widths["dynamics"][-1],
+        widths["pi"][-1] // 2,
+        layers["q"]["linear_0"]["bias"].shape[0],
+    )
+    for name, its in layers.items():
+        if "kernel_0" in its:
             continue
-        inputs = latent_dim + task_dim + (0 if name in ("pi", "termination") else outputs // 2)
-        first = component["params"]["linear_0"]["kernel"]
-        heads = first.shape[:-2]  # [num_q]
-        num_q = heads if name == "q" else num_q
-        if name == "encoder":
-            inputs = max(first.shape[-2] if first.ndim > 1 else 0, task_dim + 1)
-        count = sum(layer.startswith("linear") for layer in component["params"])
-        wanted = {"encoder": latent_dim, "dynamics": latent_dim, "pi": outputs - outputs % 2}
-        wanted = wanted.get(name, size(name, f"linear_{count - 1}"))
-        fits = count == 3 or (name == "encoder" and count >= 2)
-        fits &= len(heads) == (name in ("q", "target Q")) and (name != "target Q" or heads == num_q)
-        for i in range(count):
-            width = wanted if i == count - 1 else size(name, f"linear_{i}")
-            shapes = {"linear": {"kernel": (*heads, inputs, width), "bias": (*heads, width)}}
-            if i < count - 1 or name in ("encoder", "dynamics"):
-                shapes["norm"] = {"scale": (*heads, width), "bias": (*heads, width)}
-            layers = {kind: component["params"].get(f"{kind}_{i}") for kind in ("linear", "norm")}
-            fits &= shapes == {kind: jax.tree.map(np.shape, layer) for kind, layer in layers.items() if layer}
-            inputs = width
-        if not fits:
+        inputs = latent_dim + task_dim + (0 if name in ("pi", "termination") else action_dim)
+        inputs = max(its["linear_0"]["kernel"].shape[-2], task_dim + 1) if name == "encoder" else inputs
+        heads = (num_q,) if name in ("q", "target Q") else ()
+        last = {"encoder": latent_dim, "pi": 2 * action_dim}.get(name, widths[name][-1])
+        wanted = _mlp_shapes(heads, inputs, [*widths[name][:-1], last], name in ("encoder", "dynamics"))
+        if _shapes(its) != wanted or len(widths[name]) != 3 and (name != "encoder" or len(widths[name]) < 2):
             raise UserError(f"holds no whole TD-MPC2 agent: the layers of its {name} do not fit together")
+
+
+def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm: bool) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for i, width in enumerate(widths):
+        shapes |= {f"linear_{i}/kernel": (*heads, inputs, width), f"linear_{i}/bias": (*heads, width)}
+        if simnorm or i < len(widths) - 1:
+            shapes |= {f"norm_{i}/scale": (*heads, width), f"norm_{i}/bias": (*heads, width)}
+        inputs = width
+    return shapes
 
 
 # -------------------------------------------------------------------------------------------------- Multi-task agents
@@ -244,6 +234,33 @@ def fold_agent(agent: Agent, source_task: str | None, obs_dim: int, action_dim: 
     params = fold_task(agent.params | {"q_target": agent.target_q}, emb, obs_dim, action_dim)
     target_q = params.pop("q_target")
     return Agent(params, target_q, q_scale=agent.q_scale)
+
+
+def fit_agent(
+    agent: Agent,
+    source_task: str | None,
+    like: dict[str, Any],
+    path: str | os.PathLike,
+    what: str = "this task and these sizes",
+    model_sizes: Mapping[int, Mapping[str, int]] | None = None,
+) -> Agent:
+    """The agent for the single-task networks at hand, whose parameters have the shapes of `like`: one task of a
+    multi-task agent (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
+
+    Raises:
+        UserError: as `fold_agent` and `check_shapes`.
+    """
+    encoder, pi = like["encoder"]["params"], like["pi"]["params"]
+    if "linear_0" in encoder:  # agents of pictures have one task
+        sizes = encoder["linear_0"]["kernel"].shape[0], pi["linear_2"]["bias"].shape[0] // 2
+        agent = fold_agent(agent, source_task, *sizes, path)
+    agent = agent if "termination" in like else _without_termination(agent)
+    check_shapes(agent.params, like, path, what, model_sizes)
+    return agent
+
+
+def _without_termination(agent: Agent) -> Agent:
+    return agent._replace(params={name: value for name, value in agent.params.items() if name != "termination"})
 
 
 def fold_task(params: dict[str, Any], emb: np.ndarray, obs_dim: int, action_dim: int) -> dict[str, Any]:
