@@ -339,3 +339,17 @@ def _shapes(tree: Any, name: str = "") -> dict[str, tuple[int, ...]]:
     if not isinstance(tree, Mapping):
         return {name.removesuffix("/"): tuple(tree.shape)}
     return {k: shape for key, value in tree.items() for k, shape in _shapes(value, f"{name}{key}/").items()}
+
+
+def load_agent(path: str, source_task: str | None, like: dict[str, Any], *scripts: str, obs: str = "state") -> Agent:
+    """Stand-in."""
+    from files.checkpoints import find_checkpoint, read_agent, read_meta
+
+    if str(path).endswith(".pt"):
+        agent = read_original(path, obs)
+    else:
+        meta = read_meta(checkpoint := find_checkpoint(path), *scripts)
+        state = read_agent(checkpoint, meta)
+        table = state["params"].pop("task_emb", None)
+        agent = Agent(state["params"], state["target_q"], table, tuple(meta.get("tasks", ())), state["q_scale"])
+    return fit_agent(agent, source_task, like, path)
