@@ -51,9 +51,15 @@ NewFile = Annotated[str, Bounds(lambda x: Path(x).absolute().parent.is_dir(), "a
 Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a path below the task's folder")]
 
 
-def check_bounds(args: Any, *orders: str) -> None:
-    """Refuses a dataclass with a field that is not within the bounds of its type, or two fields that are not in an
-    order like "vmin < vmax" or "min_std <= max_std"; UserError names the first."""
+ORDERS = (  # of two arguments, where a script has both
+    "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax", "log_std_min < log_std_max",
+    "min_std <= max_std", "discount_min <= discount_max",
+)  # fmt: skip
+
+
+def check_bounds(args: Any) -> None:
+    """Refuses a dataclass with a field that is not within the bounds of its type, or two that are not in their order;
+    UserError names the first."""
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
@@ -62,9 +68,8 @@ def check_bounds(args: Any, *orders: str) -> None:
         if value is not None and bounds and not bounds[0].holds(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {str(shown)[:50]}")
-    for order in orders:
-        small, sign, large = order.split()
-        low, high = getattr(args, small), getattr(args, large)
+    for small, sign, large in map(str.split, ORDERS):
+        low, high = getattr(args, small, -math.inf), getattr(args, large, math.inf)
         if low > high or (sign == "<" and low == high):
             raise UserError(f"{as_flag(small)} must be {'smaller than' if sign == '<' else 'at most'} {as_flag(large)}")
 

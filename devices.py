@@ -62,6 +62,41 @@ def available_bytes(device: jax.Device | None = None) -> int:
     return free
 
 
+def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, run_decisions: int) -> jax.Device:
+    """The device in whose memory the replay that make() returns lies: the one that learns or, if that is too small or
+    storage is "host", the CPU. Says which and why.
+
+    Raises:
+        UserError: it does not fit, beside the copies of it in the machine's memory that a checkpoint takes; names the
+            buffer_size that does.
+    """
+    device = jax.devices()[0]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+    fits = size < 0.7 * available_bytes(device)  # the rest is for learning
+    reason = "there is room" if fits else "the device's is too small"
+    if storage != "auto":
+        reason = f"--storage {storage}"
+    if storage == "host" or storage == "auto" and not fits:
+        try:
+            device = jax.devices("cpu")[0]
+        except RuntimeError as error:
+            what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
+            raise UserError(what) from error
+    on_host, staged = device.platform == "cpu", jax.default_backend() != "cpu"
+    place = "the machine's memory" if on_host else "device memory"
+    copies = on_host + 1 + staged  # beside accelerators, checkpoints pass through pinned memory
+    room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
+    if room < 1:
+        free = "" if on_host else f"{available_bytes(device) / 1e9:.1f} GB and "
+        free += f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {int(room * buffer_size)}"
+        short = f"; this run makes no more than {run_decisions} decisions" if run_decisions < buffer_size else ""
+        again = "twice " * staged + "as much " + ("again" if on_host else "of the machine's")
+        sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
+        raise UserError(f"--buffer-size {buffer_size} {sizes}; {free}{short}")
+    print(f"replay of {buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
+    return device
+
+
 # ---------------------------------------------------------------------------------------- Several devices and processes
 def available_everywhere() -> int:
     """Memory that each device may use, of several processes the least, so that all decide alike; CPU devices share."""

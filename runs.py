@@ -70,18 +70,23 @@ class Run:
         self.axis, self.primary, self.stop = axis, primary, []  # stop: signals that have come
         self.count = {"evaluated": -1, "seconds": 0.0}  # counters that checkpoints hold
         self.step = self.saved = self.logged = 0
-        self._stack, self._manager, self._begun = contextlib.ExitStack(), None, False
+        self._stack, self._manager, self._opened, self._begun = contextlib.ExitStack(), None, False, False
 
-    def __enter__(self) -> "Run":
-        if self.primary:
+    def open(self) -> "Run":
+        """Creates or reopens the folder and takes its lock; entering does that, unless it was done before."""
+        if self.primary and not self._opened:
             try:
                 self._open_folder()
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
-            except BaseException:
+            except UserError:
                 self.__exit__(UserError, None, None)
                 raise
+        self._opened = True
         return self
+
+    def __enter__(self) -> "Run":
+        return self.open()
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self._stack.close()
@@ -133,6 +138,13 @@ class Run:
         """Whether there is a checkpoint that was written to its end."""
         return bool(complete_checkpoints(self.folder))
 
+    def read_meta(self) -> dict[str, Any] | None:
+        """What the newest checkpoint that can be read says of itself; None if there is none."""
+        for checkpoint in complete_checkpoints(self.folder):
+            with contextlib.suppress(UserError):  # `restore` tells
+                return read_meta(checkpoint, self.script)
+        return None
+
     def restore(self, **like: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """What the newest whole checkpoint says of itself, and its items in the structure of `like`; None if there is
         none. A damaged one is put aside, with a sentence, for the one before it."""
@@ -153,14 +165,20 @@ class Run:
             raise UserError("; ".join(str(error) for _, error in problems))
         return None
 
-    def start(self, **make: Callable[[], Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def start(
+        self, devices: dict[str, jax.Device] | None = None, **make: Callable[[], Any]
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The items of the last whole checkpoint and its counters, or what the functions of these names make and None;
-        all on the first device, placed alike, so that what takes them is compiled once."""
-        device = jax.devices()[0]
-        place = jax.sharding.SingleDeviceSharding(device)
-        if restored := self.restore(**{name: shapes_on(place, function) for name, function in make.items()}):
+        on the first device, or where `devices` says, placed alike, so that what takes them is compiled once."""
+        places = {name: (devices or {}).get(name, jax.devices()[0]) for name in make}
+        on = jax.sharding.SingleDeviceSharding
+        if restored := self.restore(**{name: shapes_on(on(places[name]), function) for name, function in make.items()}):
             return restored[1], restored[0]["count"]
-        return {name: jax.device_put(jax.jit(function)(), device) for name, function in make.items()}, None
+        items = {}
+        for name, function in make.items():
+            with jax.default_device(places[name]):
+                items[name] = jax.device_put(jax.jit(function)(), places[name])
+        return items, None
 
     def save(self, step: int, meta: dict[str, Any], **items: Any) -> None:
         """Writes a checkpoint of pytrees, beside the newest one before it; `meta` (JSON) is what it says of itself

@@ -225,9 +225,8 @@ class WorldModel(NamedTuple):
     action_dim: int
 
 
-def make_model(args: Args, spec, envs) -> WorldModel:
-    """The networks for these environments; with a termination head if episodes can terminate."""
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+def make_model(args: Args, obs_dim: int, action_dim: int, episodic: bool) -> WorldModel:
+    """The networks for O = obs_dim and A = action_dim; with a termination head if episodic."""
     args = with_model_size(args)
     mlp = partial(MLP, (args.mlp_dim, args.mlp_dim), dtype=args.compute_dtype)
     enc_hidden = (args.enc_dim,) * max(args.num_enc_layers - 1, 1)
@@ -237,7 +236,7 @@ def make_model(args: Args, spec, envs) -> WorldModel:
         reward=mlp(args.num_bins, zero_init=True),
         pi=mlp(2 * action_dim),
         q=mlp(args.num_bins, zero_init=True),
-        termination=mlp(1) if args.episodic and spec.can_terminate else None,
+        termination=mlp(1) if episodic else None,
         num_q=args.num_q,
         obs_dim=obs_dim,
         action_dim=action_dim,
@@ -334,13 +333,6 @@ def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
     return jnp.stack([head, (head + step) % model.num_q])
 
 
-def envs_at_once(args: Args, model: WorldModel) -> int:
-    """Environments whose plans are computed side by side, the others after them: on a CPU as many as leave a layer's
-    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere as 512 MB hold."""
-    budget = 2**22 if jax.default_backend() == "cpu" else 2**29  # bytes of one layer's activations
-    return max(1, budget // (4 * args.num_samples * model.q.hidden[0]))
-
-
 def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, heads, eps) -> jax.Array:
     """Value [N] of action sequences [H, N, A] from z [1, Z]: rewards over the horizon, then the mean of two Qs."""
     value, alive = 0.0, 1.0  # alive: 0 after a predicted termination
@@ -398,7 +390,10 @@ def plan(
         action = action + std[0] * draws.exploration if explore else action
         return jnp.clip(action, -1, 1), mean
 
-    envs, at_once = (obs, prev_mean, first, noise), envs_at_once(args, model)
+    # Side by side, but on a CPU only as many as leave a layer in the cache, the others after them: 30 of them side
+    # by side take 1.8 times as long as six times five.
+    at_once = max(1, (2**22 if jax.default_backend() == "cpu" else 2**29) // (4 * args.num_samples * model.q.hidden[0]))
+    envs = (obs, prev_mean, first, noise)
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
@@ -592,6 +587,7 @@ def init_replay(capacity: int, num_envs: int, obs_dim: int, action_dim: int) -> 
     return Replay(obs, action, reward, *flags, jnp.zeros(C * n, jnp.int32), zero(), zero(), zero())
 
 
+@partial(jax.jit, static_argnames=("horizon",), donate_argnames=("replay",))
 def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) -> Replay:
     """Writes one step of all environments (obs [n, O], action [n, A], the rest [n]) over the oldest one."""
     C, n = replay.first.shape
@@ -673,7 +669,8 @@ def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
     spec = environments.task_spec(args.task)
     with contextlib.closing(make_eval_envs(args)) as envs, progress("evaluating", spec.episode_length) as go_on:
-        model = make_model(args, spec, envs)
+        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
         like = jax.eval_shape(partial(fresh_state, args, model))["train"].params
         agent = load_agent(args.checkpoint, args.source_task, like, *SCRIPTS)
         discount = discount_of(args, spec.episode_length)
@@ -684,8 +681,7 @@ def evaluate_checkpoint(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------------------- Run
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(args, "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax")
-    arguments.check_bounds(args, "min_std <= max_std", "log_std_min < log_std_max", "discount_min <= discount_max")
+    arguments.check_bounds(args)
     seed_steps, window = seed_steps_of(args, environments.task_spec(args.task)), (args.horizon + 1) * args.num_envs
     groups = with_model_size(args).latent_dim % args.simnorm_dim == 0
     arguments.check_rules(
@@ -745,16 +741,17 @@ def run(args: Args) -> None:
     with Run(run_folder(args), dataclasses.asdict(args), "tdmpc2_jax", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
         eval_envs = keeper.enter(make_eval_envs(args))
-        model = make_model(args, spec, envs)
+        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
         state, act_key, replay, count = start_or_resume(args, model, keeper)
         step, decisions = count["decisions"] * spec.action_repeat, -(-args.total_timesteps // spec.action_repeat)
-        sizes = {"obs_dim": model.obs_dim, "action_dim": model.action_dim, "episodic": model.termination is not None}
-        title = f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {n} environment(s)"
+        sizes = {"obs_dim": obs_dim, "action_dim": action_dim, "episodic": model.termination is not None}
+        title = f"{spec.name}: {obs_dim} observations, {action_dim} actions, {n} environment(s)"
         keeper.begin(title, returns_head(spec), state.params, step, count, count["decisions"], decisions, "decisions")
         episodes = environments.EpisodeWriter(args.save_episodes, args.task, n) if args.save_episodes else None
         discount = jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), device)
-        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), device), {}
-        sent, done = np.zeros((n, model.action_dim), np.float32), np.zeros(n, bool)
+        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, action_dim)), device), {}
+        sent, done = np.zeros((n, action_dim), np.float32), np.zeros(n, bool)
         untrained = jax.default_backend() == "cpu" and not args.checkpoint  # there its plans would take minutes
         cheap = dataclasses.replace(args, mpc=args.mpc and not untrained)
         obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again

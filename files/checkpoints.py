@@ -51,10 +51,9 @@ def read_meta(checkpoint: Path, *scripts: str) -> dict[str, Any]:
     """
     try:
         meta = json.loads((checkpoint / "meta" / "metadata").read_text())
-        whole = _text_sum(meta) == meta["checksum"] if "checksum" in meta else True
-        script = meta["script"]
+        script, whole = meta["script"], meta.get("checksum") in (None, _text_sum(meta))
     except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(checkpoint, "meta cannot be read, or it is none of this project") from None
+        raise _damaged(checkpoint, f"or not a checkpoint of {scripts[0]}.py") from None
     if not whole:
         raise _damaged(checkpoint, "meta has another checksum")
     if script not in scripts:
@@ -165,7 +164,7 @@ def _text_sum(meta: dict[str, Any]) -> int:
 def _damaged(checkpoint: Path, reason: str) -> UserError:
     others = [other for other in complete_checkpoints(checkpoint.parent.parent) if other.name != checkpoint.name]
     way_on = f"; there is also {others[0]}" if others else ""
-    return UserError(f"{checkpoint} is damaged ({reason}){way_on}")
+    return UserError(f"{checkpoint} is damaged {reason if reason.startswith('or ') else f'({reason})'}{way_on}")
 
 
 def _first_line(error: Exception) -> str:
