@@ -123,11 +123,15 @@ def read_agent(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
     return state.get("train", state)
 
 
-def checksums(items: Any) -> dict[str, int]:
-    """A 32-bit number for each array of a pytree, by its path: any flipped bit of an array changes its number."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(items)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, map(int, jax.device_get(_array_sums([leaf for _, leaf in leaves]))), strict=True))
+def checksums(items: dict[str, Any]) -> dict[str, int]:
+    """A 32-bit number for each array of some pytrees, by its path: any flipped bit of an array changes its number."""
+    sums = {}
+    for name, item in items.items():  # one may lie on another device than the others
+        leaves, _ = jax.tree_util.tree_flatten_with_path(item)
+        names = [f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in leaves]
+        numbers = jax.device_get(_array_sums([leaf for _, leaf in leaves]))
+        sums |= dict(zip(names, map(int, numbers), strict=True))
+    return sums
 
 
 @jax.jit

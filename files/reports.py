@@ -55,8 +55,7 @@ def report_video(checkpoint: str, frames: list[np.ndarray], fps: int) -> None:
     if frames:
         path = Path(checkpoint)  # a file, a run's folder, its checkpoints/ or one of these
         runs = [folder for folder in (path, *path.parents) if (folder / "args.json").exists()]
-        folder = runs[0] if runs else path.parent
-        film = folder / "videos" / f"evaluate-{path.stem}.mp4"
+        film = runs[0] / "videos" / "evaluate.mp4" if runs else path.parent / f"{path.stem}-evaluate.mp4"
         write_video(film, frames, fps)
         print(f"film: {film}")
 

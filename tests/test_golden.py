@@ -236,9 +236,9 @@ def multitask(request, golden):
     shared = {field.name for field in mt.dataclasses.fields(mt.Args)} & vars(sizes).keys() - {"exp_name", "checkpoint"}
     args = mt.Args(**{name: getattr(sizes, name) for name in shared - set(mt.SIZE_FIELDS)})
     args = mt.dataclasses.replace(args, checkpoint=str(golden(f"multitask{request.param}.pt")))
-    args, names, model, params, target_q = mt.load_agent(args)
-    assert names == envs.TASK_SETS["mt30"]
-    return recording, args, mt.make_tasks(args, names), model, params, target_q
+    args, model, agent = mt.load_agent(args)
+    assert agent.tasks == envs.TASK_SETS["mt30"]
+    return recording, args, mt.make_tasks(args, agent.tasks), model, agent.params, agent.target_q
 
 
 def test_multi_task_networks_equal_the_recording(multitask, golden):
@@ -262,7 +262,7 @@ def test_three_multi_task_updates_equal_the_recording(multitask):
     recording, args, tasks, model, params, target_q = multitask
     obs, action, reward = (jnp.asarray(recording[f"in_{k}"]) for k in ("obs", "action", "reward"))
     batch = mt.Batch(obs, action, reward[..., 0], jnp.asarray(recording["in_task"], jnp.int32))
-    state = mt.init_state(args, params, target_q, jax.random.key(0))
+    state = mt.init_state(args, params, target_q, 1.0, jax.random.key(0))
     update = jax.jit(mt.update, static_argnums=(0, 1))
     for i in range(3):
         next_action, target_heads, pi_action, pi_heads = draws_of(recording, f"update{i}")
@@ -274,7 +274,7 @@ def test_three_multi_task_updates_equal_the_recording(multitask):
         assert {"consistency_loss", "value_loss", "pi_loss", "grad_norm", "pi_grad_norm"} <= info.keys()
         close(state.q_scale, recording[f"update{i}_scale"], 1e-4)
     tensors = {k.removeprefix("update2_after_"): v for k, v in recording.items() if k.startswith("update2_after_")}
-    after, after_target = mt.from_torch(tensors)
+    after, after_target = from_torch(tensors)[:2]
     after["task_emb"] = tensors["_task_emb.weight"]
     for mine, original in ((state.params, after), (state.target_q, after_target)):
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
@@ -315,7 +315,7 @@ def test_embeddings_longer_than_one_are_scaled_back_when_they_are_read_and_only_
     np.testing.assert_array_equal(mt.embed(params["task_emb"], ids), params["task_emb"][ids])
     batch = mt.Batch(*(jnp.asarray(recording[f"in_{k}"]) for k in ("obs", "action")), None, jnp.asarray(ids))
     batch = batch._replace(reward=jnp.asarray(recording["in_reward"])[..., 0])
-    state = mt.init_state(args, params | {"task_emb": table}, target_q, jax.random.key(0))
+    state = mt.init_state(args, params | {"task_emb": table}, target_q, 1.0, jax.random.key(0))
     noise = mt.update_noise(args, model, jax.random.key(1))
     after = jax.jit(mt.update, static_argnums=(0, 1))(args, model, tasks, state, batch, noise)[0].params["task_emb"]
     lengths, read = np.linalg.norm(after, axis=1), np.isin(np.arange(30), ids)
@@ -326,7 +326,7 @@ def test_embeddings_longer_than_one_are_scaled_back_when_they_are_read_and_only_
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pictures_are_shifted_and_encoded_as_recorded(golden, layout):
     tensors, recording = envs.load_pt(golden(f"rgb{layout}.pt"))["model"], golden("rgb_encoder.npz")
-    params, _ = rgb.from_torch(tensors)
+    params = from_torch(tensors, "rgb").params
     args = rgb.Args(latent_dim=len(tensors["_dynamics.2.bias"]), mlp_dim=len(tensors["_dynamics.0.bias"]))
     model = rgb.make_model(args, action_dim=len(tensors["_pi.2.bias"]) // 2, episodic=False)
     stacks = jnp.asarray(recording["in_obs"].transpose(0, 2, 3, 1))  # [2, 64, 64, 9]
@@ -345,9 +345,9 @@ def test_pictures_are_shifted_and_encoded_as_recorded(golden, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_rest_of_a_recorded_pixel_agent_has_the_shapes_of_ours(golden, layout):
     tensors = envs.load_pt(golden(f"rgb{layout}.pt"))["model"]
-    params, target_q = rgb.from_torch(tensors)
+    params, target_q = from_torch(tensors, "rgb")[:2]
     sizes = {"latent_dim": len(tensors["_dynamics.2.bias"]), "mlp_dim": len(tensors["_dynamics.0.bias"])}
     args = rgb.Args(**sizes, num_q=len(params["q"]["params"]["linear_0"]["bias"]))
     model = rgb.make_model(args, len(tensors["_pi.2.bias"]) // 2, episodic=False)
-    rgb.check_shapes(args, model, params)
+    check_shapes(params, shapes_of(rgb, args, model), "rgb.pt", "the model")
     assert jax.tree.map(jnp.shape, target_q) == jax.tree.map(jnp.shape, params["q"])

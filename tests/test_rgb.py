@@ -49,7 +49,7 @@ def test_shifts_are_drawn_uniformly_for_every_picture_and_axis():
     counts = np.stack([(shift == i).sum((0, 1)) for i in range(7)])
     assert counts.sum() == shift.size and (np.abs(counts / 8000 - 1 / 7) < 0.02).all()
     assert (shift[0] != shift[1]).any(-1).mean() > 0.9, "the pictures of a window move independently"
-    assert np.ptp(np.asarray(rgb.plan_noise(args, model, jax.random.key(0), 50).shift)) == 6
+    assert np.ptp(np.asarray(rgb.plan_noise(args, model, jax.random.key(0), 50)[0].shift)) == 6
 
 
 @pytest.mark.parametrize("size, stride, height, channels", [(7, 2, 64, 9), (5, 2, 29, 32), (3, 1, 6, 32), (4, 2, 5, 3)])
@@ -217,12 +217,13 @@ def test_acting_and_learning_shift_what_they_encode(agent):
     _, other = update(args, model, state, batch, 0.9, still)
     assert info["consistency_loss"] == same["consistency_loss"] != other["consistency_loss"]
     obs, mean, first = batch.obs[0, :2], jnp.zeros((2, H, 1)), np.ones(2, bool)
-    noise = rgb.plan_noise(args, model, jax.random.key(2), 2)
+    noise, heads = rgb.plan_noise(args, model, jax.random.key(2), 2)
     noise = noise._replace(shift=jnp.array([[0, 6], [5, 1]]))
     still, moved = noise._replace(shift=jnp.full((2, 2), rgb.SHIFT)), jax.vmap(rgb.random_shift)(obs, noise.shift)
     plan = jax.jit(rgb.plan, static_argnums=(0, 1), static_argnames="explore")
     cases = ((obs, noise), (moved, still), (obs, still))
-    means = [plan(args, model, state.params, seen, mean, first, 0.9, draws, explore=False)[1] for seen, draws in cases]
+    plans = (plan(args, model, state.params, s, mean, first, 0.9, draws, heads, explore=False) for s, draws in cases)
+    means = [means for _, means in plans]
     np.testing.assert_array_equal(means[0], means[1])
     assert (means[0] != means[2]).any()
 
@@ -364,7 +365,7 @@ def test_agents_of_states_and_of_pixels_are_not_taken_for_each_other(refused, tm
         meta.mkdir(parents=True)
         (meta / "metadata").write_text(json.dumps({"script": other, "args": {}}))
         assert f"is a checkpoint of {other}.py" in refused(*flags, tmp_path / other, script=script)
-    assert "--model-size" in refused(*pixels, golden("rgb.pt"))
+    assert "it has --mlp-dim 24" in refused(*pixels, golden("rgb.pt"))
 
 
 def test_no_gl_library_is_one_sentence_that_names_the_packages(refused, monkeypatch):
