@@ -31,7 +31,7 @@ class Bounds(NamedTuple):
 
 Count = Annotated[int, Bounds(lambda x: 1 <= x < 2**31, "a whole number from 1 to 2^31 - 1")]
 Several = Annotated[int, Bounds(lambda x: 2 <= x < 2**31, "a whole number from 2 to 2^31 - 1")]
-Seed = Annotated[int, Bounds(lambda x: 0 <= x < 2**31, "a whole number from 0 to 2^31 - 1")]
+Natural = Annotated[int, Bounds(lambda x: 0 <= x < 2**31, "a whole number from 0 to 2^31 - 1")]
 Number = Annotated[float, Bounds(math.isfinite, "a finite number")]
 Positive = Annotated[float, Bounds(lambda x: 0 < x < math.inf, "a positive number")]
 Weight = Annotated[float, Bounds(lambda x: 0 <= x < math.inf, "a number that is not negative")]

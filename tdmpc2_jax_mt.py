@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 
 import arguments
 import envs as environments
-from arguments import Count, Fraction, Name, NewFile, Number, Positive, Seed, Several, Share, Weight
+from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from devices import (
     agree,
     any_process,
@@ -104,7 +104,7 @@ class Args:
     iterations: Count = 6  # iterations of MPPI (two more for 20 or more action dimensions)
     num_samples: Count = 512  # action sequences N per iteration
     num_elites: Count = 64  # sequences that the next distribution is fitted to
-    num_pi_trajs: Count = 24  # sequences P proposed by the policy
+    num_pi_trajs: Natural = 24  # sequences P proposed by the policy
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
     temperature: Weight = 0.5  # inverse temperature of the elites' weights
@@ -112,7 +112,7 @@ class Args:
     # Run
     exp_name: Name = "tdmpc2_jax_mt"  # name of this experiment: its files go to RUNS_DIR/TASKS/EXP_NAME/SEED
     runs_dir: str = "runs"  # folder of all runs
-    seed: Seed = 1  # of the parameters, the batches and every random draw
+    seed: Natural = 1  # of the parameters, the batches and every random draw
     num_updates: Count = 10_000_000  # length of the run in gradient updates
     resume: bool = False  # continue the run of these tasks, name and seed from its last checkpoint, if it has one
     checkpoint: str | None = None  # start from this agent: a run, a checkpoint, or an original multi-task .pt

@@ -26,7 +26,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import arguments
 import envs as environments
-from arguments import Count, Fraction, Name, NewFile, Number, Positive, Seed, Several, Share, Weight
+from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from devices import place_replay, use_compile_cache
 from files.pretrained import load_agent
 from files.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
@@ -61,7 +61,7 @@ class Args:
     buffer_size: Count = 1_000_000  # decisions that the replay holds, 12.3 KB each
     num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
     utd: Positive = 1.0  # gradient updates per decision of one environment
-    seed_steps: Count | None = None  # random decisions, then as many updates at once; default max(1000, 5 episodes)
+    seed_steps: Natural | None = None  # random decisions, then as many updates at once; default max(1000, 5 episodes)
     lr: Positive = 3e-4  # learning rate
     enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
     grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
@@ -82,7 +82,7 @@ class Args:
     iterations: Count = 6  # iterations of MPPI (two more for 20 or more action dimensions)
     num_samples: Count = 512  # action sequences N per iteration
     num_elites: Count = 64  # sequences that the next distribution is fitted to
-    num_pi_trajs: Count = 24  # sequences P proposed by the policy
+    num_pi_trajs: Natural = 24  # sequences P proposed by the policy
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
     temperature: Weight = 0.5  # inverse temperature of the elites' weights
@@ -90,7 +90,7 @@ class Args:
     # Run
     exp_name: Name = "tdmpc2_jax_rgb"  # name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED
     runs_dir: str = "runs"  # folder of all runs
-    seed: Seed = 1  # of the parameters, the environments and every random draw
+    seed: Natural = 1  # of the parameters, the environments and every random draw
     total_timesteps: Count = 4_000_000  # length of the run in simulator steps (decisions x action repeat)
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
     checkpoint: str | None = None  # start from this agent: a run, or an original .pt

@@ -38,6 +38,24 @@ def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, 
     assert all(word in sentence for word in words), sentence
 
 
+NONSENSE = """
+lr=-1 lr=0 lr=nan lr=inf enc-lr-scale=-1 enc-lr-scale=nan tau=2 tau=-0.1 tau=nan rho=2 rho=-0.5 grad-clip-norm=0
+grad-clip-norm=nan discount-min=2 discount-min=0.999 discount-max=1.5 discount-max=nan discount-denom=0 discount-denom=-5
+enc-dim=0 enc-dim=-1 mlp-dim=0 latent-dim=0 latent-dim=-8 num-enc-layers=0 num-q=1 num-q=-2 num-bins=1 vmin=10 vmin=nan
+vmax=-10 vmax=inf simnorm-dim=0 simnorm-dim=-8 dropout=1 dropout=-0.1 dropout=nan log-std-min=2 log-std-max=nan
+batch-size=0 batch-size=-4 buffer-size=0 buffer-size=100000000000 num-envs=-1 utd=-1 utd=inf utd=nan seed-steps=-1
+seed-steps=0 consistency-coef=-1 reward-coef=-0.1 value-coef=nan termination-coef=-1 entropy-coef=inf horizon=0
+iterations=-1 num-samples=0 num-elites=0 num-elites=513 num-pi-trajs=-1 num-pi-trajs=512 min-std=3 min-std=-1 max-std=0
+max-std=nan temperature=-1 temperature=nan exp-name= exp-name=../x exp-name=/x seed=-1 seed=2147483648 total-timesteps=0
+eval-freq=0 eval-episodes=-3 checkpoint-freq=0 log-freq=-1 json=nowhere/x.json
+""".split()
+
+
+@pytest.mark.parametrize("flag", [*NONSENSE, "exp-name=" + "x" * 300])
+def test_numbers_and_names_that_make_no_sense_are_refused_with_their_flag(refused, flag):
+    assert f"--{flag.partition('=')[0]}" in refused(*CARTPOLE, f"--{flag}")
+
+
 def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, golden):
     def evaluation_of(path, *flags):
         return refused(*CARTPOLE, "--evaluate", "--checkpoint", path, *flags)

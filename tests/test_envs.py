@@ -14,6 +14,7 @@ import pytest
 
 import envs
 from domains import dmcontrol, rendering
+from domains.vector import env_seeds
 
 ROOT = Path(envs.__file__).parent
 DMCONTROL = [name for name, row in envs.TASKS.items() if row.domain == "DMControl"]
@@ -507,7 +508,7 @@ def test_workers_make_the_task_that_this_process_has_registered():
     gym.register("Pendulum-v1", entry_point=Counter, max_episode_steps=5)
     try:
         vector = envs.make_envs("Pendulum-v1", 2, num_workers=2)
-        assert vector.reset(seed=3)[0].tolist() == [[0, 3, 0], [0, 4, 0]]
+        assert vector.reset(seed=3)[0].tolist() == [[0, seed, 0] for seed in np.float32(env_seeds(3, 2)).tolist()]
         vector.close()
     finally:
         gym.registry["Pendulum-v1"] = before
@@ -539,12 +540,38 @@ def test_actions_of_another_shape_are_refused(num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_environment_i_gets_the_seed_plus_i(num_workers):
+def test_environment_i_gets_number_i_of_the_seeds_that_follow_from_one_seed(num_workers):
+    seeds = np.float32(env_seeds(10, 3)).tolist()
     results, reseeded = vector_rollout("Counter-v0", num_workers, 1, seed=10)
-    assert list(results[0][0][:, 1]) == [10, 11, 12] and list(reseeded[:, 1]) == [10, 11, 12]
+    assert results[0][0][:, 1].tolist() == seeds and reseeded[:, 1].tolist() == seeds
     results, _ = vector_rollout("walker-walk", num_workers, 0, seed=10)
-    for i in range(3):
-        np.testing.assert_array_equal(results[0][0][i], envs.make_env("walker-walk", seed=10 + i).reset()[0])
+    for i, seed in enumerate(env_seeds(10, 3)):
+        np.testing.assert_array_equal(results[0][0][i], envs.make_env("walker-walk", seed=seed).reset()[0])
+
+
+def test_start_states_of_different_seeds_and_streams_are_all_different():
+    vector, starts = envs.make_envs("cartpole-swingup", 10, (1, 0), num_workers=0), []
+    streams = [1, 2, (1, 0), (1, 1), (2, 1), (1, 1, 1000), (1, 1, 1002), (1, 0, 0), (0, 1)]
+    for seed in streams:
+        obs, _ = vector.reset(seed=seed)
+        np.testing.assert_array_equal(obs, vector.reset(seed=seed)[0], "the same seed gives the same states")
+        starts += [tuple(state) for state in obs]
+    vector.close()
+    assert len(set(starts)) == 10 * len(streams)
+    with pytest.raises(envs.UserError, match="a seed is a whole number"):
+        env_seeds(-1, 2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_environments_that_are_not_active_are_left_as_they_are(num_workers):
+    vector = envs.make_envs("Counter-v0", 3, num_workers=num_workers)
+    obs, _ = vector.reset(seed=1)
+    some, action = np.array([True, False, True]), np.zeros((3, 1), np.float32)
+    for _ in range(2):
+        obs, reward, terminated, truncated, _ = vector.step(action, active=some)
+    assert obs[:, 0].tolist() == [2, 0, 2] and reward[1] == 0 and not (terminated | truncated).any()
+    assert vector.step(action)[0][:, 0].tolist() == [3, 1, 3]
+    vector.close()
 
 
 def test_worker_processes_are_the_default_where_they_pay(monkeypatch):
@@ -807,7 +834,8 @@ def test_workers_draw_on_several_gpus_in_turn_unless_the_user_says_where():
 
 
 def test_a_gpu_that_cannot_be_opened_is_passed_over(gl):
-    code = "from domains import rendering; rendering._worker = 1; import envs; env = envs.make_env('cartpole-swingup', obs='rgb'); assert env.reset()[0].std() > 10; print('drawn')"
+    code = "from domains import rendering; rendering._worker = 1; import envs; "
+    code += "env = envs.make_env('cartpole-swingup', obs='rgb'); assert env.reset()[0].std() > 10; print('drawn')"
     run = run_python(code, CUDA_VISIBLE_DEVICES="0,99")
     assert "drawn" in run.stdout, run.stderr
 
