@@ -2,18 +2,23 @@
 
     python benchmarks/environments.py                                # six tasks of different weight
     python benchmarks/environments.py --tasks dog-run --num-envs 32 --workers 0 8 16 --json envs.json
+    python benchmarks/environments.py --tasks --stock --against ../old   # beside another version of this project
 
 A decision is one `step` of one environment with its action repeat, random actions, resets where they fall. All numbers
 of workers step the same number of environments, in turn within every round; figures are medians of the rounds.
 `parent` is the CPU time of the process that holds the agent per decision: all of it with 0 workers, only messages and
-copies with more. The last table compares with dm_control as it comes: `suite.load`, two `step`s per decision and the
-observation flattened, in one process, CPU time.
+copies with more. The second table compares with dm_control as it comes: `suite.load`, two `step`s per decision and the
+observation flattened, in one process, CPU time. The last one is about `make_envs` as it comes, in a fresh process every
+time: seconds to import, make and reset, ms for a step of all environments, MB of this process and its workers (shared
+pages counted once: PSS); with --against of the two versions in turn.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +44,12 @@ class Args:
     """numbers of worker processes; 0 is in this process"""
     stock: tuple[str, ...] = ("cartpole-swingup", "walker-walk", "walker-run", "dog-run")
     """tasks to compare with dm_control as it comes"""
+    started: tuple[str, ...] = ("cartpole-swingup", "walker-walk", "dog-run")
+    """tasks whose start and memory are measured"""
+    started_envs: tuple[int, ...] = (1, 4, 16)
+    """numbers of environments for these"""
+    against: str | None = None
+    """folder of another version of this project, to start its environments, too"""
     rounds: int = 5
     """rounds of measurement"""
     json: str | None = None
@@ -111,12 +122,43 @@ def measure_stock(task: str, rounds: int) -> tuple[float, float]:
     return tuple(statistics.median(column) for column in zip(*times, strict=True))
 
 
+STARTED = """
+import json, sys, time
+begin = time.perf_counter()
+sys.path.insert(0, sys.argv[1])
+import envs
+vector = envs.make_envs(sys.argv[2], int(sys.argv[3]), seed=1)
+vector.reset()
+start = time.perf_counter() - begin
+import numpy, psutil
+action, steps, begin = numpy.zeros(vector.action_space.shape, numpy.float32), 0, time.perf_counter()
+while (elapsed := time.perf_counter() - begin) < float(sys.argv[4]):
+    vector.step(action)
+    steps += 1
+process = psutil.Process()
+everyone = [process, *process.children(recursive=True)]
+print(json.dumps([start, elapsed / steps * 1e3, sum(one.memory_full_info().pss for one in everyone) / 1e6]))
+vector.close()
+"""
+
+
+def measure_start(task: str, num_envs: int, args: Args) -> list[tuple[float, float, float]]:
+    """(seconds to start, ms a step, MB) of this version and of --against."""
+    folders = [Path(envs.__file__).parent, *([args.against] if args.against else [])]
+    rounds = []
+    for _ in range(args.rounds):
+        commands = ([sys.executable, "-c", STARTED, *map(str, (one, task, num_envs, ROUND))] for one in folders)
+        runs = [subprocess.run(command, stdout=subprocess.PIPE, check=True) for command in commands]
+        rounds.append([json.loads(run.stdout) for run in runs])
+    return [tuple(map(statistics.median, zip(*one, strict=True))) for one in zip(*rounds, strict=True)]
+
+
 def main(args: Args) -> None:
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     print(f"{args.num_envs} environments, {cores} cores, load average {load:.1f}\n")
     print("| task | " + " | ".join(f"{w} workers, decisions/s | parent µs" for w in args.workers) + " | default |")
     print("|---" * (2 * len(args.workers) + 2) + "|")
-    results = {"num_envs": args.num_envs, "cores": cores, "load_average": load, "workers": {}, "stock": {}}
+    results = {"num_envs": args.num_envs, "cores": cores, "load_average": load, "workers": {}, "stock": {}, "start": {}}
     for task in args.tasks:
         try:
             figures = results["workers"][task] = measure_workers(task, args)
@@ -129,6 +171,12 @@ def main(args: Args) -> None:
     for task in args.stock:
         ours, theirs = results["stock"][task] = measure_stock(task, args.rounds)
         print(f"| {task} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.2f} |", flush=True)
+    print("\n| task | environments | start s, step ms, MB |" + " against |" * bool(args.against))
+    print("|---|---|---|" + "---|" * bool(args.against))
+    for task, num_envs in itertools.product(args.started, args.started_envs):
+        figures = results["start"][f"{task} x {num_envs}"] = measure_start(task, num_envs, args)
+        cells = " | ".join("{:.2f}, {:.2f}, {:.0f}".format(*one) for one in figures)
+        print(f"| {task} | {num_envs} | {cells} |", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2))
 

@@ -69,14 +69,11 @@ def env_seeds(seed: int | Sequence[int], num_envs: int) -> list[int]:
     Raises:
         UserError: it is something else.
     """
-    try:
-        entropy = [seed] if np.ndim(seed) == 0 else [*seed]
-        words = np.random.SeedSequence([len(entropy), *map(int, entropy)]).generate_state(
-            num_envs
-        )  # (1,) is not (1, 0)
+    entropy = [seed] if np.ndim(seed) == 0 else [*seed]
+    try:  # the length first: SeedSequence itself takes (1,) and (1, 0) for the same
+        return np.random.SeedSequence([len(entropy), *entropy]).generate_state(num_envs).tolist()
     except (TypeError, ValueError) as error:
         raise UserError(f"a seed is a whole number from 0 on, or several of them, not {seed!r}") from error
-    return [int(word) for word in words]
 
 
 class TaskVectorEnv(gym.vector.VectorEnv):

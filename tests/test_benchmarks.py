@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 
 import envs
 import tdmpc2_jax as td
@@ -141,12 +142,15 @@ def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_p
 def test_environments_are_stepped_with_and_without_workers_and_beside_dm_controls(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(environments, "ROUND", 0.05)
     path = tmp_path / "envs.json"
-    tasks = {"tasks": ("cartpole-swingup",), "stock": ("cartpole-swingup",)}
-    environments.main(environments.Args(**tasks, num_envs=2, workers=(0, 2), rounds=1, json=str(path)))
+    tasks = {"tasks": ("cartpole-swingup",), "stock": ("cartpole-swingup",), "started": ("cartpole-swingup",)}
+    started = {"started_envs": (2,), "against": str(ROOT)}
+    environments.main(environments.Args(**tasks, **started, num_envs=2, workers=(0, 2), rounds=1, json=str(path)))
     results = json.loads(path.read_text())
     assert all(min(figures) > 0 for figures in results["workers"]["cartpole-swingup"].values())
     assert list(results["workers"]["cartpole-swingup"]) == ["0", "2"] and len(results["stock"]["cartpole-swingup"]) == 2
-    assert capsys.readouterr().out.count("| cartpole-swingup |") == 2
+    ours, other = results["start"]["cartpole-swingup x 2"]
+    assert min(*ours, *other) > 0 and 10 < ours[2] < 1000  # MB
+    assert capsys.readouterr().out.count("| cartpole-swingup |") == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*of the 4 files of mt30")
