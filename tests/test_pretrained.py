@@ -183,7 +183,7 @@ def test_an_agent_that_does_not_fit_hears_the_first_difference_and_what_would_fi
         ),
         (
             wide, None,
-            "encoder/params/linear_0/kernel is .*; it has --enc-dim 16 --mlp-dim 24 --latent-dim 24 "
+            "dynamics/params/linear_0/kernel is .*; it has --enc-dim 16 --mlp-dim 24 --latent-dim 24 "
             "--num-enc-layers 3 --num-q 5$",
         ),
         (wide, SIZES, "; it has --model-size 5$"),
