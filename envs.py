@@ -115,7 +115,7 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
 def make_envs(
     task: str | Sequence[str],
     num_envs: int,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     obs: str = "state",
     render_mode: str | None = None,
     num_workers: int | None = None,
@@ -123,19 +123,21 @@ def make_envs(
     shadows: bool = True,
     action_repeat: int | None = None,
 ) -> gym.vector.VectorEnv:
-    """Makes `num_envs` environments that step together; environment i is `make_env(task, seed + i)`.
+    """Makes `num_envs` environments that step together; environment i is `make_env(task, env_seeds(seed, …)[i])`.
 
     With several tasks, they are `num_envs` of the first task, then as many of the next, and so on; observations are
     padded with zeros to the largest of them, and of an action each takes the entries that it needs.
 
     The step after an episode's end returns the next episode's first observation and ignores the action (NEXT_STEP).
-    `reset(seed=s)` gives environment i the seed s + i. `infos["success"]` is float64 [num_envs]. What an environment
-    returns depends on its seed and actions only, not on the number of workers.
+    `reset(seed=s)` seeds anew, again by `env_seeds`. `step(actions, active=…)` leaves some environments as they are.
+    `infos["success"]` is float64 [num_envs]. What an environment returns depends on its seed and actions only, not on
+    the number of workers.
 
     Args:
-        task, seed, obs, shadows, action_repeat: as in `make_env`; task may also be several names of the table (with
+        task, obs, shadows, action_repeat: as in `make_env`; task may also be several names of the table (with
             obs="state" only).
         num_envs: number of environments (of each task), at least 1.
+        seed: a number from 0 on, or several, such as (seed, 1): different ones give independent random streams.
         render_mode: "rgb_array": `envs.render()[i]` is a frame of environment i if it is the first of its task; the
             others draw nothing.
         num_workers: worker processes to spread the environments over; 0 steps them in this process. Default: what
@@ -152,14 +154,13 @@ def make_envs(
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]
     makers = [
-        functools.partial(_make_one, sizes, name, seed + i, obs, mode, shadows, action_repeat)
-        for i, (name, mode) in enumerate(one_each)
+        functools.partial(_make_one, sizes, name, env_seed, obs, mode, shadows, action_repeat)
+        for (name, mode), env_seed in zip(one_each, vector.env_seeds(seed, len(one_each)), strict=True)
     ]
     if num_workers is None:
         num_workers = default_workers(names, num_envs, obs=obs)
     if num_workers == 0:
-        makers = [lambda make=make: vector.SuccessOnly(make()) for make in makers]
-        return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+        return vector.TaskVectorEnv(names, makers, render_mode)
     return vector.WorkerVectorEnv(names, makers, min(num_workers, len(makers)), render_mode)
 
 

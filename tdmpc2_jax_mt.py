@@ -14,18 +14,11 @@ discrete regression, n environments, q an ensemble of value heads, T tasks, E si
 """
 
 import contextlib
-import csv
 import dataclasses
-import fcntl
-import importlib.util
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 import zlib
 from collections import deque
 from functools import partial
@@ -33,165 +26,121 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
-import flax
 import flax.linen as nn
-import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-import tyro
-from imageio_ffmpeg import get_ffmpeg_exe
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
+from jax.sharding import Mesh
 
+import arguments
 import envs as environments
+from arguments import Count, Fraction, Name, NewFile, Number, Positive, Seed, Several, Share, Weight
+from devices import (
+    agree,
+    any_process,
+    available_everywhere,
+    bytes_of,
+    everywhere,
+    local_copy,
+    on_devices,
+    split,
+    start_distributed,
+    use_compile_cache,
+)
+from files.pretrained import Agent, check_shapes, load_multitask, sizes_of
+from files.reports import progress, report_video, write_atomically
+from runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
 @dataclasses.dataclass(frozen=True)
 class Args:
-    tasks: str | None = None
-    """mt30, mt80, or names with commas, in the order of the dataset's ids (default: mt30; evaluating: all it knows)"""
-    data_dir: str | None = None
-    """folder of the dataset: chunk_0.pt, chunk_1.pt, ... of the original, or what --save-episodes has written"""
-    exp_name: str = "tdmpc2_jax_mt"
-    """name of this experiment: its files go to RUNS_DIR/TASKS/EXP_NAME/SEED"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    seed: int = 1
-    """seed of the parameters, the batches and every random draw"""
-    num_updates: int = 10_000_000
-    """length of the run in gradient updates"""
-    resume: bool = False
-    """continue the run of these tasks, name and seed from its last checkpoint (start it if there is none)"""
-    checkpoint_freq: int = 50_000
-    """updates between checkpoints (one more is written at the end, on SIGTERM and on Ctrl-C)"""
-    log_freq: int = 1_000
-    """updates between two points of the loss curves"""
-    track: bool = False
-    """also send everything to Weights & Biases (pip install wandb)"""
-    wandb_project_name: str = "tdmpc2-jax"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
+    tasks: str | None = (
+        None  # mt30, mt80, or names with commas, in the order of the dataset's ids (default: mt30, or all known)
+    )
+    data_dir: str | None = (
+        None  # folder of the dataset: the original's chunk_0.pt, chunk_1.pt, ..., or of --save-episodes
+    )
 
-    # Data and devices
-    storage: Literal["auto", "device", "host", "disk"] = "auto"
-    """where batches are drawn from: device memory, this machine's memory, or the files as they lie on the disk"""
-    storage_dtype: Literal["files", "float16"] = "files"
-    """type of the numbers in device memory: that of the files, or half precision"""
-    readers: int = 4
-    """threads that read batches ahead from the disk or the machine's memory; more for a slow disk"""
-    shard_params: Literal["auto", "yes", "no"] = "auto"
-    """spread parameters and optimiser state over the devices, instead of a copy on each (auto: if copies do not fit)"""
-    distributed: bool = False
-    """this is one of several processes, which SLURM or the next three arguments describe; all see one --runs-dir"""
-    coordinator: str | None = None
-    """HOST:PORT of process 0"""
-    num_processes: int | None = None
-    """number of processes"""
-    process_id: int | None = None
-    """number of this process, from 0"""
+    # World model
+    model_size: Literal[1, 5, 19, 48, 317] = (
+        5  # millions of parameters: sets what neither the next six nor --checkpoint give
+    )
+    enc_dim: Count | None = None  # width of the encoder's hidden layers
+    mlp_dim: Count | None = None  # width of all other hidden layers
+    latent_dim: Count | None = None  # latent size Z
+    num_enc_layers: Count | None = None  # layers of the encoder
+    num_q: Several | None = None  # value heads
+    task_dim: Count | None = None  # size E of the task embedding
+    num_bins: Several = 101  # bins K of the discrete regression of rewards and values
+    vmin: Number = -10.0  # lowest bin, in symlog space
+    vmax: Number = 10.0  # highest bin, in symlog space
+    simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
+    dropout: Fraction = 0.01  # dropout after the first layer of every value head
+    log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
+    log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
 
-    # Evaluation
-    eval_freq: int = 100_000
-    """updates between evaluations (one more at the end)"""
-    eval_episodes: int = 10
-    """episodes of each task in an evaluation; all of all tasks run side by side (10-40 MB of memory each)"""
-    capture_video: bool = False
-    """write one MP4 of every evaluation, a grid of all tasks, to RUNS_DIR/... and trackers (needs a GL library)"""
-    evaluate: bool = False
-    """do not train: evaluate --checkpoint, print the table of tasks and exit"""
-    checkpoint: str | None = None
-    """start from these parameters: a run folder, a checkpoint folder, or an original multi-task .pt file"""
-    json: str | None = None
-    """with --evaluate: write the results to this file"""
-    mpc: bool = True
-    """act by planning; --no-mpc acts with the policy alone"""
-
-    # Model
-    model_size: Literal[1, 5, 19, 48, 317] = 5
-    """millions of parameters: sets the six sizes below where neither they nor --checkpoint are given"""
-    enc_dim: int | None = None
-    """width of the encoder's hidden layers"""
-    mlp_dim: int | None = None
-    """width of all other hidden layers"""
-    latent_dim: int | None = None
-    """latent size Z"""
-    num_enc_layers: int | None = None
-    """layers of the encoder"""
-    num_q: int | None = None
-    """value heads"""
-    task_dim: int | None = None
-    """size E of the task embedding"""
-    num_bins: int = 101
-    """bins K of the discrete regression of rewards and values"""
-    vmin: float = -10.0
-    """lowest bin, in symlog space"""
-    vmax: float = 10.0
-    """highest bin, in symlog space"""
-    simnorm_dim: int = 8
-    """size of the groups in which SimNorm takes softmaxes"""
-    dropout: float = 0.01
-    """dropout after the first layer of every value head"""
-    log_std_min: float = -10.0
-    """lower bound of the policy's log standard deviation"""
-    log_std_max: float = 2.0
-    """upper bound of the policy's log standard deviation"""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the inputs of matrix products; parameters, statistics and losses stay float32"""
-
-    # Optimisation
-    batch_size: int = 1024
-    """windows per update B"""
-    lr: float = 3e-4
-    """learning rate"""
-    enc_lr_scale: float = 0.3
-    """the encoder's learning rate is this share of lr"""
-    grad_clip_norm: float = 20.0
-    """bound on the global gradient norm, of the model and of the policy each"""
-    tau: float = 0.01
-    """step of the target values and of the Q scale"""
-    rho: float = 0.5
-    """weight of a loss t steps into the window is rho^t"""
-    consistency_coef: float = 20.0
-    """weight of the latent consistency loss"""
-    reward_coef: float = 0.1
-    """weight of the reward loss"""
-    value_coef: float = 0.1
-    """weight of the value loss"""
-    entropy_coef: float = 1e-4
-    """weight of the policy's entropy"""
-    discount_denom: float = 5.0
-    """episode length L gives the discount (L/denom - 1) / (L/denom), clipped to the next two"""
-    discount_min: float = 0.95
-    """lowest discount"""
-    discount_max: float = 0.995
-    """highest discount"""
+    # Learning
+    batch_size: Count = 1024  # windows per update B
+    lr: Positive = 3e-4  # learning rate
+    enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
+    grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
+    tau: Share = 0.01  # step of the target values and of the Q scale
+    rho: Share = 0.5  # weight of a loss t steps into the window is rho^t
+    consistency_coef: Weight = 20.0  # weight of the latent consistency loss
+    reward_coef: Weight = 0.1  # weight of the reward loss
+    value_coef: Weight = 0.1  # weight of the value loss
+    entropy_coef: Weight = 1e-4  # weight of the policy's entropy
+    discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
+    discount_min: Share = 0.95  # lowest discount
+    discount_max: Share = 0.995  # highest discount
 
     # Planning
-    horizon: int = 3
-    """steps H of a plan and of a training window"""
-    iterations: int = 6
-    """iterations of MPPI (two more for 20 or more action dimensions)"""
-    num_samples: int = 512
-    """action sequences N per iteration"""
-    num_elites: int = 64
-    """sequences that the next distribution is fitted to"""
-    num_pi_trajs: int = 24
-    """sequences P proposed by the policy"""
-    min_std: float = 0.05
-    """lower bound of the planner's standard deviation"""
-    max_std: float = 2.0
-    """initial value and upper bound of the planner's standard deviation"""
-    temperature: float = 0.5
-    """inverse temperature of the elites' weights"""
+    mpc: bool = True  # act by planning; --no-mpc acts with the policy alone
+    horizon: Count = 3  # steps H of a plan and of a training window
+    iterations: Count = 6  # iterations of MPPI (two more for 20 or more action dimensions)
+    num_samples: Count = 512  # action sequences N per iteration
+    num_elites: Count = 64  # sequences that the next distribution is fitted to
+    num_pi_trajs: Count = 24  # sequences P proposed by the policy
+    min_std: Weight = 0.05  # lower bound of the planner's standard deviation
+    max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
+    temperature: Weight = 0.5  # inverse temperature of the elites' weights
+
+    # Run
+    exp_name: Name = "tdmpc2_jax_mt"  # name of this experiment: its files go to RUNS_DIR/TASKS/EXP_NAME/SEED
+    runs_dir: str = "runs"  # folder of all runs
+    seed: Seed = 1  # of the parameters, the batches and every random draw
+    num_updates: Count = 10_000_000  # length of the run in gradient updates
+    resume: bool = False  # continue the run of these tasks, name and seed from its last checkpoint, if it has one
+    checkpoint: str | None = None  # start from this agent: a run, a checkpoint, or an original multi-task .pt
+    evaluate: bool = False  # do not train: evaluate --checkpoint, print the table of tasks and exit
+    json: NewFile | None = None  # with --evaluate: write the results to this file
+    eval_freq: Count = 100_000  # updates between evaluations (one more at the end)
+    eval_episodes: Count = (
+        10  # of each task in an evaluation; all of all tasks run side by side (10-40 MB of memory each)
+    )
+    checkpoint_freq: Count = 50_000  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
+    log_freq: Count = 1_000  # updates between two points of the loss curves
+    capture_video: bool = False  # write one MP4 of every evaluation, a grid of all tasks (needs a GL library)
+    storage: Literal["auto", "device", "host", "disk"] = (
+        "auto"  # batches come from device memory, the machine's, or the files
+    )
+    storage_dtype: Literal["files", "float16"] = "files"  # type of the numbers in device memory: the files', or half
+    readers: Count = 4  # threads that read batches ahead from the disk or the machine's memory; more for a slow disk
+    shard_params: Literal["auto", "yes", "no"] = (
+        "auto"  # spread parameters and optimiser state (auto: if copies do not fit)
+    )
+    distributed: bool = False  # one of several processes, of SLURM or as the next three say; all see one --runs-dir
+    coordinator: str | None = None  # HOST:PORT of process 0
+    num_processes: int | None = None  # number of processes
+    process_id: int | None = None  # number of this process, from 0
+    track: bool = False  # also send everything to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
 
 
 # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
@@ -202,6 +151,7 @@ MODEL_SIZES = {
     48: (1792, 1792, 768, 4, 5),
     317: (4096, 4096, 1376, 5, 8),
 }
+SCRIPTS = ("tdmpc2_jax_mt",)  # whose checkpoints this one starts from
 SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q", "task_dim")
 
 
@@ -220,7 +170,7 @@ def discount_of(args: Args, episode_length: int) -> float:
     return float(np.clip((scale - 1) / scale, args.discount_min, args.discount_max))
 
 
-# --------------------------------------------------------------------------------------------------------------- Maths
+# ------------------------------------------------------------------------------------------------------------ Maths
 def symlog(x):
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
 
@@ -280,7 +230,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Hidden layers Linear -> LayerNorm -> Mish, then Linear(out), with LayerNorm -> SimNorm behind it if asked for."""
+    """Hidden layers Linear -> LayerNorm -> Mish, then Linear(out), followed by LayerNorm -> SimNorm if asked for."""
 
     hidden: tuple[int, ...]
     out: int
@@ -391,7 +341,7 @@ def task_input(tasks: Tasks, emb: jax.Array, task: jax.Array) -> TaskInput:
 
 
 # --------------------------------------------------------------------------------------------------------- World model
-class Policy(NamedTuple):
+class PolicySample(NamedTuple):
     action: jax.Array  # [..., A] in (-1, 1)
     mean: jax.Array  # [..., A] the action without noise
     log_std: jax.Array  # [..., A]
@@ -399,7 +349,7 @@ class Policy(NamedTuple):
     scaled_entropy: jax.Array  # [...] the entropy that the policy's loss rewards
 
 
-def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, task: TaskInput, eps: jax.Array) -> Policy:
+def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, task: TaskInput, eps: jax.Array) -> PolicySample:
     """Policy prior p(z, e), a squashed Gaussian in the actions that the task has; the others are 0.
 
     z [..., Z] and standard normal eps [..., A] -> sample and statistics.
@@ -411,7 +361,7 @@ def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, task: TaskInp
     log_gauss = (-0.5 * eps**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
     log_pi = log_gauss - jnp.log(jax.nn.relu(1 - action**2) + 1e-6).sum(-1)
     entropy_scale = task.mask.sum(-1) * log_gauss / (log_pi + 1e-8)
-    return Policy(action, jnp.tanh(mean), log_std, -log_pi, -log_pi * entropy_scale)
+    return PolicySample(action, jnp.tanh(mean), log_std, -log_pi, -log_pi * entropy_scale)
 
 
 def q_logits(model: WorldModel, q_params, z: jax.Array, emb: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
@@ -437,42 +387,36 @@ def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Arra
 
 # ------------------------------------------------------------------------------------------------------------ Planning
 class PlanNoise(NamedTuple):
-    """Every random draw of one plan in n environments (the heads are shared: their parameters are gathered once)."""
+    """Every random draw of one plan in n environments. All are made up front, so that `plan` is a plain function of
+    arrays: given the draws that another program has recorded, it must return that program's plan."""
 
     pi: jax.Array  # [n, H, P, A] normal: the policy's sequences
     sample: jax.Array  # [n, iterations, H, N-P, A] normal: the sampled sequences
-    terminal: jax.Array  # [n, iterations, N, A] normal: the policy's action behind the horizon
-    heads: jax.Array  # [iterations, 2] indices of value heads
+    terminal: jax.Array  # [n, iterations, N, A] normal: the policy's action after the horizon
     gumbel: jax.Array  # [n, num_elites]: choice of the elite
-    explore: jax.Array  # [n, A] normal: exploration
+    exploration: jax.Array  # [n, A] normal: added to the action
 
 
-def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> PlanNoise:
-    """Draws what a plan in n environments needs."""
+def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
+    """Draws what a plan in n environments needs, and the indices [iterations, 2] of the value heads that each iteration
+    uses; these are shared by all environments, so that their parameters are gathered once."""
     H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
     iterations = args.iterations + 2 * (A >= 20)
     keys = jax.random.split(key, 6)
-    return PlanNoise(
+    noise = PlanNoise(
         pi=jax.random.normal(keys[0], (n, H, P, A)),
         sample=jax.random.normal(keys[1], (n, iterations, H, N - P, A)),
         terminal=jax.random.normal(keys[2], (n, iterations, N, A)),
-        heads=jax.vmap(lambda k: two_heads(model, k))(jax.random.split(keys[3], iterations)),
         gumbel=jax.random.gumbel(keys[4], (n, args.num_elites)),
-        explore=jax.random.normal(keys[5], (n, A)),
+        exploration=jax.random.normal(keys[5], (n, A)),
     )
+    return noise, jax.vmap(lambda k: two_heads(model, k))(jax.random.split(keys[3], iterations))
 
 
 def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
     """Indices [2] of two different value heads, drawn at random: any first one, then any step to another."""
     head, step = jax.random.randint(key, (2,), jnp.array([0, 1]), model.num_q)
     return jnp.stack([head, (head + step) % model.num_q])
-
-
-def envs_at_once(args: Args, model: WorldModel) -> int:
-    """Environments whose plans are computed side by side, the others after them: on a CPU as many as leave a layer's
-    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere as 512 MB hold."""
-    budget = 2**22 if jax.default_backend() == "cpu" else 2**29  # bytes of one layer's activations
-    return max(1, budget // (4 * args.num_samples * model.q.hidden[0]))
 
 
 def estimate_value(args: Args, model: WorldModel, params, z, actions, task: TaskInput, heads, eps) -> jax.Array:
@@ -488,50 +432,61 @@ def estimate_value(args: Args, model: WorldModel, params, z, actions, task: Task
 
 
 def plan(
-    args: Args, model: WorldModel, params, obs, task: TaskInput, prev_mean, first, noise: PlanNoise, explore: bool
+    args: Args,
+    model: WorldModel,
+    params,
+    obs,
+    task: TaskInput,
+    prev_mean,
+    first,
+    noise: PlanNoise,
+    heads,
+    explore: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Model predictive path integral control (MPPI) in n environments at once, each of its own task.
 
     obs [n, O]; task of [n] entries; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the
-    start of an episode; explore adds noise to the action. Returns actions [n, A] in [-1, 1], 0 where the task has none,
-    and the new means [n, H, A].
+    start of an episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
+    [n, A] in [-1, 1], 0 where the task has none, and the new means [n, H, A].
     """
     n, H, A = len(obs), args.horizon, model.action_dim
     chex.assert_shape([obs, task.emb, prev_mean, first], [(n, model.obs_dim), (n, model.task_dim), (n, H, A), (n,)])
 
     def plan_one(env):
-        obs, task, prev_mean, first, draws = env
-        z = model.encoder.apply(params["encoder"], obs, task.emb)[None]  # [1, Z]
+        env_obs, env_task, last_mean, starts, draws = env
+        z = model.encoder.apply(params["encoder"], env_obs, env_task.emb)[None]  # [1, Z]
         pi_actions, pi_z = [], z
         for t in range(H):
-            pi_actions.append(policy(args, model, params["pi"], pi_z, task, draws.pi[t]).action)
-            pi_z = model.dynamics.apply(params["dynamics"], pi_z, task.emb, pi_actions[-1]) if t < H - 1 else None
+            pi_actions.append(policy(args, model, params["pi"], pi_z, env_task, draws.pi[t]).action)
+            pi_z = model.dynamics.apply(params["dynamics"], pi_z, env_task.emb, pi_actions[t]) if t < H - 1 else None
         pi_actions = jnp.stack(pi_actions)  # [H, P, A]
 
-        def iterate(carry, draw):
-            mean, std = carry
-            sampled = jnp.clip(mean[:, None] + std[:, None] * draw.sample, -1, 1) * task.mask
+        def iterate(distribution, draw):
+            (mean, std), (sample_noise, terminal_noise, two) = distribution, draw
+            sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1) * env_task.mask
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(args, model, params, z, actions, task, draw.heads, draw.terminal)
+            values = estimate_value(args, model, params, z, actions, env_task, two, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, args.num_elites)
-            elites = actions[:, elite_indices]  # [H, num_elites, A]
-            weights = jax.nn.softmax(args.temperature * elite_values)  # [num_elites]
+            elites = actions[:, elite_indices]  # [H, E, A]
+            weights = jax.nn.softmax(args.temperature * elite_values)  # [E]
             mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
-            std = jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std) * task.mask
+            std = jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std) * env_task.mask
             return (mean, std), (elites[0], weights)
 
-        mean = jnp.where(first, 0.0, jnp.roll(prev_mean, -1, axis=0).at[-1].set(0.0))
-        scanned = PlanNoise(None, draws.sample, draws.terminal, noise.heads, None, None)
-        start = (mean, jnp.full((H, A), args.max_std))
-        (mean, std), (first_actions, weights) = jax.lax.scan(iterate, start, scanned)
-        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)
-        action = first_actions[-1, chosen]  # [A]
-        action = action + std[0] * draws.explore if explore else action
+        mean = jnp.where(starts, 0.0, jnp.roll(last_mean, -1, axis=0).at[-1].set(0.0))
+        distribution = (mean, jnp.full((H, A), args.max_std))
+        iterations = (draws.sample, draws.terminal, heads)
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
+        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # one elite, drawn by weight
+        action = elite_actions[-1, chosen]  # [A]
+        action = action + std[0] * draws.exploration if explore else action
         return jnp.clip(action, -1, 1), mean
 
-    envs = (obs, task, prev_mean, first, noise._replace(heads=None))
-    at_once = envs_at_once(args, model)
+    # Side by side, but on a CPU only as many as leave a layer in the cache, the others after them: 30 of them side
+    # by side take 1.8 times as long as six times five.
+    at_once = max(1, (2**22 if jax.default_backend() == "cpu" else 2**29) // (4 * args.num_samples * model.q.hidden[0]))
+    envs = (obs, task, prev_mean, first, noise)
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
@@ -542,8 +497,8 @@ def act(args: Args, model: WorldModel, tasks: Tasks, params, obs, task_ids, prev
     key, noise_key = jax.random.split(key)
     task = task_input(tasks, embed(params["task_emb"], task_ids), task_ids)
     if args.mpc:
-        noise = plan_noise(args, model, noise_key, len(obs))
-        action, prev_mean = plan(args, model, params, obs, task, prev_mean, first, noise, explore)
+        noise, heads = plan_noise(args, model, noise_key, len(obs))
+        action, prev_mean = plan(args, model, params, obs, task, prev_mean, first, noise, heads, explore)
     else:
         eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
         z = model.encoder.apply(params["encoder"], obs, task.emb)
@@ -576,7 +531,7 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """Every random draw of one update."""
+    """Every random draw of one update, made up front for the same reason as those of a plan."""
 
     next_action: jax.Array  # [H, B, A] normal: the policy's actions in the TD targets
     target_heads: jax.Array  # [2] indices of the target heads
@@ -611,13 +566,21 @@ def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.Gradient
     )
 
 
-def init_state(args: Args, params: dict[str, Any], target_q, key: jax.Array) -> TrainState:
+def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
     """Learning state at the start of a run with these parameters."""
     model_tx, pi_tx = optimizers(args)
     model_opt = model_tx.init({k: v for k, v in params.items() if k != "pi"})
     target_q = jax.tree.map(jnp.copy, target_q)  # not the same buffers: both are donated
     pi_opt, emb_grad = pi_tx.init(params["pi"]), jnp.zeros_like(params["task_emb"])
-    return TrainState(params, target_q, model_opt, pi_opt, emb_grad, jnp.ones(()), key, jnp.zeros((), jnp.int32))
+    q_scale, updates = jnp.asarray(q_scale, jnp.float32), jnp.zeros((), jnp.int32)
+    return TrainState(params, target_q, model_opt, pi_opt, emb_grad, q_scale, key, updates)
+
+
+def fresh_state(args: Args, model: WorldModel) -> TrainState:
+    """The learning state at the start of a run from scratch."""
+    init_key, train_key = jax.random.split(jax.random.key(args.seed))
+    params = init_params(args, model, init_key)
+    return init_state(args, params, params["q"], 1.0, train_key)
 
 
 def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: Batch, task: TaskInput, noise):
@@ -640,13 +603,12 @@ def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, targ
 
     reward_logits = model.reward.apply(params["reward"], zs[:-1], emb, batch.action)  # [H, B, K]
     value_logits = q_logits(model, params["q"], zs[:-1], emb, batch.action, noise.dropout)  # [q, H, B, K]
-    losses = {
-        "consistency_loss": (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean(),
-        "reward_loss": (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean(),
-        "value_loss": (rho * soft_ce(args, value_logits, target).mean(2)).mean(),
-    }
-    total = sum(getattr(args, name.replace("loss", "coef")) * loss for name, loss in losses.items())
-    return total, (zs, losses | {"total_loss": total})
+    consistency = (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean()
+    reward = (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean()
+    value = (rho * soft_ce(args, value_logits, target).mean(2)).mean()
+    total = args.consistency_coef * consistency + args.reward_coef * reward + args.value_coef * value
+    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value, "total_loss": total}
+    return total, (zs, info)
 
 
 def policy_loss(
@@ -684,15 +646,15 @@ def update(args: Args, model: WorldModel, tasks: Tasks, state: TrainState, batch
     loss = partial(model_loss, args, model, batch=batch, next_z=next_z, target=target, noise=noise)
     grads, (zs, info) = jax.grad(loss, has_aux=True)(model_params)
     grads["task_emb"] += state.emb_grad
-    updates, model_opt = model_tx.update(grads, state.model_opt)
-    model_params = optax.apply_updates(model_params, updates)
+    change, model_opt = model_tx.update(grads, state.model_opt)
+    model_params = optax.apply_updates(model_params, change)
 
     task_emb = renormalise(model_params["task_emb"], batch.task)
-    loss = partial(policy_loss, args, model, tasks, q_params=model_params["q"], zs=zs, task_ids=batch.task)
-    loss = partial(loss, q_scale=state.q_scale, noise=noise)
-    (pi_grads, emb_grad), (q_scale, pi_info) = jax.grad(loss, (0, 1), has_aux=True)(params["pi"], task_emb)
-    updates, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
-    pi_params = optax.apply_updates(params["pi"], updates)
+    pi_loss = partial(policy_loss, args, model, tasks, q_params=model_params["q"], zs=zs, task_ids=batch.task)
+    pi_loss = partial(pi_loss, q_scale=state.q_scale, noise=noise)
+    (pi_grads, emb_grad), (q_scale, pi_info) = jax.grad(pi_loss, (0, 1), has_aux=True)(params["pi"], task_emb)
+    pi_change, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
+    pi_params = optax.apply_updates(params["pi"], pi_change)
 
     target_q = optax.incremental_update(model_params["q"], state.target_q, args.tau)
     info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
@@ -776,21 +738,6 @@ def to_devices(args: Args, data: environments.Dataset, mesh: Mesh) -> DeviceData
     return DeviceData(*whole, *table)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def split(mesh: Mesh, axis: int) -> NamedSharding:
-    """The axis with this number is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "devices"))
-
-
-def on_devices(values, sharding: NamedSharding):
-    """Arrays of this process, equal in all processes if the sharding says everywhere, as arrays of all devices."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), values)
-
-
 def batch_shardings(mesh: Mesh) -> Batch:
     """Every device works on its share of the windows."""
     return Batch(split(mesh, 1), split(mesh, 1), split(mesh, 1), split(mesh, 0))
@@ -826,39 +773,13 @@ def train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, state: TrainS
     return update(args, model, tasks, state._replace(key=key), batch, noise)
 
 
-def available_bytes() -> int:
-    """Memory that a device may use: what the device says or, on CPUs, its share of what is free; of several processes
-    the least, so that all decide alike."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with contextlib.suppress(OSError):  # only Linux says what is free of it
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        group = Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit; no limit is the word max
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
-            free = min(free, int((group / "memory.max").read_text()) - used)
-        free //= jax.local_device_count()
-    return free if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(free)).min())
-
-
-def bytes_of(shapes) -> int:
-    """Bytes on one device of arrays, or of shapes with types and places."""
-    return sum(np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-
-
 def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, source):
     """Compiles `train` for a source of these shapes, says what memory it takes and refuses what cannot fit.
 
     Returns the program and the shapes of the learning state, which is split over the devices if --shard-params says so
     or, by default, if copies of it would take more than half of each.
     """
-    free = available_bytes()
+    free = available_everywhere()
     shard = args.shard_params == "yes"
     state = state_shapes(args, model, mesh, shard)
     if args.shard_params == "auto" and mesh.size > 1 and 2 * bytes_of(state) > free:
@@ -888,11 +809,11 @@ def choose_storage(args: Args, data: environments.Dataset, mesh: Mesh) -> str:
     if args.storage != "auto":
         return args.storage
     on_device = bytes_of(data_shapes(args, data, mesh))
-    if jax.devices()[0].platform != "cpu" and on_device < 0.6 * available_bytes():
+    if jax.devices()[0].platform != "cpu" and on_device < 0.6 * available_everywhere():
         return "device"
     host = np.array(zlib.crc32(socket.gethostname().encode()), np.uint32)
     neighbours = 1 if jax.process_count() == 1 else int((multihost_utils.process_allgather(host) == host).sum())
-    return "host" if neighbours * data.nbytes < 0.4 * available_bytes() * jax.local_device_count() else "disk"
+    return "host" if neighbours * data.nbytes < 0.4 * available_everywhere() * jax.local_device_count() else "disk"
 
 
 def sources(args: Args, data, mesh: Mesh, first: int):
@@ -908,156 +829,6 @@ def sources(args: Args, data, mesh: Mesh, first: int):
             yield jax.tree.map(on_devices, Batch(**batch), batch_shardings(mesh))
 
 
-# --------------------------------------------------------------------------------------------------------- Checkpoints
-def from_torch(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and target Qs from an original checkpoint's tensors, in either of its two layouts."""
-
-    def mlp(names: list[list[str]]):  # per layer: weight [out, in], bias [, ln.weight, ln.bias]
-        params = {}
-        for i, layer in enumerate(names):
-            weight, bias, *norm = (np.asarray(tensors[name], np.float32) for name in layer)
-            params[f"linear_{i}"] = {"kernel": weight.swapaxes(-1, -2), "bias": bias}
-            params |= {f"norm_{i}": {"scale": norm[0], "bias": norm[1]}} if norm else {}
-        return {"params": jax.tree.map(jnp.asarray, params)}
-
-    def layers(prefix: str):
-        fields, names = ("weight", "bias", "ln.weight", "ln.bias"), []
-        while f"{prefix}.{len(names)}.weight" in tensors:
-            names.append([name for f in fields if (name := f"{prefix}.{len(names)}.{f}") in tensors])
-        if not names:  # the layout released in 2023: one running number per tensor; the last layer has no norm
-            names = [[f"{prefix}.{i}" for i in range(4 * layer, min(4 * layer + 4, 10))] for layer in range(3)]
-        return mlp(names)
-
-    if not {"_encoder.state.0.weight", "_pi.2.weight"} <= tensors.keys():
-        other = ": it is one of pixels, for tdmpc2_jax_rgb.py" if "_encoder.rgb.2.weight" in tensors else ""
-        raise environments.UserError(f"the .pt file holds no TD-MPC2 agent that sees states{other}")
-    prefixes = {"encoder": "_encoder.state", "dynamics": "_dynamics", "reward": "_reward", "pi": "_pi"}
-    prefixes |= {"q": "_Qs.params"} | ({"termination": "_termination"} if "_termination.0.weight" in tensors else {})
-    target = "_target_Qs_params" if "_target_Qs_params.0.weight" in tensors else "_target_Qs.params"
-    return {k: layers(prefix) for k, prefix in prefixes.items()}, layers(target)
-
-
-def load_pt_agent(args: Args) -> tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]:
-    """Tasks, parameters and target Qs of an original multi-task .pt file."""
-    tensors = environments.load_pt(args.checkpoint).get("model", {})
-    params, target_q = from_torch(tensors)
-    table = tensors.get("_task_emb.weight")
-    if table is None:
-        raise environments.UserError(f"{args.checkpoint} is a single-task agent: it is for tdmpc2_jax.py")
-    named = environments.set_tasks(task_set(args.tasks)) if args.tasks else ()
-    tasks = environments.TASK_SETS.get(f"mt{len(table)}", named)
-    if len(tasks) != len(table):
-        raise environments.UserError(f"{args.checkpoint} knows {len(table)} tasks: name them all with --tasks")
-    params.pop("termination", None)
-    return tasks, params | {"task_emb": jnp.asarray(table, jnp.float32)}, target_q
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest complete checkpoint of a run folder or of its checkpoints/, or the checkpoint folder itself."""
-    candidates = [path, *path.glob("*"), *path.glob("checkpoints/*")]
-    complete = [p for p in candidates if p.name.isdigit() and (p / "meta" / "metadata").is_file()]
-    if not complete:
-        what = "holds no checkpoint of this script" if path.exists() else "does not exist"
-        raise environments.UserError(f"{path} {what}")
-    return max(complete, key=lambda p: int(p.name))
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder holds a checkpoint that was written to its end (others have longer names)."""
-    return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
-
-
-SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_rgb")
-
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: its script, arguments, tasks and counters."""
-    what = "is damaged or not a checkpoint of tdmpc2_jax_mt.py"
-    try:
-        meta = json.loads((checkpoint / "meta" / "metadata").read_text())
-        if meta["script"] == "tdmpc2_jax_mt":
-            return meta | {"args": Args(**meta["args"]), "tasks": tuple(meta["tasks"])}
-        if meta["script"] in SCRIPTS:
-            what = f"is a checkpoint of {meta['script']}.py, not of this script"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise environments.UserError(f"{checkpoint} {what}")
-
-
-def restore(checkpoint: Path, item: str, like):
-    """One item of a checkpoint, in the structure and shapes of `like` (arrays, or their shapes and types)."""
-    try:
-        return ocp.StandardCheckpointer().restore(checkpoint.absolute() / item, like)
-    except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise environments.UserError(f"{checkpoint} is damaged or of another size ({item}: {reason})") from error
-
-
-def restore_multitask(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and target Qs of a checkpoint of tdmpc2_jax_mt.py, on one device, whatever devices have written it."""
-    path, here = checkpoint.absolute() / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        there = ocp.PyTreeCheckpointHandler().metadata(path).tree
-        there = {"params": there["params"], "target_q": there["target_q"]}
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
-        options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
-        agent = ocp.PyTreeCheckpointer().restore(path, args=ocp.args.PyTreeRestore(like, **options))
-        return agent["params"], agent["target_q"]
-    except Exception as error:  # as above
-        raise environments.UserError(f"{checkpoint} is damaged ({type(error).__name__})") from error
-
-
-def check_shapes(args: Args, model: WorldModel, params) -> None:
-    """Refuses parameters that are not those of this model, naming the first difference."""
-
-    def shapes(tree):
-        return {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
-
-    there = shapes(params)
-    here = shapes(jax.eval_shape(lambda: init_params(args, model, jax.random.key(0))))
-    wrong = [name for name in here | there if here.get(name) != there.get(name)]
-    if wrong:
-        sizes = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here"
-        its = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes_of(params).items())
-        raise environments.UserError(f"{args.checkpoint} does not fit these sizes and tasks: {sizes}; it has {its}")
-
-
-def sizes_of(params: dict[str, Any]) -> dict[str, int]:
-    """The six sizes of the model that these parameters are of."""
-    encoder, dynamics = params["encoder"]["params"], params["dynamics"]["params"]
-    return {
-        "enc_dim": encoder["linear_0"]["bias"].shape[-1],
-        "mlp_dim": dynamics["linear_0"]["bias"].shape[-1],
-        "latent_dim": dynamics["linear_2"]["bias"].shape[-1],
-        "num_enc_layers": sum(name.startswith("linear") for name in encoder),
-        "num_q": params["q"]["params"]["linear_0"]["bias"].shape[0],
-        "task_dim": params["task_emb"].shape[-1],
-    }
-
-
-def load_agent(args: Args) -> tuple[Args, tuple[str, ...], WorldModel, dict[str, Any], dict[str, Any]]:
-    """The agent of args.checkpoint, of whichever kind it is: the arguments completed by its sizes, its tasks, networks,
-    parameters and target Qs."""
-    if args.checkpoint.endswith(".pt"):
-        tasks, params, target_q = load_pt_agent(args)
-    else:
-        checkpoint = find_checkpoint(Path(args.checkpoint))
-        meta = read_meta(checkpoint)
-        tasks, (params, target_q) = meta["tasks"], restore_multitask(checkpoint)
-    unsaid = {name: size for name, size in sizes_of(params).items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **unsaid)
-    model = make_model(args, tasks)
-    check_shapes(args, model, params)
-    return args, tasks, model, params, target_q
-
-
-def fresh_state(args: Args, model: WorldModel) -> TrainState:
-    """The learning state at the start of a run from scratch."""
-    init_key, train_key = jax.random.split(jax.random.key(args.seed))
-    params = init_params(args, model, init_key)
-    return init_state(args, params, params["q"], train_key)
-
-
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 class Evaluation(NamedTuple):
     """E episodes of each of T tasks."""
@@ -1069,32 +840,33 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    args: Args, model: WorldModel, tasks: Tasks, params, names: tuple[str, ...], ids, envs, seed: int, stop=()
+    args: Args, model: WorldModel, tasks: Tasks, params, names: tuple[str, ...], ids, envs, seed, go_on=lambda: True
 ) -> Evaluation | None:
     """Acts without exploration noise in `envs`, some of each of the tasks `names`, whose ids in the model are `ids`;
-    one batched call plans for all episodes that still run. None if a signal in `stop` came in the middle."""
+    one batched call plans for all episodes that still run, and only these are stepped. None if go_on(), which is asked
+    after every step, says no."""
     n, each = envs.num_envs, envs.num_envs // len(names)
     obs, _ = envs.reset(seed=seed)
-    task_ids, running, key = np.repeat(ids, each), np.arange(n), jax.random.key(seed)
+    task_ids, running, key = np.repeat(ids, each), np.arange(n), jax.random.key(args.seed)
     prev_mean, first = jnp.zeros((n, args.horizon, model.action_dim)), np.ones(n, bool)
     action, returns, successes = np.zeros((n, model.action_dim), np.float32), np.zeros(n), np.zeros(n)
     frames = [grid(envs.render())] if args.capture_video else []
     while len(running):
-        if stop:
-            return None
         acted, prev_mean, key = act(
             args, model, tasks, params, obs[running], task_ids[running], prev_mean, first, key, explore=False
         )
         action[running] = acted
-        obs, reward, terminated, truncated, info = envs.step(action)
+        obs, reward, terminated, truncated, info = envs.step(action, active=np.isin(np.arange(n), running))
         if args.capture_video:
             frames.append(grid(envs.render()))
         returns[running] += reward[running]
         successes[running] = info["success"][running]
-        goes_on = ~(terminated | truncated)[running]
-        if not goes_on.all():  # tasks of another domain have longer episodes
-            running, prev_mean = running[goes_on], prev_mean[goes_on]
+        going = ~(terminated | truncated)[running]
+        if not going.all():  # tasks of another domain have longer episodes
+            running, prev_mean = running[going], prev_mean[going]
         first = np.zeros(len(running), bool)
+        if not go_on():
+            return None
     return Evaluation(names, returns.reshape(-1, each), successes.reshape(-1, each), frames)
 
 
@@ -1133,63 +905,41 @@ def headline(results: dict[str, Any]) -> str:
     return f"normalized score {results['normalized_score']:.1f} ({', '.join(means)})"
 
 
-def write_video(path: Path, frames: list[np.ndarray], fps: int) -> None:
-    """Writes uint8 frames [height, width, 3] as an MP4."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width, _ = frames[0].shape
-    raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    even = "-pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2"  # as H.264 wants heights and widths
-    command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", *raw.split(), *even.split(), str(path)]
-    ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
-    with contextlib.suppress(BrokenPipeError), ffmpeg:
-        for frame in frames:
-            ffmpeg.stdin.write(frame.tobytes())
-    if ffmpeg.returncode:
-        raise RuntimeError(f"ffmpeg could not write {path}")
-
-
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
-    if not args.checkpoint.endswith(".pt"):  # what made the agent comes from its run, but for what the user says now
-        recorded = read_meta(find_checkpoint(Path(args.checkpoint)))["args"]
-        names = [f.name for f in dataclasses.fields(Args)]
-        names = ["mpc", *names[names.index("model_size") :]]
-        unsaid = [name for name in names if getattr(args, name) == getattr(Args(), name)]
-        args = dataclasses.replace(args, **{name: getattr(recorded, name) for name in unsaid})
-    args, known, model, params, _ = load_agent(args)
-    names = environments.set_tasks(task_set(args.tasks)) if args.tasks else known
-    for name in names:
-        if name not in known:
-            raise environments.UserError(f"{args.checkpoint} was not trained on {name}")
-    ids = np.array([known.index(name) for name in names])
-    envs = make_eval_envs(args, names, known)
-    try:
-        result = evaluate(args, model, make_tasks(args, known), params, names, ids, envs, args.seed)
-    finally:
-        envs.close()
+    args, model, agent = load_agent(args)
+    names = environments.set_tasks(task_set(args.tasks)) if args.tasks else agent.tasks
+    unknown = [name for name in names if name not in agent.tasks]
+    arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
+    ids = np.array([agent.tasks.index(name) for name in names])
+    steps = max(environments.task_spec(name).episode_length for name in names)
+    with contextlib.closing(make_eval_envs(args, names, agent.tasks)) as envs, progress("evaluating", steps) as go_on:
+        tasks = make_tasks(args, agent.tasks)
+        result = evaluate(args, model, tasks, agent.params, names, ids, envs, (args.seed, 1), go_on)
     results = summary(result)
     print(f"{'task':<32}{'return':>9}{'± std':>9}{'success':>9}{'score':>8}")
     for name, row in results["tasks"].items():
         rate = "" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
         print(f"{name:<32}{row['mean']:>9.1f}{row['std']:>9.1f}{rate:>9}{row['score']:>8.1f}")
     print(f"{headline(results)} over {len(names)} task(s), {result.returns.shape[1]} episode(s) each")
-    if result.frames:
-        write_video(run_folder(args, names) / "videos" / "evaluate.mp4", result.frames, 25)
+    report_video(args.checkpoint, result.frames, 25)
     if args.json:
         results |= {"checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------- Run
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content, so that a crash leaves the old or the new one whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def render_mode(args: Args) -> str | None:
-    return "rgb_array" if args.capture_video else None
+def load_agent(args: Args) -> tuple[Args, WorldModel, Agent]:
+    """The agent of --checkpoint, the arguments completed by its sizes, and its networks; the task embeddings are among
+    its parameters."""
+    named = environments.set_tasks(task_set(args.tasks)) if args.tasks else ()
+    agent = load_multitask(args.checkpoint, named, *SCRIPTS)
+    unsaid = {name: size for name, size in sizes_of(agent.params).items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **unsaid)
+    model = make_model(args, agent.tasks)
+    like = jax.eval_shape(partial(init_params, args, model), jax.random.key(0))
+    check_shapes(agent.params, like, args.checkpoint, "these sizes and tasks")
+    return args, model, agent
 
 
 def task_set(tasks: str | None) -> str | list[str]:
@@ -1200,11 +950,13 @@ def task_set(tasks: str | None) -> str | list[str]:
 
 def make_eval_envs(args: Args, names: tuple[str, ...], known: tuple[str, ...]):
     """--eval-episodes environments of each of the tasks `names`, in the sizes of all tasks that the model knows."""
-    sizes = environments.set_sizes(known)
-    return environments.make_envs(names, args.eval_episodes, args.seed, render_mode=render_mode(args), sizes=sizes)
+    sizes, render_mode = environments.set_sizes(known), "rgb_array" if args.capture_video else None
+    return environments.make_envs(names, args.eval_episodes, (args.seed, 1), render_mode=render_mode, sizes=sizes)
 
 
-def run_folder(args: Args, tasks: tuple[str, ...]) -> Path:
+def run_folder(args: Args) -> Path:
+    """The folder of a run: named after its task set, or its tasks if they are few."""
+    tasks = environments.set_tasks(task_set(args.tasks))
     known = [name for name, known in environments.TASK_SETS.items() if known == tasks]
     crc = zlib.crc32(",".join(tasks).encode())
     name = known[0] if known else "+".join(tasks) if len(tasks) <= 4 else f"{tasks[0]}+{len(tasks) - 1}-{crc:08x}"
@@ -1213,314 +965,130 @@ def run_folder(args: Args, tasks: tuple[str, ...]) -> Path:
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
+    arguments.check_bounds(args)
     tasks = environments.set_tasks(task_set(args.tasks))
-    sized = with_model_size(args, tasks)
-    cluster = (args.coordinator, args.num_processes, args.process_id)
-    rules = [
-        (min(args.batch_size, args.horizon, args.iterations, args.eval_episodes, args.readers) >= 1,
-         "--batch-size, --horizon, --iterations, --eval-episodes and --readers must be at least 1"),
-        (min(args.num_updates, args.eval_freq, args.checkpoint_freq, args.log_freq) >= 1,
-         "--num-updates, --eval-freq, --checkpoint-freq and --log-freq must be at least 1"),
-        (".." not in Path(args.exp_name).parts and not Path(args.exp_name).is_absolute(),
-         "--exp-name must be a name, or a path below the task's folder"),
-        (0 <= args.seed < 2**31, "--seed must lie in 0 .. 2^31 - 1"),
-        (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
-        (1 <= args.num_elites <= args.num_samples, "--num-elites must lie in 1 .. --num-samples"),
-        (sized.latent_dim % args.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim"),
-        (sized.num_q >= 2, "--num-q must be at least 2: the targets need two value heads"),
-        (args.num_bins >= 2 and args.vmin < args.vmax, "--num-bins must be at least 2 and --vmin below --vmax"),
-        (0 <= args.dropout < 1, "--dropout must lie in 0 .. 1"),
+    cluster, none = (args.coordinator, args.num_processes, args.process_id), (None, None, None)
+    flags = "--coordinator, --num-processes and --process-id"
+    arguments.check_rules(
+        (
+            with_model_size(args, tasks).latent_dim % args.simnorm_dim == 0,
+            "--latent-dim must be a multiple of --simnorm-dim",
+        ),
         (args.evaluate or args.data_dir, "training needs the dataset's folder: --data-dir"),
-        (not args.evaluate or args.checkpoint, "--evaluate needs --checkpoint"),
-        (not args.json or args.evaluate, "--json goes with --evaluate"),
-        (not args.json or Path(args.json).absolute().parent.is_dir(), f"the folder of {args.json} does not exist"),
-        (not args.track or importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
-        (args.distributed or cluster == (None, None, None),
-         "--coordinator, --num-processes and --process-id go with --distributed"),
-        (None not in cluster or cluster == (None, None, None),
-         "--coordinator, --num-processes and --process-id go together"),
+        (args.distributed or cluster == none, f"{flags} go with --distributed"),
+        (None not in cluster or cluster == none, f"{flags} go together"),
         (not (args.evaluate and args.distributed), "--evaluate runs in one process: leave out --distributed"),
-    ]  # fmt: skip
-    for holds, sentence in rules:
-        if not holds:
-            raise environments.UserError(sentence)
+    )
     for task in tasks if args.capture_video else ():
         environments.check_rendering(task)
-    resumed = args.resume and has_checkpoint(run_folder(args, tasks))
-    if args.checkpoint and not args.checkpoint.endswith(".pt") and not resumed:
-        read_meta(find_checkpoint(Path(args.checkpoint)))
 
 
-def as_flag(name: str, value) -> str:
-    """An argument as it is said on the command line."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"without --{flag}" if value is None else f"--{flag} {value}"
-
-
-# what may differ when a run is resumed
-FREE_TO_CHANGE = {"resume", "runs_dir", "num_updates", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
-FREE_TO_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video", "data_dir", "storage", "readers"}
-FREE_TO_CHANGE |= {"tasks", "shard_params", "distributed", "coordinator", "num_processes", "process_id"}
-
-
-def open_run(args: Args, folder: Path):
-    """Creates or reopens a run's folder. Returns the lock on it: an open file, held until the process ends, however."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise environments.UserError(
-            f"{folder} is in use by a live run; choose another --exp-name or --seed"
-        ) from error
-    if (folder / "eval.csv").exists():
-        if not args.resume:
-            raise environments.UserError(
-                f"{folder} holds a run; continue it with --resume, or choose another --exp-name or --seed"
-            )
-        before = json.loads((folder / "args.json").read_text())
-        changed = [k for k, v in dataclasses.asdict(args).items() if k not in FREE_TO_CHANGE and before.get(k) != v]
-        if changed:
-            flags = ", ".join(as_flag(k, before.get(k)) for k in changed)
-            raise environments.UserError(f"--resume continues a run as it was started: {flags}")
-    return lock
-
-
-EVAL_COLUMNS = ["step", "task", "reward", "success", "seed"]
-
-
-def trim_curve(path: Path, step: int) -> None:
-    """Drops the rows of eval.csv beyond `step`: a resumed run measures them again."""
-    rows = list(csv.reader(path.open())) if path.exists() else []
-    rows = [row for row in rows[1:] if len(row) == len(EVAL_COLUMNS) and int(row[0]) <= step]
-    write_atomically(path, "".join(",".join(row) + "\n" for row in [EVAL_COLUMNS, *rows]))
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Lists the SIGINTs and SIGTERMs that come, so that the loop can end in order; a second one ends it at once."""
-    received: list[int] = []
-
-    def handler(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old_handler in before.items():
-            signal.signal(number, old_handler)
-
-
-def check_finite(step: int, folder: Path, **values) -> None:
-    """Stops the run when a number that it lives on is no longer one."""
-    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
-    if bad:
-        kept = "its last checkpoint is kept" if has_checkpoint(folder) else "no checkpoint was written yet"
-        raise environments.UserError(f"{bad[0]} is not finite at update {step}: {folder} stops here; {kept}")
-
-
-def save(manager, args: Args, names: tuple[str, ...], count: dict, state: TrainState) -> None:
-    """Writes a checkpoint: complete or not at all, and the one before it goes only when it is complete."""
-    meta = {
-        "script": "tdmpc2_jax_mt",
-        "args": dataclasses.asdict(args),
-        "count": count,
-        "tasks": names,
-    }  # all sizes set
-    items = {"meta": ocp.args.JsonSave(meta), "state": ocp.args.StandardSave(state)}
-    manager.save(count["updates"], args=ocp.args.Composite(**items), force=True)
-
-
-def start_writer(args: Args, folder: Path, step: int) -> SummaryWriter:
-    """TensorBoard, and with --track Weights & Biases, which copies what TensorBoard gets. On resuming at `step`, points
-    beyond it are dropped."""
-    if args.track:
-        import wandb
-
-        name = "__".join(folder.parts[-3:])
-        run_id = re.sub(r"[^\w-]", "-", f"{name}-{folder.stat().st_ino}")  # the same again when the run is resumed
-        settings = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
-        wandb.init(**settings, config=dataclasses.asdict(args), resume="allow", sync_tensorboard=True, dir=str(folder))
-    writer = SummaryWriter(str(folder))
-    events = writer.file_writer.event_writer
-    events.add_event = events._ev_writer.write_event  # not by way of its queue, which flush and close do not wait for
-    purge = Event(session_log=SessionLog(status=SessionLog.START))
-    writer.file_writer.add_event(purge, step + 1 if step else 0)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
-    return writer
-
-
-def progress_bar(args: Args, names, model: WorldModel, state: TrainState, data, storage, folder, step: int) -> tqdm:
-    """Says what runs, prints the head of the table of evaluations, and opens a bar (only on a terminal)."""
-    size, devices = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6, jax.devices()
-    where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
-    print(f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, ", end="")
-    print(f"{size:.1f}M parameters; {data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}; ", end="")
-    print(f"on {len(devices)} x {devices[0].device_kind}; from update {step}, in {folder}")
-    if step >= args.num_updates:
-        print("all updates are made: a larger --num-updates goes on")
-    print(f"{'update':>10} {'minutes':>8}  result", flush=True)
-    return tqdm(total=args.num_updates, initial=step, unit=" updates", mininterval=1, disable=None)
-
-
-def record_evaluation(args: Args, folder, writer, bar, step: int, seconds: float, result: Evaluation) -> None:
-    """Adds an evaluation to the table, to eval.csv and to the trackers; its video to the folder and the trackers."""
-    results = summary(result)
-    bar.write(f"{step:>10} {seconds / 60:>8.1f}  {headline(results)}")
-    sys.stdout.flush()
-    with (folder / "eval.csv").open("a") as file:
-        for task, returns, successes in zip(*result[:3], strict=True):
-            row = [step, task, returns.mean(), successes.mean(), args.seed]
-            csv.writer(file, lineterminator="\n").writerow(row)
-            writer.add_scalar(f"eval/score/{task}", results["tasks"][task]["score"], step)
-    writer.add_scalar("eval/normalized_score", results["normalized_score"], step)
-    for domain, row in results["domains"].items():
-        writer.add_scalar(f"eval/mean/{domain}", row["mean"], step)
-    if result.frames:
-        path = folder / "videos" / f"step-{step:09d}.mp4"
-        write_video(path, result.frames, 25)
-        thumbnails = np.stack(result.frames[::8])[:, ::2, ::2]  # TensorBoard shows videos as GIFs, which are large
-        gif = imageio.imwrite("<bytes>", thumbnails, extension=".gif", duration=250, loop=0)
-        image = Summary.Image(height=thumbnails.shape[1], width=thumbnails.shape[2], encoded_image_string=gif)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), step)
-        if args.track:
-            import wandb
-
-            wandb.log({"eval/episode": wandb.Video(str(path))})
-    writer.flush()
-
-
-def crossed(step: int, last: int, freq: int) -> bool:
-    """Whether a multiple of freq lies in (last, step]."""
-    return step // freq > last // freq
-
-
-def start_or_resume(args: Args, model: WorldModel, folder: Path, shapes: TrainState, agent):
-    """Learning state, placed as `shapes` says, and counters of the run's last checkpoint; if there is none, fresh ones,
-    with the parameters and target Qs of `agent` if that is not None."""
-    if has_checkpoint(folder):
-        checkpoint = find_checkpoint(folder)
-        return restore(checkpoint, "state", shapes), read_meta(checkpoint)["count"]
-    places = jax.tree.map(lambda x: x.sharding, shapes)
-    if agent:
-        key = jax.random.split(jax.random.key(args.seed))[1]
-        agent = jax.tree.map(np.asarray, agent)  # of no device, so that it can go to any
-        state = jax.jit(lambda params, target_q: init_state(args, params, target_q, key), out_shardings=places)(*agent)
-    else:
-        state = jax.jit(partial(fresh_state, args, model), out_shardings=places)()
-    return state, {"updates": 0, "evaluated": 0, "seconds": 0.0}
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all processes must ask at the same time."""
-    if jax.process_count() == 1:
-        return bool(flag)
-    return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
-
-
-def agree(prepare):
-    """What prepare() returns in this process. If it raises a UserError in any process, it ends all of them: that one
-    with its sentence, the others with another."""
-    result, problem = None, None
-    try:
-        result = prepare()
-    except environments.UserError as error:
-        problem = error
-    if any_process(problem is not None):
-        raise problem or environments.UserError("another process could not start")
-    return result
-
-
-def local_copy(params, mesh: Mesh):
-    """The parameters whole on this process's first device; all processes must ask at the same time."""
-    if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
-        params = jax.jit(lambda x: x, out_shardings=everywhere(mesh))(params)
-    return jax.tree.map(lambda x: x.addressable_data(0), params)
-
-
-def prepare(args: Args, names: tuple[str, ...], stack: contextlib.ExitStack):
+def prepare(args: Args, names: tuple[str, ...], keeper: Run):
     """Opens what may be refused: the dataset, the run's folder, the agent to start from. Returns the arguments with the
-    sizes of the agent that goes on learning, the dataset, and the parameters and target Qs of --checkpoint."""
+    sizes of the agent that goes on learning, the dataset, and the agent of --checkpoint."""
     data = environments.load_dataset(task_set(args.tasks), args.data_dir)
     data.window_table(args.horizon)
-    if args.batch_size % jax.device_count():
-        devices = f"{jax.device_count()} devices"
-        raise environments.UserError(f"--batch-size {args.batch_size} cannot be split over {devices} evenly")
-    folder = run_folder(args, names)
-    if jax.process_index() == 0:
-        stack.enter_context(open_run(args, folder))
+    devices = f"--batch-size {args.batch_size} cannot be split over {jax.device_count()} devices evenly"
+    arguments.check_rules((args.batch_size % jax.device_count() == 0, devices))
     its_args, agent = with_model_size(args, names), None
-    if has_checkpoint(folder):
-        its_args = read_meta(find_checkpoint(folder))["args"]
+    if meta := keeper.read_meta():
+        its_args = Args(**{name: meta["args"].get(name) for name in SIZE_FIELDS})
     elif args.checkpoint:
-        its_args, its_tasks, _, *agent = load_agent(args)
-        if its_tasks != names:
-            raise environments.UserError(f"{args.checkpoint} knows other tasks than --tasks names, or in another order")
+        its_args, _, agent = load_agent(args)
+        same = f"{args.checkpoint} knows other tasks than --tasks names, or in another order"
+        arguments.check_rules((agent.tasks == names, same))
     return dataclasses.replace(args, **{name: getattr(its_args, name) for name in SIZE_FIELDS}), data, agent
+
+
+def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainState, agent: Agent | None):
+    """Learning state, placed as `shapes` says, and counters of the run's last checkpoint; if there is none, fresh ones,
+    with the parameters and target Qs of `agent` if that is not None."""
+    if restored := keeper.restore(state=shapes):
+        return restored[1]["state"], restored[0]["count"]
+    places, count = jax.tree.map(lambda x: x.sharding, shapes), {"updates": 0, "evaluated": 0, "seconds": 0.0}
+    if agent is None:
+        return jax.jit(partial(fresh_state, args, model), out_shardings=places)(), count
+    key = jax.random.split(jax.random.key(args.seed))[1]
+    parts = jax.tree.map(np.asarray, (agent.params, agent.target_q, agent.q_scale))  # of no device, to go to any
+    return jax.jit(lambda *parts: init_state(args, *parts, key), out_shardings=places)(*parts), count
+
+
+def record_evaluation(keeper: Run, step: int, minutes: float, result: Evaluation) -> None:
+    """Adds an evaluation to the table, to eval.csv and to the trackers; its film to the folder and the trackers."""
+    results, rows = summary(result), []
+    scalars = {"eval/normalized_score": results["normalized_score"]}
+    for task, returns, successes in zip(*result[:3], strict=True):
+        rows.append([step, task, returns.mean(), successes.mean(), keeper.args["seed"]])
+        scalars[f"eval/score/{task}"] = results["tasks"][task]["score"]
+    scalars |= {f"eval/mean/{domain}": row["mean"] for domain, row in results["domains"].items()}
+    keeper.record(step, f"{step:>10} {minutes:>8.1f}  {headline(results)}", rows, scalars, result.frames, 25)
+
+
+def title(model: WorldModel, names: tuple[str, ...], data: environments.Dataset, storage: str) -> str:
+    """What runs, in a line."""
+    where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
+    sizes = f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions"
+    return f"{sizes}, {data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}"
+
+
+def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh: Mesh, keeper: Run, step: int) -> bool:
+    """Evaluates in process 0 while the others wait; whether a signal came in the middle."""
+    params, result, minutes = local_copy(params, mesh), None, keeper.seconds() / 60
+    steps = max(environments.task_spec(name).episode_length for name in names)
+    with keeper.aside(f"evaluating at update {step}", steps) as go_on:
+        if keeper.primary:
+            here = jax.tree.map(lambda x: x.addressable_data(0), tasks)
+            ids, seed = np.arange(len(names)), (args.seed, 1, step)
+            result = evaluate(args, model, here, params, names, ids, envs, seed, go_on)
+        if result is not None:
+            record_evaluation(keeper, step, minutes, result)
+        stopping = any_process(keeper.primary and result is None)
+    keeper.count["evaluated"] = keeper.count["evaluated"] if stopping else step
+    return stopping
 
 
 def run(args: Args) -> None:
     """Trains one agent: learns from batch after batch, and keeps the run's files. With --distributed, process 0 does
     what is not computation on all devices: it evaluates and writes; the others wait."""
-    names, said = environments.set_tasks(task_set(args.tasks)), dataclasses.asdict(args)
-    folder, primary, mesh = run_folder(args, names), jax.process_index() == 0, Mesh(np.array(jax.devices()), "devices")
-    with contextlib.ExitStack() as stack:
-        args, data, agent = agree(lambda: prepare(args, names, stack))
+    names, said, primary = (
+        environments.set_tasks(task_set(args.tasks)),
+        dataclasses.asdict(args),
+        jax.process_index() == 0,
+    )
+    mesh, free = Mesh(np.array(jax.devices()), "devices"), ("tasks", "data_dir", "storage", "readers", "shard_params")
+    columns = ("step", "task", "reward", "success", "seed")
+    keeper = Run(run_folder(args), said, "tdmpc2_jax_mt", columns, axis="update", primary=primary, free=free)
+    with agree(keeper.open):
+        args, data, agent = agree(lambda: prepare(args, names, keeper))
         model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
         storage = choose_storage(args, data, mesh)
         agree(data.check_files if storage != "disk" else lambda: None)  # what is read whole can be checked
         source_shapes = data_shapes(args, data, mesh) if storage == "device" else batch_shapes(args, model, mesh)
         program, shapes = compile_train(args, model, mesh, tasks, source_shapes)
-        if envs := agree(lambda: make_eval_envs(args, names, names) if primary else None):
-            stack.enter_context(contextlib.closing(envs))
-
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        state, count = start_or_resume(args, model, folder, shapes, agent)
+        envs = agree(lambda: keeper.enter(make_eval_envs(args, names, names)) if primary else None)
+        state, count = start_or_resume(args, model, keeper, shapes, agent)
         held = {"disk": lambda: data, "host": data.to_host, "device": lambda: to_devices(args, data, mesh)}
         held, agent, step = agree(held[storage]), None, count["updates"]
-        batches = stack.enter_context(contextlib.closing(sources(args, held, mesh, step)))
-        if primary:
-            write_atomically(folder / "args.json", json.dumps(said, indent=2))
-            trim_curve(folder / "eval.csv", count["evaluated"])  # from here on the folder holds a run
-            writer = stack.enter_context(contextlib.closing(start_writer(args, folder, step)))
-            bar = stack.enter_context(progress_bar(args, names, model, state, data, storage, folder, step))
-        stop = stack.enter_context(catch_signals())
-        in_flight, info, stopping, saved, logged = deque(), {}, False, step, step
-        clock, tick = time.time() - count["seconds"], time.time()
-
+        batches = keeper.enter(sources(args, held, mesh, step))
+        keeper.begin(
+            title(model, names, data, storage), f"{'update':>10} {'minutes':>8}  result", state.params, step, count,
+            step, args.num_updates, "updates",
+        )  # fmt: skip
+        in_flight, info, stopping = deque(), {}, False
         while True:
-            finished = step >= args.num_updates
-            count |= {"updates": step, "seconds": time.time() - clock}
-            if crossed(step, count["evaluated"], args.eval_freq) or (finished and count["evaluated"] != step):
-                params, result = local_copy(state.params, mesh), None
-                if primary:
-                    here = jax.tree.map(lambda x: x.addressable_data(0), tasks)
-                    eval_seed, ids = args.seed + 1_000_000 + step, np.arange(len(names))
-                    result = evaluate(args, model, here, params, names, ids, envs, eval_seed, stop)
-                    if result is not None:
-                        record_evaluation(args, folder, writer, bar, step, count["seconds"], result)
-                stopping = any_process(primary and result is None)  # in the middle of it
-                count["evaluated"] = count["evaluated"] if stopping else step
-                params, tick, logged = None, time.time(), step
+            # Evaluate and save
+            finished, count["updates"] = step >= args.num_updates, step
+            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
+                stopping = evaluate_all(args, model, tasks, state.params, names, envs, mesh, keeper, step)
             if jax.process_count() == 1 or step % 20 == 0 or finished:  # to ask takes longer than a small update
-                stopping = stopping or any_process(stop)
-            if crossed(step, saved, args.checkpoint_freq) or (finished or stopping) and saved != step:
-                check_finite(step, folder, **jax.device_get(info))
-                if primary:
-                    writer.flush()  # first: a checkpoint must not be ahead of the curves
-                save(manager, args, names, count, state)
-                saved = step
+                stopping = stopping or any_process(keeper.stop)
+            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or stopping):
+                keeper.check_finite(step, **jax.device_get(info))
+                keeper.save(step, {"args": dataclasses.asdict(args), "tasks": names}, state=state)
             if finished or stopping:
                 break
 
-            # Learn: dispatched here and computed while the next batch is fetched, at most eight updates behind
+            # Learn: dispatched here and computed while the next batch is fetched, at most eight updates after it
             state, info = program(tasks, state, next(batches))
             in_flight.append(info["total_loss"])
             if len(in_flight) > 8:
@@ -1528,49 +1096,22 @@ def run(args: Args) -> None:
             step += 1
 
             # Log
-            if primary:
-                bar.update()
-            if crossed(step, logged, args.log_freq):
-                values = jax.device_get(info)
-                check_finite(step, folder, **values)
-                if primary:
-                    writer.add_scalar("charts/updates_per_second", (step - logged) / (time.time() - tick), step)
-                    for name, value in values.items():
-                        writer.add_scalar(f"losses/{name}", value, step)
-                    writer.flush()  # for those who watch
-                logged, tick = step, time.time()
-    if stopping:
-        number = stop[0] if stop else signal.SIGTERM  # if it came to another process, it may have been another signal
-        if primary:
-            name = signal.Signals(number).name
-            print(f"stopped by {name} at update {step}; --resume continues the run", file=sys.stderr)
-        sys.exit(128 + number)
+            keeper.advance(step)
+            if keeper.due(step, keeper.logged, args.log_freq, False):
+                keeper.log_losses(step, info, "charts/updates_per_second")
+        if stopping and not keeper.stop:  # the signal came to another process
+            keeper.stop.append(signal.SIGTERM)
 
 
-def start_distributed(args: Args) -> None:
-    """Joins the other processes, as SLURM or the arguments describe them."""
-    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM before we do
-    try:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        ways = "start it under SLURM, or give --coordinator, --num-processes and --process-id"
-        raise environments.UserError(f"--distributed: {reason} ({ways})") from error
-
-
-def main(args: Args) -> None:
-    try:
+def main(argv: list[str] | None = None) -> None:
+    with arguments.one_sentence():
+        args = arguments.parse(Args, argv, __doc__, run_folder, *SCRIPTS)
         check_args(args)
+        use_compile_cache(args.compile_cache)
         if args.distributed:
-            start_distributed(args)
+            start_distributed(args.coordinator, args.num_processes, args.process_id)
         evaluate_checkpoint(args) if args.evaluate else run(args)
-    except environments.UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # during start-up, or a second one
-        way_on = "" if args.evaluate else "; --resume goes on from the last complete checkpoint, if there is one"
-        print(f"interrupted{way_on}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main()

@@ -11,170 +11,103 @@ n environments, q an ensemble of value heads; a picture is [64, 64, 3], a stack 
 """
 
 import contextlib
-import csv
 import dataclasses
-import fcntl
-import importlib.util
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
-import flax
 import flax.linen as nn
-import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-import tyro
-from imageio_ffmpeg import get_ffmpeg_exe
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+import arguments
 import envs as environments
+from arguments import Count, Fraction, Name, NewFile, Number, Positive, Seed, Several, Share, Weight
+from devices import place_replay, use_compile_cache
+from files.pretrained import load_agent
+from files.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
+from runs import Run, run_folder
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
 @dataclasses.dataclass(frozen=True)
 class Args:
-    task: str = "walker-walk"
-    """task to learn: one of DMControl or Meta-World (python envs.py), or a Gymnasium id seen as 64 x 64 pictures"""
-    exp_name: str = "tdmpc2_jax_rgb"
-    """name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    seed: int = 1
-    """seed of the parameters, the environments and every random draw"""
-    total_timesteps: int = 4_000_000
-    """length of the run in simulator steps (decisions x action repeat), the axis of the paper's curves"""
-    num_envs: int = 1
-    """environments stepped side by side; one batched plan acts in all of them"""
-    utd: float = 1.0
-    """gradient updates per decision of one environment"""
-    resume: bool = False
-    """continue the run of this task, name and seed from its last checkpoint (start it if there is none)"""
-    checkpoint_freq: int = 100_000
-    """simulator steps between checkpoints (one more is written at the end, on SIGTERM and on Ctrl-C)"""
-    log_freq: int = 2_000
-    """simulator steps between two points of the loss curves"""
-    shadows: bool = True
-    """shadows and reflections in the observations, as published; --no-shadows draws them faster"""
-    track: bool = False
-    """also send everything to Weights & Biases (pip install wandb)"""
-    wandb_project_name: str = "tdmpc2-jax"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
+    task: str = "walker-walk"  # one of DMControl or Meta-World (python envs.py), or a Gymnasium id of 64 x 64 pictures
+    shadows: bool = True  # shadows and reflections in the pictures, as published; --no-shadows draws them faster
 
-    # Evaluation
-    eval_freq: int = 100_000
-    """simulator steps between evaluations (one more at step 0 and at the end)"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, run side by side"""
-    capture_video: bool = False
-    """write one MP4 of every evaluation to the run folder and the trackers (needs a GL library)"""
-    evaluate: bool = False
-    """do not train: evaluate --checkpoint, print the returns and exit"""
-    checkpoint: str | None = None
-    """start from these parameters: a run folder, a checkpoint folder, or an original .pt"""
-    json: str | None = None
-    """with --evaluate: write the results to this file"""
-    mpc: bool = True
-    """act by planning; --no-mpc acts with the policy alone"""
+    # World model
+    model_size: Literal[1, 5, 19, 48, 317] = (
+        5  # millions of parameters (seeing states): sets what is not given of the next
+    )
+    mlp_dim: Count | None = None  # width of all hidden layers
+    latent_dim: Count | None = None  # latent size Z: 16 units for each channel of the encoder's convolutions
+    num_q: Several | None = None  # value heads
+    episodic: bool = True  # learn a termination head where episodes can terminate; --no-episodic plans as if not
+    num_bins: Several = 101  # bins K of the discrete regression of rewards and values
+    vmin: Number = -10.0  # lowest bin, in symlog space
+    vmax: Number = 10.0  # highest bin, in symlog space
+    simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
+    dropout: Fraction = 0.01  # dropout after the first layer of every value head
+    log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
+    log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
 
-    # Model
-    model_size: Literal[1, 5, 19, 48, 317] = 5
-    """millions of parameters (with an encoder of states): sets the three sizes below where they are not given"""
-    mlp_dim: int | None = None
-    """width of all hidden layers"""
-    latent_dim: int | None = None
-    """latent size Z: 16 units for each channel of the encoder's convolutions"""
-    num_q: int | None = None
-    """value heads"""
-    episodic: bool = True
-    """learn a termination head where the environment can terminate; --no-episodic plans as if it could not"""
-    num_bins: int = 101
-    """bins K of the discrete regression of rewards and values"""
-    vmin: float = -10.0
-    """lowest bin, in symlog space"""
-    vmax: float = 10.0
-    """highest bin, in symlog space"""
-    simnorm_dim: int = 8
-    """size of the groups in which SimNorm takes softmaxes"""
-    dropout: float = 0.01
-    """dropout after the first layer of every value head"""
-    log_std_min: float = -10.0
-    """lower bound of the policy's log standard deviation"""
-    log_std_max: float = 2.0
-    """upper bound of the policy's log standard deviation"""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the inputs of matrix products; parameters, statistics and losses stay float32"""
-
-    # Optimisation
-    batch_size: int = 256
-    """windows per update B"""
-    buffer_size: int = 1_000_000
-    """decisions that the replay holds, 12.3 KB each"""
-    storage: Literal["auto", "device", "host"] = "auto"
-    """where they lie: in device memory or the machine's; by default the device's if they fit (draws differ)"""
-    seed_steps: int | None = None
-    """random decisions before the first update, and updates made then at once; default max(1000, 5 episodes)"""
-    lr: float = 3e-4
-    """learning rate"""
-    enc_lr_scale: float = 0.3
-    """the encoder's learning rate is this share of lr"""
-    grad_clip_norm: float = 20.0
-    """bound on the global gradient norm, of the model and of the policy each"""
-    tau: float = 0.01
-    """step of the target values and of the Q scale"""
-    rho: float = 0.5
-    """weight of a loss t steps into the window is rho^t"""
-    consistency_coef: float = 20.0
-    """weight of the latent consistency loss"""
-    reward_coef: float = 0.1
-    """weight of the reward loss"""
-    value_coef: float = 0.1
-    """weight of the value loss"""
-    termination_coef: float = 1.0
-    """weight of the termination loss"""
-    entropy_coef: float = 1e-4
-    """weight of the policy's entropy"""
-    discount_denom: float = 5.0
-    """episode length L gives the discount (L/denom - 1) / (L/denom), clipped to the next two"""
-    discount_min: float = 0.95
-    """lowest discount"""
-    discount_max: float = 0.995
-    """highest discount"""
+    # Learning
+    batch_size: Count = 256  # windows per update B
+    buffer_size: Count = 1_000_000  # decisions that the replay holds, 12.3 KB each
+    num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
+    utd: Positive = 1.0  # gradient updates per decision of one environment
+    seed_steps: Count | None = None  # random decisions, then as many updates at once; default max(1000, 5 episodes)
+    lr: Positive = 3e-4  # learning rate
+    enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
+    grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
+    tau: Share = 0.01  # step of the target values and of the Q scale
+    rho: Share = 0.5  # weight of a loss t steps into the window is rho^t
+    consistency_coef: Weight = 20.0  # weight of the latent consistency loss
+    reward_coef: Weight = 0.1  # weight of the reward loss
+    value_coef: Weight = 0.1  # weight of the value loss
+    termination_coef: Weight = 1.0  # weight of the termination loss
+    entropy_coef: Weight = 1e-4  # weight of the policy's entropy
+    discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
+    discount_min: Share = 0.95  # lowest discount
+    discount_max: Share = 0.995  # highest discount
 
     # Planning
-    horizon: int = 3
-    """steps H of a plan and of a training window"""
-    iterations: int = 6
-    """iterations of MPPI (two more for 20 or more action dimensions)"""
-    num_samples: int = 512
-    """action sequences N per iteration"""
-    num_elites: int = 64
-    """sequences that the next distribution is fitted to"""
-    num_pi_trajs: int = 24
-    """sequences P proposed by the policy"""
-    min_std: float = 0.05
-    """lower bound of the planner's standard deviation"""
-    max_std: float = 2.0
-    """initial value and upper bound of the planner's standard deviation"""
-    temperature: float = 0.5
-    """inverse temperature of the elites' weights"""
+    mpc: bool = True  # act by planning; --no-mpc acts with the policy alone
+    horizon: Count = 3  # steps H of a plan and of a training window
+    iterations: Count = 6  # iterations of MPPI (two more for 20 or more action dimensions)
+    num_samples: Count = 512  # action sequences N per iteration
+    num_elites: Count = 64  # sequences that the next distribution is fitted to
+    num_pi_trajs: Count = 24  # sequences P proposed by the policy
+    min_std: Weight = 0.05  # lower bound of the planner's standard deviation
+    max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
+    temperature: Weight = 0.5  # inverse temperature of the elites' weights
+
+    # Run
+    exp_name: Name = "tdmpc2_jax_rgb"  # name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED
+    runs_dir: str = "runs"  # folder of all runs
+    seed: Seed = 1  # of the parameters, the environments and every random draw
+    total_timesteps: Count = 4_000_000  # length of the run in simulator steps (decisions x action repeat)
+    resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
+    checkpoint: str | None = None  # start from this agent: a run, or an original .pt
+    evaluate: bool = False  # do not train: evaluate --checkpoint, print the returns and exit
+    json: NewFile | None = None  # with --evaluate: write the results to this file
+    eval_freq: Count = 100_000  # simulator steps between evaluations (one more at step 0 and at the end)
+    eval_episodes: Count = 10  # episodes of an evaluation, run side by side
+    checkpoint_freq: Count = 100_000  # simulator steps between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
+    log_freq: Count = 2_000  # simulator steps between two points of the loss curves
+    capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
+    storage: Literal["auto", "device", "host"] = (
+        "auto"  # where the replay lies: the device's memory if it fits (draws differ)
+    )
+    track: bool = False  # also send everything to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
 
 
 # millions of parameters: (mlp_dim, latent_dim, num_q)
@@ -185,6 +118,7 @@ MODEL_SIZES = {
     48: (1792, 768, 5),
     317: (4096, 1376, 8),
 }
+SCRIPTS = ("tdmpc2_jax_rgb",)  # whose checkpoints this one starts from
 SIZE_FIELDS = ("mlp_dim", "latent_dim", "num_q")
 PIXELS = environments.PIXELS  # height and width of a picture
 FRAMES = 3  # pictures in a stack
@@ -263,7 +197,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Hidden layers Linear -> LayerNorm -> Mish, then Linear(out), with LayerNorm -> SimNorm behind it if asked for."""
+    """Hidden layers Linear -> LayerNorm -> Mish, then Linear(out), followed by LayerNorm -> SimNorm if asked for."""
 
     hidden: tuple[int, ...]
     out: int
@@ -408,7 +342,7 @@ def encode(model: WorldModel, encoder_params, stack: jax.Array, shift: jax.Array
     return z.reshape(*stack.shape[:-3], -1)
 
 
-class Policy(NamedTuple):
+class PolicySample(NamedTuple):
     action: jax.Array  # [..., A] in (-1, 1)
     mean: jax.Array  # [..., A] the action without noise
     log_std: jax.Array  # [..., A]
@@ -416,7 +350,7 @@ class Policy(NamedTuple):
     scaled_entropy: jax.Array  # [...] the entropy that the policy's loss rewards
 
 
-def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Array) -> Policy:
+def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Array) -> PolicySample:
     """Policy prior p(z), a squashed Gaussian: z [..., Z] and standard normal eps [..., A] -> sample and statistics."""
     mean, log_std = jnp.split(model.pi.apply(pi_params, z), 2, axis=-1)
     log_std = args.log_std_min + 0.5 * (args.log_std_max - args.log_std_min) * (jnp.tanh(log_std) + 1)
@@ -424,7 +358,7 @@ def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Arra
     log_gauss = (-0.5 * eps**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
     log_pi = log_gauss - jnp.log(jax.nn.relu(1 - action**2) + 1e-6).sum(-1)
     entropy_scale = model.action_dim * log_gauss / (log_pi + 1e-8)
-    return Policy(action, jnp.tanh(mean), log_std, -log_pi, -log_pi * entropy_scale)
+    return PolicySample(action, jnp.tanh(mean), log_std, -log_pi, -log_pi * entropy_scale)
 
 
 def q_logits(model: WorldModel, q_params, z: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
@@ -449,31 +383,32 @@ def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Arra
 
 # --------------------------------------------------------------------------------------------------------- Planning
 class PlanNoise(NamedTuple):
-    """Every random draw of one plan in n environments (the heads are shared: their parameters are gathered once)."""
+    """Every random draw of one plan in n environments. All are made up front, so that `plan` is a plain function of
+    arrays: given the draws that another program has recorded, it must return that program's plan."""
 
     shift: jax.Array  # [n, 2] (x, y) in 0 .. 6: of the pictures
     pi: jax.Array  # [n, H, P, A] normal: the policy's sequences
     sample: jax.Array  # [n, iterations, H, N-P, A] normal: the sampled sequences
-    terminal: jax.Array  # [n, iterations, N, A] normal: the policy's action behind the horizon
-    heads: jax.Array  # [iterations, 2] indices of value heads
+    terminal: jax.Array  # [n, iterations, N, A] normal: the policy's action after the horizon
     gumbel: jax.Array  # [n, num_elites]: choice of the elite
-    explore: jax.Array  # [n, A] normal: exploration
+    exploration: jax.Array  # [n, A] normal: added to the action
 
 
-def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> PlanNoise:
-    """Draws what a plan in n environments needs."""
+def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
+    """Draws what a plan in n environments needs, and the indices [iterations, 2] of the value heads that each iteration
+    uses; these are shared by all environments, so that their parameters are gathered once."""
     H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
     iterations = args.iterations + 2 * (A >= 20)
     keys = jax.random.split(key, 7)
-    return PlanNoise(
+    noise = PlanNoise(
         shift=jax.random.randint(keys[6], (n, 2), 0, 2 * SHIFT + 1),
         pi=jax.random.normal(keys[0], (n, H, P, A)),
         sample=jax.random.normal(keys[1], (n, iterations, H, N - P, A)),
         terminal=jax.random.normal(keys[2], (n, iterations, N, A)),
-        heads=jax.vmap(lambda k: two_heads(model, k))(jax.random.split(keys[3], iterations)),
         gumbel=jax.random.gumbel(keys[4], (n, args.num_elites)),
-        explore=jax.random.normal(keys[5], (n, A)),
+        exploration=jax.random.normal(keys[5], (n, A)),
     )
+    return noise, jax.vmap(lambda k: two_heads(model, k))(jax.random.split(keys[3], iterations))
 
 
 def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
@@ -482,16 +417,9 @@ def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
     return jnp.stack([head, (head + step) % model.num_q])
 
 
-def envs_at_once(args: Args, model: WorldModel) -> int:
-    """Environments whose plans are computed side by side, the others after them: on a CPU as many as leave a layer's
-    activations in the cache (30 side by side take 1.8 times as long as six times five), elsewhere as 512 MB hold."""
-    budget = 2**22 if jax.default_backend() == "cpu" else 2**29  # bytes of one layer's activations
-    return max(1, budget // (4 * args.num_samples * model.q.hidden[0]))
-
-
 def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, heads, eps) -> jax.Array:
     """Value [N] of action sequences [H, N, A] from z [1, Z]: rewards over the horizon, then the mean of two Qs."""
-    value, alive = 0.0, 1.0  # alive: 0 behind a predicted termination
+    value, alive = 0.0, 1.0  # alive: 0 after a predicted termination
     for t in range(args.horizon):
         reward = two_hot_inv(args, model.reward.apply(params["reward"], z, actions[t]))
         value = value + discount**t * alive * reward
@@ -504,31 +432,31 @@ def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, 
 
 
 def plan(
-    args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, explore: bool
+    args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Model predictive path integral control (MPPI) in n environments at once.
 
     obs [n, 64, 64, 9]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an
-    episode; discount, a scalar; explore adds noise to the action. Returns actions [n, A] in [-1, 1] and the new means
-    [n, H, A].
+    episode; discount, a scalar; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns
+    actions [n, A] in [-1, 1] and the new means [n, H, A].
     """
     n, H, A = len(obs), args.horizon, model.action_dim
     chex.assert_shape([obs, prev_mean, first], [(n, PIXELS, PIXELS, 3 * FRAMES), (n, H, A), (n,)])
 
     def plan_one(env):
-        obs, prev_mean, first, draws = env
-        z = encode(model, params["encoder"], obs, draws.shift)[None]  # [1, Z]
+        env_obs, last_mean, starts, draws = env
+        z = encode(model, params["encoder"], env_obs, draws.shift)[None]  # [1, Z]
         pi_actions, pi_z = [], z
         for t in range(H):
             pi_actions.append(policy(args, model, params["pi"], pi_z, draws.pi[t]).action)
-            pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[-1]) if t < H - 1 else None
+            pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t]) if t < H - 1 else None
         pi_actions = jnp.stack(pi_actions)  # [H, P, A]
 
-        def iterate(carry, draw):
-            mean, std = carry
-            sampled = jnp.clip(mean[:, None] + std[:, None] * draw.sample, -1, 1)
+        def iterate(distribution, draw):
+            (mean, std), (sample_noise, terminal_noise, two) = distribution, draw
+            sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1)
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(args, model, params, z, actions, discount, draw.heads, draw.terminal)
+            values = estimate_value(args, model, params, z, actions, discount, two, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, args.num_elites)
             elites = actions[:, elite_indices]  # [H, E, A]
             weights = jax.nn.softmax(args.temperature * elite_values)  # [E]
@@ -537,17 +465,19 @@ def plan(
             std = jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std)
             return (mean, std), (elites[0], weights)
 
-        mean = jnp.where(first, 0.0, jnp.roll(prev_mean, -1, axis=0).at[-1].set(0.0))
-        scanned = PlanNoise(None, None, draws.sample, draws.terminal, noise.heads, None, None)
-        start = (mean, jnp.full((H, A), args.max_std))
-        (mean, std), (first_actions, weights) = jax.lax.scan(iterate, start, scanned)
-        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)
-        action = first_actions[-1, chosen]  # [A]
-        action = action + std[0] * draws.explore if explore else action
+        mean = jnp.where(starts, 0.0, jnp.roll(last_mean, -1, axis=0).at[-1].set(0.0))
+        distribution = (mean, jnp.full((H, A), args.max_std))
+        iterations = (draws.sample, draws.terminal, heads)
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
+        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # one elite, drawn by weight
+        action = elite_actions[-1, chosen]  # [A]
+        action = action + std[0] * draws.exploration if explore else action
         return jnp.clip(action, -1, 1), mean
 
-    envs = (obs, prev_mean, first, noise._replace(heads=None))
-    at_once = envs_at_once(args, model)
+    # Side by side, but on a CPU only as many as leave a layer in the cache, the others after them: 30 of them side
+    # by side take 1.8 times as long as six times five.
+    at_once = max(1, (2**22 if jax.default_backend() == "cpu" else 2**29) // (4 * args.num_samples * model.q.hidden[0]))
+    envs = (obs, prev_mean, first, noise)
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
@@ -557,8 +487,8 @@ def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, 
     Returns the actions, the planner's means and the key for the next call."""
     key, noise_key = jax.random.split(key)
     if args.mpc:
-        noise = plan_noise(args, model, noise_key, len(obs))
-        action, prev_mean = plan(args, model, params, obs, prev_mean, first, discount, noise, explore)
+        noise, heads = plan_noise(args, model, noise_key, len(obs))
+        action, prev_mean = plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore)
     else:
         eps_key, shift_key = jax.random.split(noise_key)
         eps = jax.random.normal(eps_key, (len(obs), model.action_dim))
@@ -591,7 +521,7 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """Every random draw of one update."""
+    """Every random draw of one update, made up front for the same reason as those of a plan."""
 
     shift: jax.Array  # [H+1, B, 2] (x, y) in 0 .. 6: of the pictures
     next_action: jax.Array  # [H, B, A] normal: the policy's actions in the TD targets
@@ -628,14 +558,13 @@ def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.Gradient
     )
 
 
-def init_state(args: Args, params: dict[str, Any], target_q, key: jax.Array) -> TrainState:
+def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
     """Learning state at the start of a run with these parameters."""
     model_tx, pi_tx = optimizers(args)
     model_opt = model_tx.init({k: v for k, v in params.items() if k != "pi"})
     target_q = jax.tree.map(jnp.copy, target_q)  # not the same buffers: both are donated
-    return TrainState(
-        params, target_q, model_opt, pi_tx.init(params["pi"]), jnp.ones(()), key, jnp.zeros((), jnp.int32)
-    )
+    q_scale, updates = jnp.asarray(q_scale, jnp.float32), jnp.zeros((), jnp.int32)
+    return TrainState(params, target_q, model_opt, pi_tx.init(params["pi"]), q_scale, key, updates)
 
 
 def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: Batch, discount, noise) -> jax.Array:
@@ -656,17 +585,17 @@ def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, targ
 
     reward_logits = model.reward.apply(params["reward"], zs[:-1], batch.action)  # [H, B, K]
     value_logits = q_logits(model, params["q"], zs[:-1], batch.action, noise.dropout)  # [q, H, B, K]
-    losses = {
-        "consistency_loss": (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean(),
-        "reward_loss": (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean(),
-        "value_loss": (rho * soft_ce(args, value_logits, target).mean(2)).mean(),
-        "termination_loss": jnp.zeros(()),
-    }
+    consistency = (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean()
+    reward = (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean()
+    value = (rho * soft_ce(args, value_logits, target).mean(2)).mean()
+    termination = jnp.zeros(())
     if model.termination:
         logits = model.termination.apply(params["termination"], zs[1:])[..., 0]  # [H, B]
-        losses["termination_loss"] = optax.sigmoid_binary_cross_entropy(logits, batch.terminated).mean()
-    total = sum(getattr(args, name.replace("loss", "coef")) * loss for name, loss in losses.items())
-    return total, (zs, losses | {"total_loss": total})
+        termination = optax.sigmoid_binary_cross_entropy(logits, batch.terminated).mean()
+    total = args.consistency_coef * consistency + args.reward_coef * reward + args.value_coef * value
+    total = total + args.termination_coef * termination
+    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
+    return total, (zs, info | {"termination_loss": termination, "total_loss": total})
 
 
 def policy_loss(args: Args, model: WorldModel, pi_params, q_params, zs, q_scale, noise):
@@ -697,13 +626,13 @@ def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, disco
     model_params = {k: v for k, v in state.params.items() if k != "pi"}
     loss = partial(model_loss, args, model, batch=batch, next_z=next_z, target=target, noise=noise)
     grads, (zs, info) = jax.grad(loss, has_aux=True)(model_params)
-    updates, model_opt = model_tx.update(grads, state.model_opt)
-    model_params = optax.apply_updates(model_params, updates)
+    change, model_opt = model_tx.update(grads, state.model_opt)
+    model_params = optax.apply_updates(model_params, change)
 
-    loss = partial(policy_loss, args, model, q_params=model_params["q"], zs=zs, q_scale=state.q_scale, noise=noise)
-    pi_grads, (q_scale, pi_info) = jax.grad(loss, has_aux=True)(state.params["pi"])
-    updates, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
-    pi_params = optax.apply_updates(state.params["pi"], updates)
+    pi_loss = partial(policy_loss, args, model, q_params=model_params["q"], zs=zs, q_scale=state.q_scale, noise=noise)
+    pi_grads, (q_scale, pi_info) = jax.grad(pi_loss, has_aux=True)(state.params["pi"])
+    pi_change, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
+    pi_params = optax.apply_updates(state.params["pi"], pi_change)
 
     target_q = optax.incremental_update(model_params["q"], state.target_q, args.tau)
     info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
@@ -713,13 +642,18 @@ def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, disco
 
 # ----------------------------------------------------------------------------------------------------------- Replay
 class Replay(NamedTuple):
-    """Ring of the last C steps of n environments, in device memory or the machine's. Entry i of an environment holds
-    one picture, the action that led to it and what it brought; `first` marks a reset, whose action and reward are
-    filler.
+    """Ring of the last C steps of n environments, in device memory or the machine's. A row holds one entry of each
+    environment: one picture, the action that led to it and what it brought; `first` marks a reset, whose action and
+    reward are filler. A window of H+1 entries may start wherever H more follow without a reset among them. `starts` is
+    a queue of all such entries in order of time, so that a uniform draw from it is a uniform draw of windows (H = 2):
 
-    A window of H+1 entries may start at any entry that has H more behind it and no reset among those. Its first stack
-    needs the two pictures before it, too, or repeats that of the reset. `starts` is a queue of all such entries in
-    order of time, so that a uniform draw from it is a uniform draw of windows.
+        row       0  1  2  3  4  5  6  7  8     the last row written is 8
+        first     x           x                 episodes of 4 entries, and of 5 so far
+        start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
+        starts    0  1  4  5  6                 a draw of 5 is the window of rows 5, 6, 7
+
+    The episode under way is drawn from as well (the original waits for its end). A window's first stack needs the two
+    pictures before it, too, or repeats that of the reset.
     """
 
     obs: jax.Array  # uint8 [C, n, 64 * 64 * 3]; flat, as TPUs would pad a last axis of 3 to 128
@@ -735,12 +669,8 @@ class Replay(NamedTuple):
 
 
 def init_replay(capacity: int, num_envs: int, action_dim: int) -> Replay:
-    """Empty replay of `capacity` steps of each environment."""
-    C, n, zero = (
-        capacity + FRAMES - 1,
-        num_envs,
-        partial(jnp.zeros, (), jnp.int32),
-    )  # two rows more, for the first stack
+    """Empty replay of `capacity` steps of each environment, and two rows more for the first stack."""
+    C, n, zero = capacity + FRAMES - 1, num_envs, partial(jnp.zeros, (), jnp.int32)
     obs = jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8)
     action, reward = jnp.zeros((C, n, action_dim)), jnp.zeros((C, n))
     flags = [jnp.zeros((C, n), bool) for _ in range(3)]
@@ -797,7 +727,7 @@ def stack_windows(batch: Batch) -> Batch:
 
 
 def stack_pictures(stack: np.ndarray, obs: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """What acting sees [n, 64, 64, 9]: obs [n, 64, 64, 3] behind the last two pictures of `stack`, or where an episode
+    """What acting sees [n, 64, 64, 9]: obs [n, 64, 64, 3] after the last two pictures of `stack`, or where an episode
     begins (first [n]) three times."""
     pushed = np.concatenate([stack[..., 3:], obs], axis=-1)
     return np.where(first[:, None, None, None], np.tile(obs, FRAMES), pushed)
@@ -817,275 +747,70 @@ def train(args: Args, model: WorldModel, state: TrainState, source: Replay | Bat
     return state, jax.tree.map(jnp.mean, infos)
 
 
-# ------------------------------------------------------------------------------------------------------ Checkpoints
-def from_torch(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and target Qs from an original checkpoint's tensors, in either of its two layouts."""
-
-    def mlp(names: list[list[str]]):  # per layer: weight [out, in], bias [, ln.weight, ln.bias]
-        params = {}
-        for i, layer in enumerate(names):
-            weight, bias, *norm = (np.asarray(tensors[name], np.float32) for name in layer)
-            params[f"linear_{i}"] = {"kernel": weight.swapaxes(-1, -2), "bias": bias}
-            params |= {f"norm_{i}": {"scale": norm[0], "bias": norm[1]}} if norm else {}
-        return {"params": jax.tree.map(jnp.asarray, params)}
-
-    def layers(prefix: str):
-        fields, names = ("weight", "bias", "ln.weight", "ln.bias"), []
-        while f"{prefix}.{len(names)}.weight" in tensors:
-            names.append([name for f in fields if (name := f"{prefix}.{len(names)}.{f}") in tensors])
-        if not names:  # the layout released in 2023: one running number per tensor; the last layer has no norm
-            names = [[f"{prefix}.{i}" for i in range(4 * layer, min(4 * layer + 4, 10))] for layer in range(3)]
-        return mlp(names)
-
-    if not {"_encoder.rgb.2.weight", "_pi.2.weight"} <= tensors.keys():
-        other = ": it is one of states, for tdmpc2_jax.py" if "_encoder.state.0.weight" in tensors else ""
-        raise environments.UserError(f"the .pt file holds no TD-MPC2 agent that sees pixels{other}")
-    encoder = {}
-    for i in range(4):  # the modules in between have no parameters; kernels [out, in, height, width]
-        kernel, bias = (np.asarray(tensors[f"_encoder.rgb.{2 + 2 * i}.{x}"], np.float32) for x in ("weight", "bias"))
-        encoder |= {f"kernel_{i}": jnp.asarray(kernel.transpose(2, 3, 1, 0)), f"bias_{i}": jnp.asarray(bias)}
-    prefixes = {"dynamics": "_dynamics", "reward": "_reward", "pi": "_pi"}
-    prefixes |= {"q": "_Qs.params"} | ({"termination": "_termination"} if "_termination.0.weight" in tensors else {})
-    target = "_target_Qs_params" if "_target_Qs_params.0.weight" in tensors else "_target_Qs.params"
-    params = {"encoder": {"params": encoder}} | {k: layers(prefix) for k, prefix in prefixes.items()}
-    return params, layers(target)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest complete checkpoint of a run folder or of its checkpoints/, or the checkpoint folder itself."""
-    candidates = [path, *path.glob("*"), *path.glob("checkpoints/*")]
-    complete = [p for p in candidates if p.name.isdigit() and (p / "meta" / "metadata").is_file()]
-    if not complete:
-        what = "holds no checkpoint of this script" if path.exists() else "does not exist"
-        raise environments.UserError(f"{path} {what}")
-    return max(complete, key=lambda p: int(p.name))
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder holds a checkpoint that was written to its end (others have longer names)."""
-    return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
-
-
-SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_rgb")
-
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint of this script says of itself: its arguments, sizes and counters."""
-    what = "is damaged or not a checkpoint of tdmpc2_jax_rgb.py"
-    try:
-        meta = json.loads((checkpoint / "meta" / "metadata").read_text())
-        if meta["script"] == "tdmpc2_jax_rgb":
-            return meta | {"args": Args(**meta["args"])}
-        if meta["script"] in SCRIPTS:
-            what = f"is a checkpoint of {meta['script']}.py, not of this script"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise environments.UserError(f"{checkpoint} {what}")
-
-
-def restore(checkpoint: Path, item: str, like):
-    """One item of a checkpoint, in the structure and shapes of `like` (arrays, or their shapes and types)."""
-    try:
-        return ocp.StandardCheckpointer().restore(checkpoint.absolute() / item, like)
-    except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise environments.UserError(f"{checkpoint} is damaged or of another size ({item}: {reason})") from error
-
-
-def on_device(shapes, device):
-    """Shapes and types as `jax.eval_shape` gives them, of arrays on this device: what `restore` fills there, whatever
-    device has written it."""
-    place = jax.sharding.SingleDeviceSharding(device)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-
-
-def check_shapes(args: Args, model: WorldModel, params) -> None:
-    """Refuses parameters that are not those of this model, naming the first difference and the size that would fit."""
-
-    def shapes(tree):
-        return {k: tuple(v.shape) for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
-
-    there = shapes(params)
-    here = shapes(jax.eval_shape(lambda: init_params(args, model, jax.random.key(0))))
-    wrong = [name for name in here | there if here.get(name) != there.get(name)]
-    if not wrong:
-        return
-    layers = "reward/params/linear_0/bias", "dynamics/params/linear_2/bias"
-    widths = tuple(there[name][-1] for name in layers if name in there)  # mlp_dim, latent_dim
-    hint = [f"; it looks like --model-size {size}" for size, row in MODEL_SIZES.items() if row[:2] == widths]
-    sizes = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here"
-    what = f"{args.checkpoint} does not fit --model-size {args.model_size} on this task: {sizes}"
-    raise environments.UserError("".join([what, *hint]))
-
-
-def load_agent(args: Args, model: WorldModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and target Qs of args.checkpoint, of whichever kind it is."""
-    if args.checkpoint.endswith(".pt"):
-        params, target_q = from_torch(environments.load_pt(args.checkpoint).get("model", {}))
-    else:
-        checkpoint = find_checkpoint(Path(args.checkpoint))
-        meta = read_meta(checkpoint)
-        its_model = make_model(meta["args"], meta["action_dim"], meta["episodic"])
-        like = on_device(jax.eval_shape(partial(fresh_state, meta["args"], its_model)), jax.devices()[0])
-        params, target_q = (train_state := restore(checkpoint, "state", like)["train"]).params, train_state.target_q
-    if args.checkpoint.endswith(".pt") and model.termination is None:
-        params.pop("termination", None)
-    check_shapes(args, model, params)
-    return params, target_q
-
-
-def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
-    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
-    init_key, train_key, act_key = jax.random.split(jax.random.key(args.seed), 3)
-    params = init_params(args, model, init_key)
-    return {"train": init_state(args, params, params["q"], train_key), "act_key": act_key}
-
-
 # ------------------------------------------------------------------------------------------------------- Evaluation
-class Evaluation(NamedTuple):
-    """One episode in each of E environments."""
-
-    returns: np.ndarray  # [E]
-    successes: np.ndarray  # [E], at the episodes' ends
-    frames: list[np.ndarray]  # of the first environment; none without --capture-video
-    fps: int  # frames per second of simulated time
-
-
-def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: int, stop=()) -> Evaluation | None:
-    """Acts without exploration noise; None if a signal in `stop` came in the middle."""
+def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: tuple[int, ...], go_on=lambda: True):
+    """One episode in each of E environments, without exploration. Returns an `Evaluation`, or None if go_on(), which
+    is asked after every step, says no."""
     obs, _ = envs.reset(seed=seed)
-    seen = np.tile(obs, FRAMES)  # at the start of an episode
-    prev_mean, key = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(seed)
+    prev_mean, key = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
     prev_mean, key = jax.device_put((prev_mean, key), jax.devices()[0])  # as they come out of act: it compiles once
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     returns, successes = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
     frames = [envs.render()[0]] if args.capture_video else []
+    seen = np.tile(obs, FRAMES)  # at the start of an episode
     while running.any():
-        if stop:
-            return None
         action, prev_mean, key = act(args, model, params, seen, prev_mean, first, discount, key, explore=False)
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
         if args.capture_video and running[0]:
             frames.append(envs.render()[0])
-        returns += reward * running
+        returns += np.where(running, reward, 0.0)
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
         first = np.zeros(envs.num_envs, bool)
         seen = stack_pictures(seen, obs, first)
+        if not go_on():
+            return None
     return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
-
-
-def write_video(path: Path, frames: list[np.ndarray], fps: int) -> None:
-    """Writes uint8 frames [height, width, 3] as an MP4."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width, _ = frames[0].shape
-    raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    even = "-pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2"  # as H.264 wants heights and widths
-    command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", *raw.split(), *even.split(), str(path)]
-    ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
-    with contextlib.suppress(BrokenPipeError), ffmpeg:
-        for frame in frames:
-            ffmpeg.stdin.write(frame.tobytes())
-    if ffmpeg.returncode:
-        raise RuntimeError(f"ffmpeg could not write {path}")
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
-    if not args.checkpoint.endswith(".pt"):  # what made the agent comes from its run, but for what the user says now
-        recorded = read_meta(find_checkpoint(Path(args.checkpoint)))["args"]
-        names = [f.name for f in dataclasses.fields(Args)]
-        names = ["task", "mpc", "shadows", *names[names.index("model_size") :]]
-        unsaid = [name for name in names if getattr(args, name) == getattr(Args(), name)]
-        args = dataclasses.replace(args, **{name: getattr(recorded, name) for name in unsaid})
-    environments.check_rendering(args.task, "rgb", render_mode(args))
     spec = environments.task_spec(args.task)
-    envs = make_envs(args, args.eval_episodes, render_mode(args))
-    try:
-        model = model_for(args, envs, spec)
-        params, _ = load_agent(args, model)
+    with (
+        contextlib.closing(make_envs(args, evaluation=True)) as envs,
+        progress("evaluating", spec.episode_length) as go_on,
+    ):
+        model = make_model(args, envs.single_action_space.shape[0], args.episodic and spec.can_terminate)
+        like = jax.eval_shape(partial(fresh_state, args, model))["train"].params
+        agent = load_agent(args.checkpoint, None, like, *SCRIPTS, obs="rgb")
         discount = discount_of(args, spec.episode_length)
-        returns, successes, frames, fps = evaluate(args, model, params, discount, envs, args.seed)
-    finally:
-        envs.close()
-    for i, (episode_return, success) in enumerate(zip(returns, successes, strict=True)):
-        print(f"episode {i:3d}  return {episode_return:8.2f}" + (f"  success {success:.0f}" if spec.success else ""))
-    rate = f"success rate {successes.mean():.2f}, " if spec.success else ""
-    print(f"{spec.name}: {rate}return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    if frames:
-        write_video(run_folder(args, spec) / "videos" / "evaluate.mp4", frames, fps)
-    if args.json:
-        results = {"task": spec.name, "checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
-        results |= {"returns": returns.tolist(), "successes": successes.tolist()}
-        results |= {"mean": returns.mean(), "std": returns.std()}
-        results["success_rate"] = successes.mean() if spec.success else None
-        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+        result = evaluate(args, model, agent.params, discount, envs, (args.seed, 1), go_on)
+    report_returns(args, spec, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content, so that a crash leaves the old or the new one whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def render_mode(args: Args) -> str | None:
-    return "rgb_array" if args.capture_video else None
-
-
-def make_envs(args: Args, num_envs: int, render_mode: str | None = None):
-    """Vectorised environments of the task, whose observations are pictures."""
-    options = {"obs": "rgb", "shadows": args.shadows, "render_mode": render_mode}
-    return environments.make_envs(args.task, num_envs, args.seed, **options)
-
-
-def model_for(args: Args, envs, spec) -> WorldModel:
-    """The model that fits these vectorised environments."""
-    return make_model(args, envs.single_action_space.shape[0], args.episodic and spec.can_terminate)
-
-
-def run_folder(args: Args, spec) -> Path:
-    return Path(args.runs_dir, spec.name.replace("/", "_"), args.exp_name, str(args.seed))
-
-
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    sized = with_model_size(args)
-    spec = environments.task_spec(args.task)
-    seed_steps = seed_steps_of(args, spec)
-    rules = [
-        (min(args.num_envs, args.batch_size, args.horizon, args.iterations, args.eval_episodes) >= 1,
-         "--num-envs, --batch-size, --horizon, --iterations and --eval-episodes must be at least 1"),
-        (min(args.total_timesteps, args.eval_freq, args.checkpoint_freq, args.log_freq) >= 1,
-         "--total-timesteps, --eval-freq, --checkpoint-freq and --log-freq must be at least 1"),
-        (".." not in Path(args.exp_name).parts and not Path(args.exp_name).is_absolute(),
-         "--exp-name must be a name, or a path below the task's folder"),
-        (0 <= args.seed < 2**31, "--seed must lie in 0 .. 2^31 - 1"),
-        (args.utd > 0, "--utd must be positive"),
-        (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
-        (1 <= args.num_elites <= args.num_samples, "--num-elites must lie in 1 .. --num-samples"),
-        (sized.latent_dim % args.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim"),
-        (sized.latent_dim % 16 == 0, "--latent-dim must be a multiple of 16, the units of a channel of the encoder"),
-        (sized.num_q >= 2, "--num-q must be at least 2: the targets need two value heads"),
-        (args.num_bins >= 2 and args.vmin < args.vmax, "--num-bins must be at least 2 and --vmin below --vmax"),
-        (0 <= args.dropout < 1, "--dropout must lie in 0 .. 1"),
-        (args.buffer_size >= seed_steps + (args.horizon + 1) * args.num_envs,
+    arguments.check_bounds(args)
+    spec, latent_dim = environments.task_spec(args.task), with_model_size(args).latent_dim
+    seed_steps, window = seed_steps_of(args, spec), (args.horizon + 1) * args.num_envs
+    arguments.check_rules(
+        (latent_dim % 16 == 0, "--latent-dim must be a multiple of 16, the units of a channel of the encoder"),
+        (latent_dim % args.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim"),
+        (args.evaluate or seed_steps >= window, "--seed-steps must fill more than one window per environment"),
+        (args.evaluate or args.buffer_size >= seed_steps + window,
          f"--buffer-size {args.buffer_size} does not hold the {seed_steps} seed steps and a window per environment"),
-        (seed_steps > args.horizon * args.num_envs, "--seed-steps must fill more than one window per environment"),
-        (not args.evaluate or args.checkpoint, "--evaluate needs --checkpoint"),
-        (not args.json or args.evaluate, "--json goes with --evaluate"),
-        (not args.json or Path(args.json).absolute().parent.is_dir(), f"the folder of {args.json} does not exist"),
         (args.shadows or spec.domain != "Gymnasium", "--no-shadows goes with DMControl and Meta-World"),
-        (not args.track or importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
-    ]  # fmt: skip
-    for holds, sentence in rules:
-        if not holds:
-            raise environments.UserError(sentence)
-    if args.checkpoint and not args.checkpoint.endswith(".pt"):
-        read_meta(find_checkpoint(Path(args.checkpoint)))
-    if not args.evaluate:
-        environments.check_rendering(args.task, "rgb", render_mode(args))
+    )  # fmt: skip
+    environments.check_rendering(args.task, "rgb", "rgb_array" if args.capture_video else None)
+
+
+def make_envs(args: Args, evaluation: bool):
+    """Vectorised environments to learn in, or to evaluate in; the two draw from different random streams."""
+    n, seed = args.eval_episodes if evaluation else args.num_envs, (args.seed, int(evaluation))
+    options = {"obs": "rgb", "shadows": args.shadows}
+    options["render_mode"] = "rgb_array" if evaluation and args.capture_video else None
+    return environments.make_envs(args.task, n, seed, **options)
 
 
 def seed_steps_of(args: Args, spec) -> int:
@@ -1093,203 +818,31 @@ def seed_steps_of(args: Args, spec) -> int:
     return max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
 
 
-def as_flag(name: str, value) -> str:
-    """An argument as it is said on the command line."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"without --{flag}" if value is None else f"--{flag} {value}"
-
-
-# what may differ when a run is resumed
-FREE_TO_CHANGE = {"resume", "runs_dir", "total_timesteps", "checkpoint_freq", "log_freq", "eval_freq", "eval_episodes"}
-FREE_TO_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "capture_video", "storage"}
-
-
-def open_run(args: Args, folder: Path):
-    """Creates or reopens a run's folder. Returns the lock on it: an open file, held until the process ends, however."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise environments.UserError(
-            f"{folder} is in use by a live run; choose another --exp-name or --seed"
-        ) from error
-    if (folder / "eval.csv").exists():
-        if not args.resume:
-            raise environments.UserError(
-                f"{folder} holds a run; continue it with --resume, or choose another --exp-name or --seed"
-            )
-        before = json.loads((folder / "args.json").read_text())
-        changed = [k for k, v in dataclasses.asdict(args).items() if k not in FREE_TO_CHANGE and before.get(k) != v]
-        if changed:
-            flags = ", ".join(as_flag(k, before.get(k)) for k in changed)
-            raise environments.UserError(f"--resume continues a run as it was started: {flags}")
-    return lock
-
-
-EVAL_COLUMNS = ["step", "reward", "success", "seed"]
-
-
-def trim_curve(path: Path, step: int) -> None:
-    """Drops the rows of eval.csv beyond `step`: a resumed run measures them again."""
-    rows = list(csv.reader(path.open())) if path.exists() else []
-    rows = [row for row in rows[1:] if len(row) == len(EVAL_COLUMNS) and int(row[0]) <= step]
-    write_atomically(path, "".join(",".join(row) + "\n" for row in [EVAL_COLUMNS, *rows]))
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Lists the SIGINTs and SIGTERMs that come, so that the loop can end in order; a second one ends it at once."""
-    received: list[int] = []
-
-    def handler(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old_handler in before.items():
-            signal.signal(number, old_handler)
-
-
-def check_finite(step: int, folder: Path, **values) -> None:
-    """Stops the run when a number that it lives on is no longer one."""
-    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
-    if bad:
-        kept = "its last checkpoint is kept" if has_checkpoint(folder) else "no checkpoint was written yet"
-        raise environments.UserError(f"{bad[0]} is not finite at simulator step {step}: {folder} stops here; {kept}")
-
-
-def save(manager, args: Args, model: WorldModel, step: int, count: dict, state, replay: Replay) -> None:
-    """Writes a checkpoint: complete or not at all, and the one before it goes only when it is complete."""
-    meta = {"script": "tdmpc2_jax_rgb", "args": dataclasses.asdict(args), "count": count}
-    meta |= {"action_dim": model.action_dim, "episodic": model.termination is not None}
-    items = {"state": ocp.args.StandardSave(state), "replay": ocp.args.StandardSave(replay)}
-    manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
-
-
-def start_writer(args: Args, folder: Path, step: int) -> SummaryWriter:
-    """TensorBoard, and with --track Weights & Biases, which copies what TensorBoard gets. On resuming at `step`, points
-    beyond it are dropped."""
-    if args.track:
-        import wandb
-
-        name = "__".join(folder.parts[-3:])
-        run_id = re.sub(r"[^\w-]", "-", f"{name}-{folder.stat().st_ino}")  # the same again when the run is resumed
-        settings = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
-        wandb.init(**settings, config=dataclasses.asdict(args), resume="allow", sync_tensorboard=True, dir=str(folder))
-    writer = SummaryWriter(str(folder))
-    events = writer.file_writer.event_writer
-    events.add_event = events._ev_writer.write_event  # not by way of its queue, which flush and close do not wait for
-    purge = Event(session_log=SessionLog(status=SessionLog.START))
-    writer.file_writer.add_event(purge, step + 1 if step else 0)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
-    return writer
-
-
-def progress_bar(args: Args, spec, model: WorldModel, state: TrainState, folder: Path, step: int) -> tqdm:
-    """Says what runs, prints the head of the table of evaluations, and opens a bar (only on a terminal)."""
-    size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
-    pictures = f"{FRAMES} pictures of {PIXELS} x {PIXELS}"
-    print(f"{spec.name}: {pictures}, {model.action_dim} actions, {size:.1f}M parameters, ", end="")
-    print(f"{args.num_envs} environment(s), on {jax.devices()[0].device_kind}; from simulator step {step}, in {folder}")
-    if step >= args.total_timesteps:
-        print("all steps are made: a larger --total-timesteps goes on")
-    print(f"{'step':>10} {'success ' * spec.success}{'return':>9} {'± std':>8} {'minutes':>8}", flush=True)
-    total, done = -(-args.total_timesteps // spec.action_repeat), step // spec.action_repeat
-    return tqdm(total=total, initial=done, unit=" decisions", mininterval=1, disable=None)
-
-
-def record_evaluation(args: Args, spec, folder, writer, bar, step: int, seconds: float, result: Evaluation) -> None:
-    """Adds an evaluation to the table, to eval.csv and to the trackers; its video to the folder and the trackers."""
-    returns, successes, frames, fps = result
-    rate = f"{successes.mean():>7.2f} " if spec.success else ""
-    bar.write(f"{step:>10} {rate}{returns.mean():>9.1f} {returns.std():>8.1f} {seconds / 60:>8.1f}")
-    sys.stdout.flush()
-    with (folder / "eval.csv").open("a") as file:
-        csv.writer(file, lineterminator="\n").writerow([step, returns.mean(), successes.mean(), args.seed])
-    writer.add_scalar("eval/episodic_return", returns.mean(), step)
-    writer.add_scalar("eval/episodic_return_std", returns.std(), step)
-    writer.add_scalar("eval/success_rate", successes.mean(), step)
-    if frames:
-        path = folder / "videos" / f"step-{step:09d}.mp4"
-        write_video(path, frames, fps)
-        thumbnails = np.stack(frames)[::4, ::3, ::3]  # TensorBoard shows videos as GIFs, which are large
-        gif = imageio.imwrite("<bytes>", thumbnails, extension=".gif", duration=125, loop=0)
-        image = Summary.Image(height=thumbnails.shape[1], width=thumbnails.shape[2], encoded_image_string=gif)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), step)
-        if args.track:
-            import wandb
-
-            wandb.log({"eval/episode": wandb.Video(str(path))})
-    writer.flush()
-
-
-def crossed(step: int, last: int, freq: int) -> bool:
-    """Whether a multiple of freq lies in (last, step]."""
-    return step // freq > last // freq
-
-
-def updates_due(args: Args, seed_steps: int, count: dict) -> int:
+def updates_due(args: Args, seed_steps: int, count: dict[str, Any], replay: Replay) -> int:
     """Updates that the decisions so far call for and that were not made: seed_steps at once, then utd per decision."""
-    ready = count["decisions"] >= seed_steps
-    return int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"] if ready else 0
+    if count["decisions"] < seed_steps or (count["updates"] == 0 and replay.size == 0):  # all episodes were too short
+        return 0
+    return int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
 
 
-def available_bytes(device=None) -> int:
-    """Memory that may still be used: a device's as it says itself, or the machine's (of a CPU, or without a device)."""
-    stats = device.memory_stats() if device and device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError):  # only Linux says what is free of it
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit; no limit is the word max
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return free
+def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
+    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
+    init_key, train_key, act_key = jax.random.split(jax.random.key(args.seed), 3)
+    params = init_params(args, model, init_key)
+    return {"train": init_state(args, params, params["q"], 1.0, train_key), "act_key": act_key}
 
 
-def place_replay(args: Args, spec, model: WorldModel):
-    """The device in whose memory the replay lies: the one that learns or, if that is too small, the CPU. Says which and
-    why. Refuses a replay that does not fit, beside the copies of it in the machine's memory that a checkpoint takes."""
-    device, n = jax.devices()[0], args.num_envs
-    shapes = jax.eval_shape(partial(init_replay, args.buffer_size // n, n, model.action_dim))
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    fits = size < 0.7 * available_bytes(device)  # the rest is for learning
-    reason = "there is room" if fits else "the device's is too small"
-    if args.storage != "auto":
-        reason = f"--storage {args.storage}"
-    if args.storage == "host" or args.storage == "auto" and not fits:
-        try:
-            device = jax.devices("cpu")[0]
-        except RuntimeError as error:
-            what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
-            raise environments.UserError(what) from error
-    on_host, staged = device.platform == "cpu", jax.default_backend() != "cpu"
-    place = "the machine's memory" if on_host else "device memory"
-    copies = on_host + 1 + staged  # beside accelerators, checkpoints pass through pinned memory
-    room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
-    if room < 1:
-        enough = f"enough for --buffer-size {int(room * args.buffer_size)}"
-        free = "" if on_host else f"{available_bytes(device) / 1e9:.1f} GB and "
-        free = f"{free}{available_bytes() / 1e9:.1f} GB are free, {enough}"
-        short = args.total_timesteps // spec.action_repeat
-        short = f"; this run makes no more than {short} decisions" if short < args.buffer_size else ""
-        again = "twice " * staged + "as much " + ("again" if on_host else "of the machine's")
-        sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
-        raise environments.UserError(f"--buffer-size {args.buffer_size} {sizes}; {free}{short}")
-    print(f"replay of {args.buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
-    return device
+def start_or_resume(args: Args, model: WorldModel, keeper: Run, memory):
+    """Learning state, key of the acting, replay (in the memory of the device `memory`) and counters of the run's last
+    checkpoint; without one fresh ones, with the agent of --checkpoint if that is given."""
+    new_replay = partial(init_replay, args.buffer_size // args.num_envs, args.num_envs, model.action_dim)
+    items, count = keeper.start({"replay": memory}, state=partial(fresh_state, args, model), replay=new_replay)
+    state, act_key = items["state"]["train"], items["state"]["act_key"]
+    if args.checkpoint and not count:
+        agent = load_agent(args.checkpoint, None, state.params, *SCRIPTS, obs="rgb")
+        state = init_state(args, agent.params, agent.target_q, agent.q_scale, state.key)
+        state = jax.device_put(state, jax.devices()[0])  # placed as it comes out of `train`: it compiles once
+    return state, act_key, items["replay"], count or {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
 
 
 def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, memory, updates: int, num: int):
@@ -1305,141 +858,88 @@ def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, memory, upd
     return pool.submit(jax.device_put, batches, device).result
 
 
-def start_or_resume(args: Args, model: WorldModel, folder: Path, memory) -> tuple[dict, Replay, dict[str, Any]]:
-    """Learning state, replay (in the memory of the device `memory`) and counters of the run's last checkpoint; if there
-    is none, fresh ones, with the parameters of --checkpoint if that is given."""
-    device, sizes = jax.devices()[0], (args.num_envs, model.action_dim)
-    new_replay = partial(init_replay, args.buffer_size // args.num_envs, *sizes)
-    if has_checkpoint(folder):
-        checkpoint = find_checkpoint(folder)
-        state = restore(checkpoint, "state", on_device(jax.eval_shape(partial(fresh_state, args, model)), device))
-        replay = restore(checkpoint, "replay", on_device(jax.eval_shape(new_replay), memory))
-        return state, replay, read_meta(checkpoint)["count"]
-    state = jax.jit(fresh_state, static_argnums=(0, 1))(args, model)
-    if args.checkpoint:
-        params, target_q = load_agent(args, model)
-        state["train"] = init_state(args, params, target_q, state["train"].key)
-    with jax.default_device(memory):
-        replay = new_replay()
-    state, replay = jax.device_put(state, device), jax.device_put(replay, memory)  # as they are restored
-    return state, replay, {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
-
-
 def run(args: Args) -> None:
-    """Trains one agent: acts, learns, and keeps the run's files."""
-    spec = environments.task_spec(args.task)
-    folder, n = run_folder(args, spec), args.num_envs
-    discount, seed_steps = discount_of(args, spec.episode_length), seed_steps_of(args, spec)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(open_run(args, folder))
-        envs = stack.enter_context(contextlib.closing(make_envs(args, n)))
-        eval_envs = make_envs(args, args.eval_episodes, render_mode(args))
-        stack.enter_context(contextlib.closing(eval_envs))
-        model = model_for(args, envs, spec)
-
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        memory = place_replay(args, spec, model)
-        state, replay, count = start_or_resume(args, model, folder, memory)
-        train_state, act_key = state["train"], state["act_key"]
-        step = logged = saved = count["decisions"] * spec.action_repeat
-        write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2))
-        trim_curve(folder / "eval.csv", count["evaluated"])  # from here on the folder holds a run
-        writer = stack.enter_context(contextlib.closing(start_writer(args, folder, step)))
-        bar = stack.enter_context(progress_bar(args, spec, model, train_state, folder, step))
-        stop = stack.enter_context(catch_signals())
-
-        obs, _ = envs.reset(seed=args.seed + step)  # a resumed run begins new episodes, not the first ones again
-        first, done, returns, lengths = np.ones(n, bool), np.zeros(n, bool), np.zeros(n), np.zeros(n, int)
-        filler = np.zeros((n, model.action_dim), np.float32), np.zeros(n, np.float32), np.zeros(n, bool)
-        replay = add(replay, args.horizon, obs, *filler, first)
-        seen, pool = np.tile(obs, FRAMES), stack.enter_context(ThreadPoolExecutor(1))
-        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0]), {}
-        burst = max(1, int(args.utd * n))  # updates per dispatch
-        clock, tick = time.time() - count["seconds"], time.time()
-
+    """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
+    spec, n, device = environments.task_spec(args.task), args.num_envs, jax.devices()[0]
+    seed_steps, burst = seed_steps_of(args, spec), max(1, int(args.utd * n))  # burst: updates per dispatch
+    with Run(run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_rgb", RETURNS_COLUMNS) as keeper:
+        envs = keeper.enter(RecordEpisodeStatistics(make_envs(args, evaluation=False)))
+        eval_envs = keeper.enter(make_envs(args, evaluation=True))
+        (action_dim,) = envs.single_action_space.shape
+        model = make_model(args, action_dim, args.episodic and spec.can_terminate)
+        new_replay, short = (
+            partial(init_replay, args.buffer_size // n, n, action_dim),
+            args.total_timesteps // spec.action_repeat,
+        )
+        memory = place_replay(new_replay, args.storage, args.buffer_size, short)
+        state, act_key, replay, count = start_or_resume(args, model, keeper, memory)
+        step, decisions = count["decisions"] * spec.action_repeat, -(-args.total_timesteps // spec.action_repeat)
+        sizes = {"action_dim": action_dim, "episodic": model.termination is not None}
+        title = f"{spec.name}: {FRAMES} pictures of {PIXELS} x {PIXELS}, {action_dim} actions, {n} environment(s)"
+        keeper.begin(title, returns_head(spec), state.params, step, count, count["decisions"], decisions, "decisions")
+        discount = jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), device)
+        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, action_dim)), device), {}
+        pool = keeper.enter(ThreadPoolExecutor(1))
+        obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
+        first, done, seen = np.ones(n, bool), np.zeros(n, bool), np.tile(obs, FRAMES)
+        replay = add(
+            replay, args.horizon, obs, np.zeros((n, action_dim), np.float32), np.zeros(n, np.float32), done, first
+        )
         while True:
-            finished = step >= args.total_timesteps
-            count["seconds"] = time.time() - clock
-            if crossed(step, count["evaluated"], args.eval_freq) or (finished and count["evaluated"] != step):
-                eval_seed = args.seed + 1_000_000 + step
-                result = evaluate(args, model, train_state.params, discount, eval_envs, eval_seed, stop)
-                if result is not None:
-                    record_evaluation(args, spec, folder, writer, bar, step, count["seconds"], result)
-                    count["evaluated"] = step
-            if crossed(step, saved, args.checkpoint_freq) or (finished or stop) and saved != step:
-                check_finite(step, folder, **jax.device_get(info))
-                writer.flush()  # first: a checkpoint must not be ahead of the curves
-                save(manager, args, model, step, count, {"train": train_state, "act_key": act_key}, replay)
-                saved = step
-            if finished or stop:
-                break
-
             # Draw from the machine's memory while the planner acts, and while the updates before are computed
-            learnable = count["updates"] > 0 or replay.size > 0  # no window yet if all episodes were shorter
-            if learnable and updates_due(args, seed_steps, count) >= burst:
-                source = draw_ahead(args, pool, replay, memory, count["updates"], burst)
+            due = updates_due(args, seed_steps, count, replay) // burst
+            source = draw_ahead(args, pool, replay, memory, count["updates"], burst) if due else None
 
-            # Act, at random at first
-            if count["decisions"] < seed_steps and not args.checkpoint:
+            # Act: dispatched here, read when the environments are stepped
+            if count["decisions"] <= seed_steps and not args.checkpoint:
                 act_key, key = jax.random.split(act_key)
-                action = jax.random.uniform(key, (n, model.action_dim), minval=-1, maxval=1)
+                action = jax.random.uniform(key, (n, action_dim), minval=-1, maxval=1)
             else:
                 action, prev_mean, act_key = act(
-                    args, model, train_state.params, seen, prev_mean, first, discount, act_key, explore=True
+                    args, model, state.params, seen, prev_mean, first, discount, act_key, explore=True
                 )
-            action = np.asarray(action)  # the only place where the loop waits for the device
+
+            # Evaluate and save
+            finished = step >= args.total_timesteps
+            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
+                keeper.record_returns(step, spec, partial(evaluate, args, model, state.params, discount, eval_envs))
+            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
+                keeper.check_finite(step, **jax.device_get(info))
+                keeper.save(step, sizes, state={"train": state, "act_key": act_key}, replay=replay)
+            if finished or keeper.stop:
+                break
 
             # Learn: dispatched here, computed while the environments step
-            while learnable and (due := updates_due(args, seed_steps, count)) >= burst and not stop:
-                check_finite(step, folder, **jax.device_get(info))  # of the burst before, which is complete by now
-                train_state, info = train(args, model, train_state, source(), discount, num_updates=burst)
+            for i in keeper.steps("learning", due):
+                state, info = train(args, model, state, source(), discount, num_updates=burst)
                 count["updates"] += burst
-                if due >= 2 * burst:
+                if i + 1 < due:
                     source = draw_ahead(args, pool, replay, memory, count["updates"], burst)
-                if due > 2 * burst:  # after the seed phase
-                    bar.set_postfix_str(f"{due - burst} updates to go")
 
-            # Step; an environment whose episode is over is reset by this step and ignores the action
-            check_finite(step, folder, action=action)
-            obs, reward, terminated, truncated, _ = envs.step(action)
-            check_finite(step, folder, reward=reward, observation=obs)
+            # Step: an environment whose episode is over is reset by this step and ignores the action
+            sent = np.asarray(action)  # all that is fetched from the device between two decisions
+            obs, reward, terminated, truncated, infos = envs.step(sent)
+            keeper.check_finite(step, action=sent, reward=reward)
             first, done = done, terminated | truncated
-            replay = add(replay, args.horizon, obs, action, reward.astype(np.float32), terminated, first)
+            replay = add(replay, args.horizon, obs, sent, reward.astype(np.float32), terminated, first)
             seen = stack_pictures(seen, obs, first)
             count["decisions"] += n - int(first.sum())
             step = count["decisions"] * spec.action_repeat
 
             # Log
-            bar.update(count["decisions"] - bar.n)
-            returns, lengths = np.where(first, 0, returns + reward), np.where(first, 0, lengths + 1)
-            for i in np.flatnonzero(done):
-                writer.add_scalar("charts/episodic_return", returns[i], step)
-                writer.add_scalar("charts/episodic_length", lengths[i], step)
-                bar.set_postfix_str(f"return {returns[i]:.1f}", refresh=False)
-            if crossed(step, logged, args.log_freq):
-                writer.add_scalar("charts/SPS", (step - logged) / (time.time() - tick), step)
-                for name, value in jax.device_get(info).items():
-                    writer.add_scalar(f"losses/{name}", value, step)
-                writer.flush()  # for those who watch
-                logged, tick = step, time.time()
-    if stop:
-        name = signal.Signals(stop[0]).name
-        print(f"stopped by {name} at simulator step {step}; --resume continues the run", file=sys.stderr)
-        sys.exit(128 + stop[0])
+            keeper.log_episodes(step, done, infos)
+            if keeper.due(step, keeper.logged, args.log_freq, False):
+                keeper.log_losses(step, info)
+            keeper.advance(count["decisions"])
 
 
-def main(args: Args) -> None:
-    try:
+def main(argv: list[str] | None = None) -> None:
+    with arguments.one_sentence():
+        args = arguments.parse(Args, argv, __doc__, run_folder, *SCRIPTS)
         check_args(args)
+        use_compile_cache(args.compile_cache)
         evaluate_checkpoint(args) if args.evaluate else run(args)
-    except environments.UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # during start-up, or a second one
-        way_on = "" if args.evaluate else "; --resume goes on from the last complete checkpoint, if there is one"
-        print(f"interrupted{way_on}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main()

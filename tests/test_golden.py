@@ -9,6 +9,7 @@ import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 import tdmpc2_jax_rgb as rgb
+from files.pretrained import check_shapes, fold_task, from_torch
 
 pytestmark = pytest.mark.golden
 MODELS = ["single", "wide", "episodic", "two_q"]
@@ -61,11 +62,16 @@ def agent(golden):
         model = td.make_model(
             args, recording["in_obs"].shape[-1], recording["in_action"].shape[-1], "termination" in recording
         )
-        params, target_q = td.from_torch(tensors)
-        td.check_shapes(args, model, params)
+        params, target_q = from_torch(tensors)[:2]
+        check_shapes(params, shapes_of(td, args, model), name, "the model")
         return recording, plan, args, model, params, target_q
 
     return load
+
+
+def shapes_of(script, args, model):
+    """Shapes of the parameters of a script's networks."""
+    return jax.eval_shape(lambda: script.init_params(args, model, jax.random.key(0)))
 
 
 def draws_of(recording, prefix):
@@ -108,7 +114,7 @@ def test_three_updates_equal_the_recording(agent, name):
     recording, _, args, model, params, target_q = agent(name)
     batch = td.Batch(*(jnp.asarray(recording[f"in_{k}"]) for k in td.Batch._fields))
     batch = batch._replace(reward=batch.reward[..., 0], terminated=batch.terminated[..., 0])
-    state = td.init_state(args, params, target_q, jax.random.key(0))
+    state = td.init_state(args, params, target_q, 1.0, jax.random.key(0))
     update = jax.jit(td.update, static_argnums=(0, 1))
     for i in range(3):
         next_action, target_heads, pi_action, pi_heads = draws_of(recording, f"update{i}")
@@ -119,9 +125,8 @@ def test_three_updates_equal_the_recording(agent, name):
                 close(info[measure], value, 1e-4)
         assert {"consistency_loss", "value_loss", "pi_loss", "grad_norm", "pi_grad_norm"} <= info.keys()
         close(state.q_scale, recording[f"update{i}_scale"], 1e-4)
-    after, after_target = td.from_torch(
-        {k.removeprefix("update2_after_"): v for k, v in recording.items() if k.startswith("update2_after_")}
-    )
+    tensors = {k.removeprefix("update2_after_"): v for k, v in recording.items() if k.startswith("update2_after_")}
+    after, after_target = from_torch(tensors)[:2]
     for mine, original in ((state.params, after), (state.target_q, after_target)):
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
 
@@ -129,7 +134,7 @@ def test_three_updates_equal_the_recording(agent, name):
 def replay_plans(args, model, params, recording, discount, mode):
     """Repeats the recorded calls of the planner; dimensions of actions that the task does not have are cut off."""
     iterations, H, A = int(recording["iterations"]), args.horizon, model.action_dim
-    plan = jax.jit(td.plan, static_argnums=(0, 1, 8))
+    plan = jax.jit(td.plan, static_argnums=(0, 1, 9))
     mean, first = jnp.zeros((1, H, A)), np.array([True])
     for i in range(3):
         draws = draws_of(recording, f"{mode}{i}")
@@ -138,12 +143,12 @@ def replay_plans(args, model, params, recording, discount, mode):
             pi=np.stack(draws[:H])[None, ..., :A],
             sample=np.stack(loop[0::3])[None, ..., :A],
             terminal=np.stack(loop[1::3])[None, ..., :A],
-            heads=np.stack(loop[2::3])[:, :2],
             gumbel=draws[H + 3 * iterations][None],
-            explore=draws[-1][None, :A] if mode == "explore" else np.zeros((1, A), np.float32),
+            exploration=draws[-1][None, :A] if mode == "explore" else np.zeros((1, A), np.float32),
         )
         obs = recording["in_obs"][i][None, : model.obs_dim]
-        action, mean = plan(args, model, params, obs, mean, first, discount, noise, mode == "explore")
+        heads = np.stack(loop[2::3])[:, :2]
+        action, mean = plan(args, model, params, obs, mean, first, discount, noise, heads, mode == "explore")
         close(action[0], recording[f"{mode}{i}_action"][:A], 1e-3)
         close(mean[0], recording[f"{mode}{i}_mean"][:, :A], 1e-3)
         first = np.array([False])
@@ -177,7 +182,7 @@ def numpy_mlp(tensors, prefix, x, simnorm):
 def test_a_folded_agent_computes_what_the_multi_task_agent_does_for_all_tasks(golden, layout):
     tensors = envs.load_pt(golden("multitask.pt"))["model"]
     tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items() if np.ndim(v)}
-    params, target_q = td.from_torch(envs.load_pt(golden(f"multitask{layout}.pt"))["model"])
+    params, target_q = from_torch(envs.load_pt(golden(f"multitask{layout}.pt"))["model"])[:2]
     rng = np.random.default_rng(0)
     for task_id, task in enumerate(envs.TASK_SETS["mt30"]):
         _, obs_dim, action_dim, _ = envs.TASKS[task]
@@ -193,11 +198,10 @@ def test_a_folded_agent_computes_what_the_multi_task_agent_does_for_all_tasks(go
 
         args = td.Args(enc_dim=16, mlp_dim=24, latent_dim=24, num_enc_layers=2, num_q=5)
         model = td.make_model(args, obs_dim, action_dim, False)
-        folded = td.fold_task(
-            params | {"q_target": target_q}, tensors["_task_emb.weight"][task_id], obs_dim, action_dim
-        )
+        both = params | {"q_target": target_q}
+        folded = fold_task(both, tensors["_task_emb.weight"][task_id], obs_dim, action_dim)
         folded_target = folded.pop("q_target")
-        td.check_shapes(args, model, folded)
+        check_shapes(folded, shapes_of(td, args, model), task, "the model")
         obs, action = obs[:obs_dim], action[:action_dim]
         close(model.encoder.apply(folded["encoder"], obs), z, 1e-4)
         close(model.dynamics.apply(folded["dynamics"], z, action), numpy_mlp(tensors, "_dynamics", zea, True), 1e-4)
@@ -219,8 +223,8 @@ def test_plans_of_a_folded_agent_equal_the_multi_task_recording(golden, mode):
     _, obs_dim, action_dim, _ = envs.TASKS[envs.TASK_SETS["mt30"][task_id]]
     args = args_of(tensors, updates, recording)
     model = td.make_model(args, obs_dim, action_dim, False)
-    params, _ = td.from_torch(tensors)
-    params = td.fold_task(params, tensors["_task_emb.weight"][task_id], obs_dim, action_dim)
+    params = from_torch(tensors).params
+    params = fold_task(params, tensors["_task_emb.weight"][task_id], obs_dim, action_dim)
     replay_plans(args, model, params, recording, float(updates["discount"][task_id]), mode)
 
 
@@ -282,7 +286,7 @@ def test_three_multi_task_plans_equal_the_recording(multitask, golden, mode):
     recording, H, A = golden("multitask_plan.npz"), args.horizon, model.action_dim
     iterations, ids = int(recording["iterations"]), recording["in_task"][None]
     task = mt.task_input(tasks, mt.embed(params["task_emb"], ids), ids)
-    plan = jax.jit(mt.plan, static_argnums=(0, 1, 8))
+    plan = jax.jit(mt.plan, static_argnums=(0, 1, 9))
     mean, first = jnp.zeros((1, H, A)), np.array([True])
     for i in range(3):
         draws = draws_of(recording, f"{mode}{i}")
@@ -291,12 +295,12 @@ def test_three_multi_task_plans_equal_the_recording(multitask, golden, mode):
             pi=np.stack(draws[:H])[None],
             sample=np.stack(loop[0::3])[None],
             terminal=np.stack(loop[1::3])[None],
-            heads=np.stack(loop[2::3])[:, :2],
             gumbel=draws[H + 3 * iterations][None],
-            explore=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
+            exploration=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
         )
         obs = recording["in_obs"][i][None]
-        action, mean = plan(args, model, params, obs, task, mean, first, noise, mode == "explore")
+        heads = np.stack(loop[2::3])[:, :2]
+        action, mean = plan(args, model, params, obs, task, mean, first, noise, heads, mode == "explore")
         close(action[0], recording[f"{mode}{i}_action"], 1e-3)
         close(mean[0], recording[f"{mode}{i}_mean"], 1e-3)
         first = np.array([False])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import said
 
 import tdmpc2_jax as td
 
@@ -18,11 +19,12 @@ def returns_of(tmp_path_factory):
     args = td.Args(
         task=TASK, runs_dir=str(folder), num_envs=4, total_timesteps=1600, eval_freq=10_000, eval_episodes=4, **small
     )
-    td.main(args)
+    td.main(said(args))
     results = {}
     for mpc in (True, False):
         run = folder / TASK / args.exp_name / str(args.seed)
-        td.main(td.Args(evaluate=True, checkpoint=str(run), mpc=mpc, json=str(folder / "r.json"), eval_episodes=4))
+        how = td.Args(evaluate=True, checkpoint=str(run), mpc=mpc, json=str(folder / "r.json"), eval_episodes=4)
+        td.main(said(how))
         results["planner" if mpc else "policy"] = json.loads((folder / "r.json").read_text())["mean"]
     return results
 

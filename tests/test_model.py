@@ -48,8 +48,9 @@ def test_the_discount_follows_from_the_episode_length(length, discount):
 def test_large_action_spaces_get_two_more_iterations():
     for action_dim, iterations in ((19, 6), (20, 8)):
         model = td.make_model(td.Args(), 4, action_dim, episodic=False)
-        noise = jax.eval_shape(lambda key, model=model: td.plan_noise(td.Args(), model, key, 3), jax.random.key(0))
-        assert noise.heads.shape == (iterations, 2)
+        draw = jax.eval_shape(lambda key, model=model: td.plan_noise(td.Args(), model, key, 3), jax.random.key(0))
+        noise, heads = draw
+        assert heads.shape == (iterations, 2)
         assert noise.sample.shape == (3, iterations, 3, 512 - 24, action_dim)
 
 
@@ -65,14 +66,14 @@ def test_a_plan_for_many_environments_is_the_plan_for_each(agent):
     rng = np.random.default_rng(0)
     obs, mean = rng.normal(size=(3, 4)).astype(np.float32), rng.uniform(-1, 1, (3, 3, 2)).astype(np.float32)
     first = np.array([False, True, False])
-    noise = td.plan_noise(SMALL, model, jax.random.key(3), 3)
-    plan = jax.jit(td.plan, static_argnums=(0, 1, 8))
-    action, means = plan(SMALL, model, state.params, obs, mean, first, 0.99, noise, True)
+    noise, heads = td.plan_noise(SMALL, model, jax.random.key(3), 3)
+    plan = jax.jit(td.plan, static_argnums=(0, 1, 9))
+    action, means = plan(SMALL, model, state.params, obs, mean, first, 0.99, noise, heads, True)
     assert (np.abs(action) <= 1).all() and not np.allclose(action[0], action[2])
     for i in range(3):
-        only = td.PlanNoise(*(x if name == "heads" else x[i : i + 1] for name, x in noise._asdict().items()))
+        only = td.PlanNoise(*(x[i : i + 1] for x in noise))
         one = slice(i, i + 1)
-        alone = plan(SMALL, model, state.params, obs[one], mean[one], first[one], 0.99, only, True)
+        alone = plan(SMALL, model, state.params, obs[one], mean[one], first[one], 0.99, only, heads, True)
         np.testing.assert_allclose(alone[0][0], action[i], atol=1e-4)
         np.testing.assert_allclose(alone[1][0], means[i], atol=1e-4)
 

@@ -13,16 +13,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, meta_of, said
 from imageio_ffmpeg import get_ffmpeg_exe
 from test_runs import read_scalars, wait_for
 
 import envs
 import tdmpc2_jax_mt as mt
+from files.checkpoints import complete_checkpoints, find_checkpoint
+from files.pretrained import load_multitask
 
 SCRIPT = mt
 TASKS = ("cartpole-balance", "mw-reach")
 FOLDER = "cartpole-balance+mw-reach/tdmpc2_jax_mt/1"
+SIZES = {name: 16 for name in ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers")} | {
+    "num_enc_layers": 2,
+    "num_q": 2,
+}
 LOSSES = ("losses/total_loss", "losses/value_loss", "losses/pi_loss", "losses/grad_norm", "losses/pi_grad_norm")
 
 
@@ -56,7 +62,7 @@ def losses_of(folder):
 
 def state_of(folder):
     """All arrays of the last checkpoint's learning state."""
-    leaves = jax.tree.leaves(ocp.PyTreeCheckpointer().restore(mt.find_checkpoint(folder).absolute() / "state"))
+    leaves = jax.tree.leaves(ocp.PyTreeCheckpointer().restore(find_checkpoint(folder).absolute() / "state"))
     is_key = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
     return [jax.random.key_data(x) if key else x for x, key in zip(leaves, is_key, strict=True)]
 
@@ -86,7 +92,7 @@ def test_a_run_says_what_it_needs_and_leaves_its_curves_arguments_and_checkpoint
     score = read_scalars(folder, "eval/normalized_score")[0][1]
     assert score == pytest.approx((float(rows[0]["reward"]) / 10 + 100 * float(rows[1]["success"])) / 2, rel=1e-5)
     assert json.loads((folder / "args.json").read_text())["num_updates"] == 60
-    meta = mt.read_meta(mt.find_checkpoint(folder))
+    meta = meta_of(folder, "tdmpc2_jax_mt")
     assert meta["count"]["updates"] == 60 and meta["tasks"] == TASKS
 
 
@@ -104,11 +110,11 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(script, 
 def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_update(start, flags, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     child = start(*flags, "--num-updates", 1_000_000, name="tdmpc2_jax_mt.py")
-    wait_for(lambda: mt.has_checkpoint(folder), child)
+    wait_for(lambda: complete_checkpoints(folder), child)
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGTERM, err
-    updates = mt.read_meta(mt.find_checkpoint(folder))["count"]["updates"]
+    updates = meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"]
     assert f"at update {updates}; --resume continues the run" in err
 
 
@@ -116,10 +122,10 @@ def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(sta
     folder = tmp_path / "runs" / FOLDER
     eight = {"name": "tdmpc2_jax_mt.py", "devices": 8}
     child = start(*flags, "--shard-params", "yes", **eight)
-    wait_for(lambda: mt.has_checkpoint(folder), child)
+    wait_for(lambda: complete_checkpoints(folder), child)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert mt.read_meta(mt.find_checkpoint(folder))["count"]["updates"] in (20, 40, 60)
+    assert meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"] in (20, 40, 60)
     status, out, err = script(*flags, "--resume", name="tdmpc2_jax_mt.py")
     assert status == 0 and "on 1 x cpu" in out, err
     for tag, values in losses_of(folder).items():
@@ -139,7 +145,7 @@ def test_two_processes_learn_what_one_learns(start, flags, whole, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     for tag, values in losses_of(folder).items():
         np.testing.assert_allclose(values[:20], losses_of(whole[0])[tag][:20], rtol=1e-4, atol=1e-6, err_msg=tag)
-    assert mt.read_meta(mt.find_checkpoint(folder))["count"]["updates"] == 60
+    assert meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"] == 60
     assert [row["step"] for row in csv.DictReader((folder / "eval.csv").open())] == ["60", "60"]
 
 
@@ -185,7 +191,7 @@ def test_eight_devices_learn_what_one_learns_with_data_and_parameters_copied_or_
 def test_an_evaluation_prints_every_task_and_writes_it_to_a_file(whole, tmp_path, capsys):
     path = tmp_path / "results.json"
     args = mt.Args(evaluate=True, checkpoint=str(whole[0]), eval_episodes=2, json=str(path), mpc=False)
-    mt.main(args)
+    mt.main(said(args))
     lines, results = capsys.readouterr().out.splitlines(), json.loads(path.read_text())
     assert [line.split()[0] for line in lines] == ["task", *TASKS, "normalized"]
     assert list(results["tasks"]) == list(TASKS) and results["domains"].keys() == {"DMControl", "Meta-World"}
@@ -196,7 +202,7 @@ def test_an_evaluation_prints_every_task_and_writes_it_to_a_file(whole, tmp_path
     assert results["normalized_score"] == pytest.approx((cartpole["score"] + reach["score"]) / 2)
     assert f"normalized score {results['normalized_score']:.1f} " in lines[-1]
 
-    mt.main(dataclasses.replace(args, tasks="mw-reach"))
+    mt.main(said(dataclasses.replace(args, tasks="mw-reach")))
     assert list(json.loads(path.read_text())["tasks"]) == ["mw-reach"], "a part of what it knows"
 
 
@@ -205,13 +211,13 @@ def test_a_folded_task_of_an_own_run_acts_as_the_multi_task_agent_does(whole, tm
 
     path = tmp_path / "results.json"
     common = {"evaluate": True, "checkpoint": str(whole[0]), "eval_episodes": 2, "json": str(path), "mpc": False}
-    mt.main(mt.Args(tasks="cartpole-balance", **common))
+    mt.main(said(mt.Args(tasks="cartpole-balance", **common)))
     many = json.loads(path.read_text())["tasks"]["cartpole-balance"]["returns"]
-    td.main(td.Args(task="cartpole-balance", source_task="cartpole-balance", **common))
+    td.main(said(td.Args(source_task="cartpole-balance", **common, **SIZES)))
     np.testing.assert_allclose(json.loads(path.read_text())["returns"], many, rtol=1e-3)
     for source, words in ((None, "name its task with --source-task"), ("dog-run", "it knows cartpole-balance, mw-re")):
         with pytest.raises(SystemExit, match=words):
-            td.main(td.Args(task="cartpole-balance", source_task=source, **common))
+            td.main(said(td.Args(task="cartpole-balance", source_task=source, **common, **SIZES)))
 
 
 def test_all_tasks_are_planned_for_in_one_call_and_their_episodes_end_by_themselves(whole, monkeypatch):
@@ -220,24 +226,26 @@ def test_all_tasks_are_planned_for_in_one_call_and_their_episodes_end_by_themsel
     args = mt.Args(
         checkpoint=str(whole[0]), eval_episodes=2, mpc=True, num_samples=16, num_elites=4, num_pi_trajs=2, iterations=1
     )
-    args, names, model, params, _ = mt.load_agent(args)
-    vector = mt.make_eval_envs(args, names, names)
+    args, model, agent = mt.load_agent(args)
+    names, vector = agent.tasks, mt.make_eval_envs(args, agent.tasks, agent.tasks)
     ids, tasks = np.arange(2), mt.make_tasks(args, names)
-    result = mt.evaluate(args, model, tasks, params, names, ids, vector, seed=3)
+    stepped, step = [], vector.step
+    vector.step = lambda action, active: stepped.append(active.sum()) or step(action, active)
+    result = mt.evaluate(args, model, tasks, agent.params, names, ids, vector, seed=3)
     vector.close()
-    assert calls == [4] * 100 + [2] * 400, "Meta-World's episodes have 100 decisions, DMControl's 500"
+    assert calls == stepped == [4] * 100 + [2] * 400, "Meta-World's episodes have 100 decisions, DMControl's 500"
     assert result.returns.shape == result.successes.shape == (2, 2) and (result.returns > 0).all()
 
 
-def test_a_video_of_an_evaluation_is_written(whole, tmp_path):
+def test_a_video_of_an_evaluation_is_written(whole, capsys):
     try:
         envs.check_rendering("cartpole-balance")
     except envs.UserError as error:
         pytest.skip(str(error))
-    runs = str(tmp_path / "runs")
-    common = {"evaluate": True, "eval_episodes": 2, "mpc": False, "capture_video": True, "runs_dir": runs}
-    mt.main(mt.Args(checkpoint=str(whole[0]), tasks="mw-reach", **common))  # the task with the shorter episodes
-    video = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax_mt" / "1" / "videos" / "evaluate.mp4"
+    common = {"evaluate": True, "eval_episodes": 2, "mpc": False, "capture_video": True}
+    mt.main(said(mt.Args(checkpoint=str(whole[0]), tasks="mw-reach", **common)))  # the task with the shorter episodes
+    video = whole[0] / "videos" / "evaluate.mp4"
+    assert f"film: {video}" in capsys.readouterr().out, "in the folder of the agent's run"
     command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", video, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     frames = np.frombuffer(raw, np.uint8).reshape(101, 384, 384, 3)
@@ -260,8 +268,8 @@ def test_collected_episodes_come_from_the_online_script(script, tmp_path):
 def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir, tmp_path):
     sizes = {name: 16 for name in ("enc_dim", "mlp_dim", "latent_dim", "batch_size")} | {"num_q": 2, "task_dim": 8}
     args = mt.Args(tasks=",".join(TASKS), data_dir=str(data_dir), runs_dir=str(tmp_path), num_updates=1, **sizes)
-    mt.main(dataclasses.replace(args, checkpoint=str(whole[0]), eval_episodes=1, mpc=False))
-    new, old = (mt.restore_multitask(mt.find_checkpoint(folder))[0] for folder in (tmp_path / FOLDER, whole[0]))
+    mt.main(said(dataclasses.replace(args, checkpoint=str(whole[0]), eval_episodes=1, mpc=False)))
+    new, old = (load_multitask(str(folder), (), "tdmpc2_jax_mt").params for folder in (tmp_path / FOLDER, whole[0]))
     fresh = mt.fresh_state(args, mt.make_model(args, TASKS)).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new, old)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-3, "one step of Adam"
@@ -301,15 +309,15 @@ def test_checkpoints_and_tasks_that_do_not_belong_together_are_refused(refused, 
 
 def test_what_cannot_fit_into_memory_is_refused_before_anything_is_allocated(refused, data_dir, monkeypatch):
     flags = ("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
-    sentence = refused(*flags, "--batch-size", 2**20, seconds=60)  # 317M parameters take long to count
+    sentence = refused(*flags, "--batch-size", 2**20)  # 317M parameters take long to count
     assert "GB do not fit into" in sentence and "--batch-size" in sentence
-    monkeypatch.setattr(mt, "available_bytes", lambda: 4 * 10**9)
-    assert "4.00 GB" in refused(*flags, seconds=60), "317M parameters, target values and two moments are 5 GB"
+    monkeypatch.setattr(mt, "available_everywhere", lambda: 4 * 10**9)
+    assert "4.00 GB" in refused(*flags), "317M parameters, target values and two moments are 5 GB"
 
 
 def test_the_largest_model_is_as_large_as_it_is_called_and_says_so(capsys, refused, data_dir, monkeypatch):
-    monkeypatch.setattr(mt, "available_bytes", lambda: 10**9)
-    refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317, seconds=60)
+    monkeypatch.setattr(mt, "available_everywhere", lambda: 10**9)
+    refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
     words = capsys.readouterr().out.split()
     parameters, optimiser = (float(words[words.index(name) + 1]) for name in ("parameters", "optimiser"))
     assert 1.9 < parameters < 2.1 and 2.5 < optimiser < 2.6  # 317M numbers of 4 bytes, with target Qs; two moments

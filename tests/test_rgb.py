@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, meta_of
 from test_runs import read_curve, read_scalars, wait_for
 
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_rgb as rgb
+from devices import shapes_on
 from domains import rendering
+from files.checkpoints import find_checkpoint, read_checkpoint
 
 H = 3
 SCRIPT = rgb
@@ -26,7 +28,7 @@ FOLDER = "strange_envs:Pixels-v0/tdmpc2_jax_rgb/1"
 
 
 def count_of(folder):
-    return rgb.read_meta(rgb.find_checkpoint(folder))["count"]
+    return meta_of(folder, "tdmpc2_jax_rgb")["count"]
 
 
 # ------------------------------------------------------------------------------------------------------------- Shifts
@@ -275,17 +277,18 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(sc
     status, out, err = script(*flags, "--total-timesteps", 200, "--storage", "host", "--no-mpc", name=NAME)
     assert status == 0, err
     folder = tmp_path / "runs" / "strange_envs:PixelsFalling-v0" / "tdmpc2_jax_rgb" / "1"
-    meta = rgb.read_meta(rgb.find_checkpoint(folder))
+    meta = meta_of(folder, "tdmpc2_jax_rgb")
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert meta["episodic"] and due - 4 <= meta["count"]["updates"] <= due
     assert "(--storage host)" in out
 
     # What the run has kept is what the environments gave, though it kept it behind the updates in flight
-    args = meta["args"]
-    like = jax.eval_shape(lambda: rgb.init_replay(args.buffer_size // 4, 4, 1))
-    kept = rgb.restore(rgb.find_checkpoint(folder), "replay", rgb.on_device(like, jax.devices()[0]))
-    with contextlib.closing(rgb.make_envs(args, 4)) as again:
-        obs, _ = again.reset(seed=args.seed)
+    args = rgb.Args(**meta["args"])
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = shapes_on(here, lambda: rgb.init_replay(args.buffer_size // 4, 4, 1))
+    kept = read_checkpoint(find_checkpoint(folder), meta, replay=like)["replay"]
+    with contextlib.closing(rgb.make_envs(args, evaluation=False)) as again:
+        obs, _ = again.reset(seed=(args.seed, 0, 0))
         for row in range(int(kept.rows)):
             if row:
                 obs, reward, terminated, *_ = again.step(np.asarray(kept.action[row]))
@@ -298,10 +301,10 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(sc
 ELSEWHERE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import jax, tyro
+import jax
 import tdmpc2_jax_rgb as rgb
 rgb.place_replay = lambda *_: jax.devices()[1]
-rgb.main(tyro.cli(rgb.Args))
+rgb.main()
 """
 
 

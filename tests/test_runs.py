@@ -8,14 +8,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
 import pytest
+from conftest import meta_of
 from imageio_ffmpeg import get_ffmpeg_exe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import envs
-import tdmpc2_jax as td
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
@@ -32,7 +31,7 @@ def read_scalars(folder, tag):
 
 
 def count_of(folder):
-    return td.read_meta(td.find_checkpoint(folder))["count"]
+    return meta_of(folder)["count"]
 
 
 def wait_for(condition, child, seconds=120):
@@ -106,7 +105,7 @@ def test_a_run_whose_first_checkpoint_was_cut_off_starts_again(script, tmp_path)
     assert read_curve(folder)[0] == [0, 60] and count_of(folder)["decisions"] == 60
 
     status, out, err = script(*flags, "--resume")
-    assert status == 0 and "all steps are made: a larger --total-timesteps goes on" in out, err
+    assert status == 0 and "have been made: ask for more to go on" in out, err
     assert read_curve(folder)[0] == [0, 60]
 
 
@@ -148,7 +147,7 @@ def test_equal_seeds_give_equal_runs_bit_for_bit_and_others_differ(script, tmp_p
     assert all(mine != others for mine, others in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("task, what, step, kept", [("NanReward", "reward", 249, 200), ("HugeObs", "loss", 100, 100)])
+@pytest.mark.parametrize("task, what, step, kept", [("NanReward", "reward", 249, 200), ("HugeObs", "action", 101, 100)])
 def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     script, tmp_path, task, what, step, kept
 ):
@@ -241,14 +240,14 @@ def test_several_environments_with_terminations_share_one_run(script, tmp_path):
     status, _, err = script(*flags, "--total-timesteps", 400)
     assert status == 0, err
     folder = tmp_path / "runs" / "strange_envs:Falling-v0" / "tdmpc2_jax" / "1"
-    meta = td.read_meta(td.find_checkpoint(folder))
+    meta = meta_of(folder)
     assert meta["episodic"] and 400 <= meta["count"]["decisions"] < 404
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert due - 4 <= meta["count"]["updates"] <= due
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
 
 
-def test_a_video_of_each_evaluation_is_written_to_the_folder_and_to_tensorboard(script, tmp_path):
+def test_a_video_of_each_evaluation_is_written_to_the_folder(script, tmp_path):
     try:
         envs.check_rendering("InvertedPendulum-v5")
     except envs.UserError as error:
@@ -263,7 +262,3 @@ def test_a_video_of_each_evaluation_is_written_to_the_folder_and_to_tensorboard(
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     frames = np.frombuffer(raw, np.uint8).reshape(-1, 384, 384, 3)
     assert len(frames) > 1 and frames[0].std() > 10, "pictures with something on them"
-    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    shown = events.Images("eval/video")
-    assert [event.step for event in shown] == [0, 50]
-    assert imageio.imread(shown[0].encoded_image_string).shape == (-(-len(frames) // 4), 128, 128, 3)

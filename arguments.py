@@ -1,0 +1,127 @@
+"""What a script's command line needs: types of arguments with their bounds, what may be left out, one sentence.
+
+lr: Positive = 3e-4  # learning rate                          a field of a script's `Args`
+check_bounds(args)                                            refuses `--lr nan` in one sentence
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import signal
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from domains.tasks import UserError
+from files.checkpoints import find_checkpoint, read_meta
+
+
+class Bounds(NamedTuple):
+    """What an argument may be, as part of its type."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+Count = Annotated[int, Bounds(lambda x: 1 <= x < 2**31, "a whole number from 1 to 2^31 - 1")]
+Several = Annotated[int, Bounds(lambda x: 2 <= x < 2**31, "a whole number from 2 to 2^31 - 1")]
+Seed = Annotated[int, Bounds(lambda x: 0 <= x < 2**31, "a whole number from 0 to 2^31 - 1")]
+Number = Annotated[float, Bounds(math.isfinite, "a finite number")]
+Positive = Annotated[float, Bounds(lambda x: 0 < x < math.inf, "a positive number")]
+Weight = Annotated[float, Bounds(lambda x: 0 <= x < math.inf, "a number that is not negative")]
+Share = Annotated[float, Bounds(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+Fraction = Annotated[float, Bounds(lambda x: 0 <= x < 1, "a number from 0 to less than 1")]
+
+
+def is_name(x: str) -> bool:
+    """Whether a text can be a folder's name, or a path below one."""
+    parts = Path(x).parts
+    return (
+        bool(parts) and x.isprintable() and max(map(len, parts)) <= 100 and len(x) <= 200 and not {"/", ".."} & {*parts}
+    )
+
+
+NewFile = Annotated[str, Bounds(lambda x: Path(x).absolute().parent.is_dir(), "a file in a folder that exists")]
+Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a path below the task's folder")]
+
+
+ORDERS = (  # of two arguments, where a script has both
+    "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax", "log_std_min < log_std_max",
+    "min_std <= max_std", "discount_min <= discount_max",
+)  # fmt: skip
+
+
+def check_bounds(args: Any) -> None:
+    """Refuses a dataclass with a field that is not within the bounds of its type, or two that are not in their order;
+    UserError names the first."""
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs Weights & Biases: pip install wandb")
+    for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
+        value, kinds = getattr(args, name), (kind, *typing.get_args(kind))  # the latter of `Count | None`
+        bounds = [b for k in kinds for b in getattr(k, "__metadata__", ()) if isinstance(b, Bounds)]
+        if value is not None and bounds and not bounds[0].holds(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {str(shown)[:50]}")
+    for small, sign, large in map(str.split, ORDERS):
+        low, high = getattr(args, small, -math.inf), getattr(args, large, math.inf)
+        if low > high or (sign == "<" and low == high):
+            raise UserError(f"{as_flag(small)} must be {'smaller than' if sign == '<' else 'at most'} {as_flag(large)}")
+
+
+def check_rules(*rules: tuple[Any, str]) -> None:
+    """Refuses the first of pairs (whether it holds, sentence) that does not hold, with a UserError."""
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+def parse(Args: type, argv: list[str] | None, description: str, folder_of: Callable[[Any], Path], *scripts: str):
+    """The command line as an instance of the dataclass Args. What it leaves out is as in the run that --resume
+    continues or, of what makes the agent, as in the run of one of `scripts` that --evaluate names.
+
+    Args has the fields evaluate, checkpoint, json, resume, runs_dir and exp_name; from exp_name on they keep the run,
+    those before it make the agent. folder_of gives the run's folder.
+    """
+    args = tyro.cli(Args, args=argv, description=description)
+    names, record = [field.name for field in dataclasses.fields(Args)], {}
+    check_rules((not args.evaluate or args.checkpoint, "--evaluate needs --checkpoint"))
+    check_rules((not args.json or args.evaluate, "--json goes with --evaluate"))
+    source_task = getattr(args, "source_task", None)
+    check_rules((not source_task or args.checkpoint, "--source-task goes with --checkpoint"))
+    if args.evaluate and source_task:
+        record = {"task": source_task}
+    elif args.evaluate and not args.checkpoint.endswith(".pt"):
+        record = read_meta(find_checkpoint(args.checkpoint), *scripts)["args"]
+        record = {name: record[name] for name in names[: names.index("exp_name")] if name in record}
+    elif args.resume and (folder_of(args) / "args.json").exists():
+        record = json.loads((folder_of(args) / "args.json").read_text())
+        record = {name: value for name, value in record.items() if name in {*names} - {"resume", "runs_dir"}}
+    return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
+
+
+def as_flag(name: str, *value: Any) -> str:
+    """An argument, and its value if one is given, as it is said on the command line."""
+    flag = name.replace("_", "-")
+    if not value:
+        return f"--{flag}"
+    if isinstance(value[0], bool):
+        return f"--{flag}" if value[0] else f"--no-{flag}"
+    return f"without --{flag}" if value[0] is None else f"--{flag} {value[0]}"
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the process with one sentence for a mistake of the user and for a Ctrl-C before or after the loop."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its last whole checkpoint with --resume, if it has one", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,162 @@
+"""Devices: programs kept between starts, memory that is free, and arrays spread over devices and processes."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from domains.tasks import UserError
+
+
+def use_compile_cache(wanted: bool) -> None:
+    """Keeps compiled programs in the user's cache folder, one for each kind of processor, unless JAX was told another
+    (JAX_COMPILATION_CACHE_DIR): the second start of a script does not compile again."""
+    if not wanted or jax.config.jax_compilation_cache_dir:
+        return
+    with contextlib.suppress(OSError):  # without a home that can be written to there is no cache
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
+        kind = hashlib.sha256("".join(sorted({*re.findall("(?m)^(?:flags|Features).*", cpu)})).encode()).hexdigest()[
+            :12
+        ]
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tdmpc2-jax", kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def shapes_on(sharding: jax.sharding.Sharding, make: Callable, *args: Any) -> Any:
+    """Shapes and types of the arrays that make(*args) would return, all with this sharding: what a checkpoint is read
+    into, whatever device has written it."""
+    shapes = jax.eval_shape(make, *args)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def bytes_of(shapes: Any) -> int:
+    """Bytes on one device of arrays, or of shapes with types and places."""
+    return sum(np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def available_bytes(device: jax.Device | None = None) -> int:
+    """Memory that may still be used: a device's as it says itself, or the machine's (of a CPU, or without a device)."""
+    stats = device.memory_stats() if device and device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):  # only Linux says what is free of it
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit; no limit is the word max
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
+
+
+def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, run_decisions: int) -> jax.Device:
+    """The device in whose memory the replay that make() returns lies: the one that learns or, if that is too small or
+    storage is "host", the CPU. Says which and why.
+
+    Raises:
+        UserError: it does not fit, beside the copies of it in the machine's memory that a checkpoint takes; names the
+            buffer_size that does.
+    """
+    device = jax.devices()[0]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+    fits = size < 0.7 * available_bytes(device)  # the rest is for learning
+    reason = "there is room" if fits else "the device's is too small"
+    if storage != "auto":
+        reason = f"--storage {storage}"
+    if storage == "host" or storage == "auto" and not fits:
+        try:
+            device = jax.devices("cpu")[0]
+        except RuntimeError as error:
+            what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
+            raise UserError(what) from error
+    on_host, staged = device.platform == "cpu", jax.default_backend() != "cpu"
+    place = "the machine's memory" if on_host else "device memory"
+    copies = on_host + 1 + staged  # beside accelerators, checkpoints pass through pinned memory
+    room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
+    if room < 1:
+        free = "" if on_host else f"{available_bytes(device) / 1e9:.1f} GB and "
+        free += f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {int(room * buffer_size)}"
+        short = f"; this run makes no more than {run_decisions} decisions" if run_decisions < buffer_size else ""
+        again = "twice " * staged + "as much " + ("again" if on_host else "of the machine's")
+        sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
+        raise UserError(f"--buffer-size {buffer_size} {sizes}; {free}{short}")
+    print(f"replay of {buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
+    return device
+
+
+# ---------------------------------------------------------------------------------------- Several devices and processes
+def available_everywhere() -> int:
+    """Memory that each device may use, of several processes the least, so that all decide alike; CPU devices share."""
+    device = jax.local_devices()[0]
+    free = available_bytes(device) // (jax.local_device_count() if device.platform == "cpu" else 1)
+    return free if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(free)).min())
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh, axis: int) -> NamedSharding:
+    """The axis with this number is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "devices"))
+
+
+def on_devices(values: Any, sharding: NamedSharding) -> Any:
+    """Arrays of this process, equal in all processes if the sharding says everywhere, as arrays of all devices."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), values)
+
+
+def local_copy(params: Any, mesh: Mesh) -> Any:
+    """The parameters whole on this process's first device; all processes must ask at the same time."""
+    if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
+        params = jax.jit(lambda x: x, out_shardings=everywhere(mesh))(params)
+    return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
+def any_process(flag: Any) -> bool:
+    """Whether the flag is set in any process; all processes must ask at the same time."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
+
+
+def agree(prepare: Callable[[], Any]) -> Any:
+    """What prepare() returns in this process. If it raises a UserError in any process, it ends all of them: that one
+    with its sentence, the others with another."""
+    result, problem = None, None
+    try:
+        result = prepare()
+    except UserError as error:
+        problem = error
+    if any_process(problem is not None):
+        raise problem or UserError("another process could not start")
+    return result
+
+
+def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes, as SLURM or the arguments describe them.
+
+    Raises:
+        UserError: they cannot be joined.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM before we do
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        ways = "start it under SLURM, or give --coordinator, --num-processes and --process-id"
+        raise UserError(f"--distributed: {reason} ({ways})") from error

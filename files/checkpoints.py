@@ -1,0 +1,171 @@
+"""Checkpoints of our own, by Orbax: written whole or not at all, read back only if every number is what was written.
+
+A checkpoint is a folder `.../checkpoints/STEP` with an item `meta` (JSON: the script, its arguments, counters, sizes,
+and checksums) and an item for each pytree of arrays. Those written before there were checksums are read as they are.
+"""
+
+import errno
+import json
+import logging
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from domains.tasks import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that its own older versions did not write
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a run's folder that were written to their end, the newest first."""
+    folder = Path(folder, "checkpoints")
+    found = ocp.step.standard_name_format().find_all(folder) if folder.is_dir() else ()
+    return [Path(step.path) for step in sorted(found, key=lambda step: -step.step)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest complete checkpoint of a run's folder or of its checkpoints/, or the checkpoint's folder itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.name.isdigit() and (path / "meta").is_dir():
+        return path
+    found = complete_checkpoints(path) or complete_checkpoints(path.parent if path.name == "checkpoints" else path)
+    if not found:
+        raise UserError(f"{path} {'holds no checkpoint of this project' if path.exists() else 'does not exist'}")
+    return found[0]
+
+
+def read_meta(checkpoint: Path, *scripts: str) -> dict[str, Any]:
+    """What a checkpoint says of itself: its script, arguments, counters, sizes and checksums.
+
+    Raises:
+        UserError: it is damaged, or of none of `scripts`.
+    """
+    try:
+        meta = json.loads((checkpoint / "meta" / "metadata").read_text())
+        script, whole = meta["script"], meta.get("checksum") in (None, _text_sum(meta))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _damaged(checkpoint, f"or not a checkpoint of {scripts[0]}.py") from None
+    if not whole:
+        raise _damaged(checkpoint, "meta has another checksum")
+    if script not in scripts:
+        raise UserError(f"{checkpoint} is a checkpoint of {script}.py, not of {scripts[0]}.py")
+    return meta
+
+
+def write_checkpoint(manager: ocp.CheckpointManager, step: int, meta: dict[str, Any], **items: Any) -> None:
+    """Writes pytrees of arrays as the checkpoint of a step. It is there when it is complete; older ones go after that.
+
+    Raises:
+        UserError: the disk is full; what was written of it is removed, and the checkpoints before it are kept.
+    """
+    meta = meta | {"checksums": checksums(items)}
+    meta["checksum"] = _text_sum(meta)
+    saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    try:
+        manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saved), force=True)
+    except Exception as error:  # Orbax wraps what its storage library says, as a text only
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not any(word in str(error) for word in ("No space left", "quota exceeded", "File too large")):
+            raise
+        folder = Path(manager.directory)
+        for remains in folder.glob(f"{step}*"):
+            shutil.rmtree(remains, ignore_errors=True)
+        kept = complete_checkpoints(folder.parent)
+        kept = f"{kept[0]} is kept" if kept else "there was none before"
+        raise UserError(f"no space is left for a checkpoint at step {step}: its remains are removed, {kept}") from error
+
+
+def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict[str, Any]:
+    """Items of a checkpoint, each in the structure, shapes and places of `like` (arrays, or `jax.ShapeDtypeStruct`).
+
+    Raises:
+        UserError: it is damaged, or of other shapes.
+    """
+    items = {}
+    for name, tree in like.items():
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                items[name] = reader.restore(checkpoint.absolute() / name, tree)
+        except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
+            raise _damaged(checkpoint, f"or of another size; {name}: {_first_line(error)}") from error
+    return _compared(checkpoint, meta, items)
+
+
+def read_agent(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """`params`, `target_q` and `q_scale` of a TD-MPC2 run's checkpoint, on one device, whatever devices have written it
+    and whatever else it holds.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path, here = checkpoint.absolute() / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            there = reader.metadata(path).item_metadata.tree
+            inner = there.get("train", there)  # an online run's checkpoint holds the key of the acting beside it
+            wanted = {name: inner[name] for name in ("params", "target_q", "q_scale")}
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
+            like = {"train": like} if "train" in there else like
+            options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
+            state = reader.restore(path, args=ocp.args.PyTreeRestore(like, **options))
+    except Exception as error:  # as above
+        raise _damaged(checkpoint, _first_line(error)) from error
+    state = _compared(checkpoint, meta, {"state": state})["state"]
+    return state.get("train", state)
+
+
+def checksums(items: Any) -> dict[str, int]:
+    """A 32-bit number for each array of a pytree, by its path: any flipped bit of an array changes its number."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(items)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return dict(zip(names, map(int, jax.device_get(_array_sums([leaf for _, leaf in leaves]))), strict=True))
+
+
+@jax.jit
+def _array_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Sums of an array's words, each times an odd number of its own (modulo 2^32), computed where the array lies."""
+
+    def array_sum(x: jax.Array) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if x.dtype != jnp.bool_:
+            x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")  # of 8 bytes: two words
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+    return [array_sum(x) for x in arrays]
+
+
+def _compared(checkpoint: Path, meta: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
+    """The items, if their checksums are those that were written."""
+    written = meta.get("checksums", {})
+    wrong = [name for name, number in checksums(items).items() if written.get(name, number) != number]
+    if wrong:
+        raise _damaged(checkpoint, f"{wrong[0]} has another checksum")
+    return items
+
+
+def _text_sum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True).encode())
+
+
+def _damaged(checkpoint: Path, reason: str) -> UserError:
+    others = [other for other in complete_checkpoints(checkpoint.parent.parent) if other.name != checkpoint.name]
+    way_on = f"; there is also {others[0]}" if others else ""
+    return UserError(f"{checkpoint} is damaged {reason if reason.startswith('or ') else f'({reason})'}{way_on}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
