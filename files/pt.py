@@ -11,6 +11,7 @@ TensorDicts need. It calls no function that a file names, sets no attribute, and
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import os
@@ -34,6 +35,12 @@ _MAX_DIRECTORY = 2**20  # bytes of the zip's list of members, which takes 15 tim
 _MAX_ARRAYS = 16 * 2**20  # bytes of all arrays beyond twice the file: one may need more than in the file
 _MAX_KEY = 100_000  # whole numbers as keys of a dictionary: colliding ones cannot be made of these
 
+_KNOWN = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
+    EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
+""".split()  # what torch.save writes, with any protocol
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _STORAGES = {
     "torch.FloatStorage": "<f4", "torch.DoubleStorage": "<f8", "torch.HalfStorage": "<f2",
     "torch.BFloat16Storage": "<u2",  # the upper halves of float32
@@ -212,13 +219,16 @@ class _Machine:
             raise UserError("it was written on a machine of another byte order")
         if self._archive.members[f"{self._prefix}data.pkl"].file_size > _MAX_PICKLE:
             raise UserError("refused, its pickle is larger than any of a model")
-        program = self._archive.read(f"{self._prefix}data.pkl").tobytes()
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
-            if step == _MAX_STEPS:
-                raise UserError("refused, its pickle has more objects than any of a model")
+        program = io.BytesIO(self._archive.read(f"{self._prefix}data.pkl"))
+        for _ in range(_MAX_STEPS):
+            opcode = _OPCODES.get(program.read(1))
+            if opcode is None or opcode.name not in _KNOWN:
+                what = opcode.name if opcode else "no end, or an opcode"
+                raise UserError(f"refused, its pickle has {what}, which torch.save does not write")
             if opcode.name == "STOP":
                 return self._stack.pop()
-            self._step(opcode.name, argument)
+            self._step(opcode.name, opcode.arg.reader(program) if opcode.arg else None)
+        raise UserError("refused, its pickle has more objects than any of a model")
 
     def _step(self, opcode: str, argument: Any) -> None:
         stack = self._stack
@@ -259,8 +269,6 @@ class _Machine:
                 stack.append(self._storage(*self._pop(1)[0]))
             case "PROTO" | "FRAME":
                 pass
-            case _:
-                raise UserError(f"refused, its pickle has {opcode}, which torch.save does not write")
 
     def _pop(self, count: int) -> list:
         items = self._stack[-count:]

@@ -6,11 +6,12 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_pt_files import pickled, tensor, write_pt
 
 from domains.tasks import TASK_SETS, UserError
-from files import pretrained
+from files import checkpoints, pretrained
 
 LAYOUTS = ["", "_released_layout"]
 STATES = ["single", "wide", "episodic", "two_q", "multitask"]
@@ -31,7 +32,7 @@ def test_the_two_layouts_give_the_same_agent(golden, name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(current.params))
     assert shapes(current.target_q) == shapes(current.params["q"])
     assert ("termination" in current.params) == (name == "episodic")
-    assert current.tasks == (TASK_SETS["mt30"] if name == "multitask" else ()) and current.q_scale is None
+    assert current.tasks == (TASK_SETS["mt30"] if name == "multitask" else ()) and current.q_scale == 1
 
 
 @pytest.mark.golden
@@ -183,11 +184,11 @@ def test_an_agent_that_does_not_fit_hears_the_first_difference_and_what_would_fi
         ),
         (
             wide, None,
-            "encoder/params/linear_0/kernel is .*; it has --enc-dim 16 --mlp-dim 24 --latent-dim 24 "
+            "dynamics/params/linear_0/kernel is .*; it has --enc-dim 16 --mlp-dim 24 --latent-dim 24 "
             "--num-enc-layers 3 --num-q 5$",
         ),
         (wide, SIZES, "; it has --model-size 5$"),
-        ({k: v for k, v in like.items() if k != "reward"}, SIZES, "reward/params/linear_0/kernel is missing there and"),
+        ({k: v for k, v in like.items() if k != "reward"}, SIZES, "reward/params/linear_0/bias is missing there and"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=re.sub(r"[()]", r"\\\g<0>", sentence)):
             pretrained.check_shapes(params, like, "a.pt", "--model-size 1", sizes)
@@ -220,20 +221,22 @@ def test_sizes_are_read_off_the_parameters(golden):
 
 
 @pytest.mark.golden
-def test_a_multi_task_checkpoint_is_restored_whatever_else_it_holds(golden, tmp_path):
-    import orbax.checkpoint as ocp
-
+def test_an_agent_of_a_run_is_loaded_with_its_q_scale_whatever_else_the_checkpoint_holds(golden, tmp_path):
     agent = pretrained.read_multitask(golden("multitask.pt"))
     state = {"params": agent.params | {"task_emb": agent.task_emb}, "target_q": agent.target_q}
     state |= {"q_scale": jnp.float32(2.5), "model_opt": {"mu": jnp.zeros(7)}, "key": jax.random.key(0)}
-    checkpointer = ocp.CheckpointManager(tmp_path / "checkpoints")
-    checkpointer.save(10, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
-    checkpointer.wait_until_finished()
-    restored = pretrained.restore_multitask(tmp_path / "checkpoints" / "10", TASK_SETS["mt30"])
-    jax.tree.map(np.testing.assert_array_equal, restored._replace(q_scale=None), agent)
-    assert restored.q_scale == 2.5
-    with pytest.raises(UserError, match="11 is damaged"):
-        pretrained.restore_multitask(tmp_path / "checkpoints" / "11", ())
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        checkpoints.write_checkpoint(manager, 10, {"script": "mt", "tasks": agent.tasks}, state=state)
+    whole = pretrained.load_multitask(str(tmp_path), (), "mt")
+    jax.tree.map(np.testing.assert_array_equal, whole.params, state["params"])
+    jax.tree.map(np.testing.assert_array_equal, whole.target_q, state["target_q"])
+    assert whole.q_scale == 2.5 and whole.tasks == agent.tasks
+    folded = pretrained.fold_agent(agent, "walker-walk", 24, 6, "a.pt")
+    loaded = pretrained.load_agent(str(tmp_path), "walker-walk", folded.params, "mt")
+    jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.target_q), (folded.params, folded.target_q))
+    assert loaded.q_scale == 2.5
+    with pytest.raises(UserError, match="10 is a checkpoint of mt.py, not of other.py"):
+        pretrained.load_agent(str(tmp_path), "walker-walk", folded.params, "other")
 
 
 @pytest.mark.golden
