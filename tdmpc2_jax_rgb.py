@@ -27,7 +27,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import arguments
 import envs as environments
 from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
-from devices import place_replay, use_compile_cache
+from devices import place_replay, use_compile_cache, use_huge_pages
 from files.pretrained import load_agent
 from files.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
 from runs import Run, run_folder
@@ -40,9 +40,7 @@ class Args:
     shadows: bool = True  # shadows and reflections in the pictures, as published; --no-shadows draws them faster
 
     # World model
-    model_size: Literal[1, 5, 19, 48, 317] = (
-        5  # millions of parameters (seeing states): sets what is not given of the next
-    )
+    model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters, if it saw states: sets the next three
     mlp_dim: Count | None = None  # width of all hidden layers
     latent_dim: Count | None = None  # latent size Z: 16 units for each channel of the encoder's convolutions
     num_q: Several | None = None  # value heads
@@ -101,9 +99,7 @@ class Args:
     checkpoint_freq: Count = 100_000  # simulator steps between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
     log_freq: Count = 2_000  # simulator steps between two points of the loss curves
     capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
-    storage: Literal["auto", "device", "host"] = (
-        "auto"  # where the replay lies: the device's memory if it fits (draws differ)
-    )
+    storage: Literal["auto", "device", "host"] = "auto"  # whose memory holds the replay: the device's if it fits
     track: bool = False  # also send everything to Weights & Biases (pip install wandb)
     wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -192,8 +188,10 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (sum(sizes), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
-        dot = partial(jnp.dot, preferred_element_type=jnp.float32)
-        return sum(dot(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)) + bias
+        pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
+        return (
+            sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias
+        )  # cast here: gradients' products are like these
 
 
 class MLP(nn.Module):
@@ -364,7 +362,8 @@ def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Arra
 def q_logits(model: WorldModel, q_params, z: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
     """All heads in q_params: z [..., Z], action [..., A] -> [q, ..., K]; dropout [q, ..., mlp_dim] or None."""
     if dropout is None:
-        return jax.vmap(lambda p: model.q.apply(p, z, action))(q_params)
+        heads = (pick_heads(q_params, i) for i in range(len(jax.tree.leaves(q_params)[0])))
+        return jnp.stack([model.q.apply(p, z, action) for p in heads])  # on a CPU faster than batched products
     return jax.vmap(lambda p, d: model.q.apply(p, z, action, dropout=d))(q_params, dropout)
 
 
@@ -374,11 +373,12 @@ def pick_heads(q_params, heads: jax.Array):
 
 
 def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
-    """Inverted dropout as a factor, from 16 random bits a unit (half the cost of the usual 32)."""
+    """Inverted dropout as a factor, from 16 random bits a unit: each 32-bit word that is drawn serves two units."""
     if args.dropout == 0:
         return None
-    drop = jax.random.bits(key, shape, "uint16") < round(args.dropout * 2**16)
-    return jnp.where(drop, 0.0, 1 / (1 - args.dropout))
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), "uint32")
+    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
+    return jnp.where(bits < round(args.dropout * 2**16), 0.0, 1 / (1 - args.dropout))
 
 
 # --------------------------------------------------------------------------------------------------------- Planning
@@ -942,4 +942,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tdmpc2_jax as td
+from benchmarks.speed import count_products
 
 SMALL = td.Args(
     enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_q=5, num_samples=32, num_elites=8, num_pi_trajs=4,
@@ -95,6 +96,9 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert float((mask == 0).mean()) == pytest.approx(0.01, rel=0.05)
     assert float(mask.mean()) == pytest.approx(1, abs=1e-3)
     assert td.dropout_mask(td.dataclasses.replace(SMALL, dropout=0.0), jax.random.key(0), (3,)) is None
+    half = np.asarray(td.dropout_mask(SMALL, jax.random.key(1), (4000, 7)) == 0, float)  # an odd number of units
+    correlations = np.corrcoef(half.T) - np.eye(7)
+    assert np.abs(half.mean(0) - 0.5).max() < 0.04 and np.abs(correlations).max() < 0.08, "units are independent"
 
 
 def test_a_burst_of_updates_is_that_many_single_updates(agent):
@@ -110,3 +114,12 @@ def test_a_burst_of_updates_is_that_many_single_updates(agent):
         single, _ = td.train(SMALL, model, single, replay, 0.99, num_updates=1)
     assert int(burst.updates) == int(single.updates) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), burst.params, single.params)
+
+
+def test_all_products_of_an_update_are_bfloat16_if_asked_for():
+    args = td.dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    model = td.make_model(args, 4, 2, episodic=True)
+    shapes = jax.eval_shape(lambda: (td.fresh_state(args, model)["train"], td.init_replay(50, 1, 4, 2)))
+    products = count_products(td.train.trace(args, model, *shapes, 0.99, num_updates=1).jaxpr)
+    assert len(products) > 20
+    assert {(product.lhs_dtype, product.rhs_dtype) for product in products} == {("bfloat16", "bfloat16")}
