@@ -352,7 +352,9 @@ class _Machine:
         self._spend(300 + 16 * view.ndim + (copied if widen or not self._in_place else 0))
         if widen:
             wide = np.array(view, np.uint32, order="C")
-            return np.left_shift(wide, 16, out=wide).view(np.float32)
+            wide = np.left_shift(wide, 16, out=wide).view(np.float32)
+            wide.flags.writeable = not self._in_place
+            return wide
         return view if self._in_place else np.array(view, order="C")  # writable, and the storage is let go
 
     def _quantised(self, storage: _Storage, offset: int, size: tuple, stride: tuple, quantiser: tuple) -> np.ndarray:
@@ -401,7 +403,7 @@ def _view(storage: _Storage, offset: int, size: tuple, stride: tuple) -> np.ndar
     if math.prod(size) > storage.length:
         raise UserError("refused, a tensor has more numbers than its storage")
     if 0 in size:
-        return np.zeros(size, storage.dtype)
+        return np.ndarray(size, storage.dtype, b"")
     itemsize = storage.dtype.itemsize
     return np.ndarray(size, storage.dtype, storage.content, offset * itemsize, [step * itemsize for step in stride])
 

@@ -135,7 +135,10 @@ def test_bfloat16_becomes_float32(tmp_path):
     stored = (numbers.view(np.uint32) >> 16).astype("<u2")
     data = pickled(tensor("BFloat16Storage", "0", 4, 0, (4,), (1,)))
     path = write_pt(tmp_path / "a.pt", data, {"0": stored.tobytes()})
-    np.testing.assert_array_equal(load_pt(path), numbers)
+    for in_place in (False, True):
+        result = load_pt(path, in_place)
+        np.testing.assert_array_equal(result, numbers)
+        assert result.flags.writeable != in_place
 
 
 def test_views_with_offset_and_strides_are_read(tmp_path):
