@@ -16,6 +16,7 @@ discrete regression, n environments, q an ensemble of value heads, T tasks, E si
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import signal
 import socket
@@ -48,7 +49,8 @@ from devices import (
     split,
     start_distributed,
     use_compile_cache,
-)
+    use_huge_pages,
+)  # fmt: skip
 from files.pretrained import Agent, check_shapes, load_multitask, sizes_of
 from files.reports import progress, report_video, write_atomically
 from runs import Run
@@ -57,17 +59,11 @@ from runs import Run
 # ------------------------------------------------------------------------------------------------------------- Args
 @dataclasses.dataclass(frozen=True)
 class Args:
-    tasks: str | None = (
-        None  # mt30, mt80, or names with commas, in the order of the dataset's ids (default: mt30, or all known)
-    )
-    data_dir: str | None = (
-        None  # folder of the dataset: the original's chunk_0.pt, chunk_1.pt, ..., or of --save-episodes
-    )
+    tasks: str | None = None  # mt30, mt80, or names with commas in the dataset's order (default: mt30, or all known)
+    data_dir: str | None = None  # folder of the original's chunk_0.pt, chunk_1.pt, ..., or of --save-episodes
 
     # World model
-    model_size: Literal[1, 5, 19, 48, 317] = (
-        5  # millions of parameters: sets what neither the next six nor --checkpoint give
-    )
+    model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters: sets what of the next six is not given
     enc_dim: Count | None = None  # width of the encoder's hidden layers
     mlp_dim: Count | None = None  # width of all other hidden layers
     latent_dim: Count | None = None  # latent size Z
@@ -119,20 +115,14 @@ class Args:
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table of tasks and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
     eval_freq: Count = 100_000  # updates between evaluations (one more at the end)
-    eval_episodes: Count = (
-        10  # of each task in an evaluation; all of all tasks run side by side (10-40 MB of memory each)
-    )
+    eval_episodes: Count = 10  # of each task in an evaluation; all run side by side (10-40 MB of memory each)
     checkpoint_freq: Count = 50_000  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
     log_freq: Count = 1_000  # updates between two points of the loss curves
     capture_video: bool = False  # write one MP4 of every evaluation, a grid of all tasks (needs a GL library)
-    storage: Literal["auto", "device", "host", "disk"] = (
-        "auto"  # batches come from device memory, the machine's, or the files
-    )
+    storage: Literal["auto", "device", "host", "disk"] = "auto"  # where batches come from: a memory, or the files
     storage_dtype: Literal["files", "float16"] = "files"  # type of the numbers in device memory: the files', or half
     readers: Count = 4  # threads that read batches ahead from the disk or the machine's memory; more for a slow disk
-    shard_params: Literal["auto", "yes", "no"] = (
-        "auto"  # spread parameters and optimiser state (auto: if copies do not fit)
-    )
+    shard_params: Literal["auto", "yes", "no"] = "auto"  # spread the learning state (auto: if copies do not fit)
     distributed: bool = False  # one of several processes, of SLURM or as the next three say; all see one --runs-dir
     coordinator: str | None = None  # HOST:PORT of process 0
     num_processes: int | None = None  # number of processes
@@ -225,8 +215,10 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (sum(sizes), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
-        dot = partial(jnp.dot, preferred_element_type=jnp.float32)
-        return sum(dot(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)) + bias
+        pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
+        return (
+            sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias
+        )  # cast here: gradients' products are like these
 
 
 class MLP(nn.Module):
@@ -368,7 +360,8 @@ def q_logits(model: WorldModel, q_params, z: jax.Array, emb: jax.Array, action: 
     """All heads in q_params: z [..., Z], emb [..., E], action [..., A] -> [q, ..., K]; dropout [q, ..., mlp_dim] or
     None."""
     if dropout is None:
-        return jax.vmap(lambda p: model.q.apply(p, z, emb, action))(q_params)
+        heads = (pick_heads(q_params, i) for i in range(len(jax.tree.leaves(q_params)[0])))
+        return jnp.stack([model.q.apply(p, z, emb, action) for p in heads])  # on a CPU faster than batched products
     return jax.vmap(lambda p, d: model.q.apply(p, z, emb, action, dropout=d))(q_params, dropout)
 
 
@@ -378,11 +371,15 @@ def pick_heads(q_params, heads: jax.Array):
 
 
 def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
-    """Inverted dropout as a factor, from 16 random bits a unit (half the cost of the usual 32)."""
+    """Inverted dropout as a factor. The gaps between independent drops are geometric: to draw those, one number per
+    dropped unit, takes a hundredth of the random bits that a draw per unit takes."""
     if args.dropout == 0:
         return None
-    drop = jax.random.bits(key, shape, "uint16") < round(args.dropout * 2**16)
-    return jnp.where(drop, 0.0, 1 / (1 - args.dropout))
+    size = math.prod(shape)
+    most = int(size * args.dropout + 8 * math.sqrt(size * args.dropout)) + 8  # 8 standard deviations above the mean
+    gaps = jnp.log(jax.random.uniform(key, (most,), minval=1e-38)) // math.log1p(-args.dropout)
+    dropped = jnp.cumsum(jnp.minimum(gaps, size).astype(jnp.int32) + 1) - 1
+    return jnp.full(size, 1 / (1 - args.dropout)).at[dropped].set(0.0, mode="drop").reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ Planning
@@ -1114,4 +1111,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from domains.tasks import UserError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that its own older versions did not write
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs at length what it raises, too
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, 
 
 NONSENSE = """
 lr=-1 lr=0 lr=nan lr=inf enc-lr-scale=-1 enc-lr-scale=nan tau=2 tau=-0.1 tau=nan rho=2 rho=-0.5 grad-clip-norm=0
-grad-clip-norm=nan discount-min=2 discount-min=0.999 discount-max=1.5 discount-max=nan discount-denom=0 discount-denom=-5
+grad-clip-norm=nan discount-min=2 discount-min=0.999 discount-max=1.5 discount-max=nan discount-denom=0
 enc-dim=0 enc-dim=-1 mlp-dim=0 latent-dim=0 latent-dim=-8 num-enc-layers=0 num-q=1 num-q=-2 num-bins=1 vmin=10 vmin=nan
 vmax=-10 vmax=inf simnorm-dim=0 simnorm-dim=-8 dropout=1 dropout=-0.1 dropout=nan log-std-min=2 log-std-max=nan
 batch-size=0 batch-size=-4 buffer-size=0 buffer-size=100000000000 num-envs=-1 utd=-1 utd=inf utd=nan seed-steps=-1

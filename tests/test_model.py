@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tdmpc2_jax as td
+from benchmarks.speed import count_products
 
 SMALL = td.Args(
     enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_q=5, num_samples=32, num_elites=8, num_pi_trajs=4,
@@ -97,6 +98,20 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert td.dropout_mask(td.dataclasses.replace(SMALL, dropout=0.0), jax.random.key(0), (3,)) is None
 
 
+@pytest.mark.parametrize("dropout", [0.01, 0.3, 0.9])
+def test_units_drop_independently_of_their_place_and_of_each_other(dropout):
+    """Means over many masks lie within 5 standard errors of those of independent draws, at every place."""
+    args, masks, units = td.dataclasses.replace(td.Args(), dropout=dropout), 40_000, (2, 30)
+    draw = jax.jit(jax.vmap(lambda key: td.dropout_mask(args, key, units).ravel() == 0))
+    drops = np.asarray(draw(jax.random.split(jax.random.key(0), masks)), np.float64)
+    error = 5 * np.sqrt(dropout * (1 - dropout) / masks)
+    np.testing.assert_allclose(drops.mean(0), dropout, atol=error)  # first and last unit like any other
+    deviations = (drops - dropout) / np.sqrt(dropout * (1 - dropout))
+    correlations = deviations.T @ deviations / masks
+    np.testing.assert_allclose(correlations[~np.eye(60, dtype=bool)], 0, atol=5 / np.sqrt(masks))
+    assert drops.mean() == pytest.approx(dropout, abs=error / np.sqrt(60))
+
+
 def test_a_burst_of_updates_is_that_many_single_updates(agent):
     model, state = agent
     rng, replay = np.random.default_rng(0), td.init_replay(50, 1, 4, 2)
@@ -110,3 +125,12 @@ def test_a_burst_of_updates_is_that_many_single_updates(agent):
         single, _ = td.train(SMALL, model, single, replay, 0.99, num_updates=1)
     assert int(burst.updates) == int(single.updates) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), burst.params, single.params)
+
+
+def test_all_products_of_an_update_are_bfloat16_if_asked_for():
+    args = td.dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    model = td.make_model(args, 4, 2, episodic=True)
+    shapes = jax.eval_shape(lambda: (td.fresh_state(args, model)["train"], td.init_replay(50, 1, 4, 2)))
+    products = count_products(td.train.trace(args, model, *shapes, 0.99, num_updates=1).jaxpr)
+    assert len(products) > 20
+    assert {(product.lhs_dtype, product.rhs_dtype) for product in products} == {("bfloat16", "bfloat16")}

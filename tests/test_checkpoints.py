@@ -1,0 +1,113 @@
+"""Checkpoints: damage is noticed or harmless, the one before is used, a full disk loses nothing."""
+
+import os
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import meta_of
+
+import runs
+from domains.tasks import UserError
+from files.checkpoints import complete_checkpoints, read_checkpoint, read_meta
+
+
+def items_of(step):
+    keys = jax.random.split(jax.random.key(step), 4)
+    state = {"weights": jax.random.normal(keys[0], (300, 40)), "key": keys[1], "count": jnp.int32(step)}
+    replay = {"obs": jax.random.normal(keys[2], (500, 3)), "first": jnp.arange(500) % 7 == 0}
+    return {"state": state, "replay": replay | {"pictures": jax.random.bits(keys[3], (50, 64), "uint8")}}
+
+
+def keep(folder):
+    """A run's keeper, without a script."""
+    args = {"resume": True, "seed": 1, "exp_name": "x"}
+    return runs.Run(folder, args, "tdmpc2_jax", ("step", "reward", "success", "seed"))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run's folder with checkpoints of steps 200 and 300; that of 100 is gone, as the newest two are kept."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    with keep(folder) as keeper:
+        keeper.begin("title", "head", {}, 0, {"evaluated": 0, "seconds": 0.0}, 0, 1, "steps")
+        for step in (100, 200, 300):
+            keeper.save(step, {}, **items_of(step))
+    assert [path.name for path in complete_checkpoints(folder)] == ["300", "200"]
+    return folder
+
+
+def restored_step(folder):
+    """The step from which a run goes on, if every number is what was written then."""
+    with keep(folder) as keeper:
+        meta, items = keeper.restore(**items_of(0))
+    step = int(items["state"]["count"])
+    for mine, written in zip(jax.tree.leaves(items), jax.tree.leaves(items_of(step)), strict=True):
+        assert (mine == written).all()
+    return step
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flipped_bits_are_noticed_or_harmless_and_the_run_goes_on_from_the_checkpoint_before(
+    kept, tmp_path, seed, capsys
+):
+    rng = np.random.default_rng(seed)
+    for i in range(5):
+        folder = tmp_path / str(i)
+        shutil.copytree(kept, folder)
+        files = [path for path in (folder / "checkpoints" / "300").rglob("*") if path.is_file() and path.stat().st_size]
+        sizes = np.array([path.stat().st_size for path in files], float)
+        path = files[rng.choice(len(files), p=sizes / sizes.sum())] if i % 2 else files[rng.integers(len(files))]
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        if restored_step(folder) == 200:
+            err = capsys.readouterr().err
+            assert "300 is damaged" in err and "goes on from" in err and "200" in err
+            assert list(folder.glob("damaged-300-*")) and [p.name for p in complete_checkpoints(folder)] == ["200"]
+
+
+def test_deleted_files_are_noticed_or_harmless(kept, tmp_path):
+    steps = set()
+    files = sorted(p.relative_to(kept) for p in (kept / "checkpoints" / "300").rglob("*") if p.is_file())
+    for i, path in enumerate(files[:: max(1, len(files) // 10)]):
+        shutil.copytree(kept, tmp_path / str(i))
+        (tmp_path / str(i) / path).unlink()
+        steps.add(restored_step(tmp_path / str(i)))
+    assert 200 in steps
+
+
+def test_a_run_all_of_whose_checkpoints_are_damaged_says_so_of_each(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "run")
+    for path in complete_checkpoints(tmp_path / "run"):
+        (path / "meta" / "metadata").write_text("{")
+    with keep(tmp_path / "run") as keeper, pytest.raises(UserError, match="300 is damaged .*200 is damaged"):
+        keeper.restore(**items_of(0))
+
+
+def test_a_checkpoint_without_checksums_is_read_as_it_is(kept):
+    checkpoint = complete_checkpoints(kept)[0]
+    meta = read_meta(checkpoint, "tdmpc2_jax")
+    items = read_checkpoint(checkpoint, {k: v for k, v in meta.items() if "checksum" not in k}, **items_of(0))
+    assert int(items["state"]["count"]) == 300
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk can be mounted by root only")
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        with keep(tmp_path / "run") as keeper:
+            keeper.begin("title", "head", {}, 0, {"evaluated": 0, "seconds": 0.0}, 0, 1, "steps")
+            keeper.save(100, {}, state={"x": jnp.ones(10)})
+            noise = jax.random.normal(jax.random.key(0), (2_000_000,))
+            with pytest.raises(UserError, match="no space is left for a checkpoint at step 200: .*100 is kept"):
+                keeper.save(200, {}, state={"x": noise})
+        assert meta_of(tmp_path / "run")["args"]["seed"] == 1
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["100"]
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
