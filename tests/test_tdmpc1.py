@@ -1,12 +1,9 @@
 """TD-MPC, the first version: the original's numbers, its replay and what the recordings do not show."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import chisquare
 
 import envs
 import tdmpc_jax as td
