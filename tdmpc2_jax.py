@@ -150,7 +150,11 @@ def two_hot(args: Args, x: jax.Array) -> jax.Array:
 def two_hot_inv(args: Args, logits: jax.Array) -> jax.Array:
     """The scalars [...] that logits [..., K] stand for."""
     bins = jnp.linspace(args.vmin, args.vmax, args.num_bins)
-    return symexp((jax.nn.softmax(logits) * bins).sum(-1))
+    # Softmax, shifted by the largest logit as bfloat16 has it: exact below logits of 10,000. A float32 maximum would be
+    # joined with the last layer to one slow kernel by XLA on a CPU.
+    shift = logits.astype(jnp.bfloat16).max(-1, keepdims=True).astype(jnp.float32)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(shift))
+    return symexp((weights * bins).sum(-1) / weights.sum(-1))
 
 
 def soft_ce(args: Args, logits: jax.Array, x: jax.Array) -> jax.Array:

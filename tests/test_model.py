@@ -91,6 +91,19 @@ def test_bfloat16_changes_the_products_only(agent):
     np.testing.assert_allclose(td.q_logits(model, state.params["q"], z, action), logits, atol=0.15)
 
 
+@pytest.mark.parametrize("scale, offset", [(1, 0), (30, 0), (100, 0), (1, -3000), (1, 3000)])
+def test_values_are_means_of_the_bins_under_the_softmax_whatever_the_logits(scale, offset):
+    args, logits = td.Args(), scale * jax.random.normal(jax.random.key(0), (50, 101)) + offset
+    bins = np.linspace(args.vmin, args.vmax, args.num_bins)
+
+    def expected(logits):
+        return td.symexp((jax.nn.softmax(logits) * bins).sum(-1))
+
+    np.testing.assert_allclose(td.two_hot_inv(args, logits), expected(logits), rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda logits: td.two_hot_inv(args, logits).sum())(logits)
+    np.testing.assert_allclose(gradient, jax.grad(lambda logits: expected(logits).sum())(logits), rtol=1e-3, atol=1e-2)
+
+
 def test_dropout_keeps_the_mean_and_drops_its_share():
     mask = td.dropout_mask(td.Args(), jax.random.key(0), (1000, 1000))
     assert float((mask == 0).mean()) == pytest.approx(0.01, rel=0.05)
