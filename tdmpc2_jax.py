@@ -341,18 +341,31 @@ def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
     return jnp.stack([head, (head + step) % model.num_q])
 
 
-def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, heads, eps) -> jax.Array:
-    """Value [N] of action sequences [H, N, A] from z [1, Z]: rewards over the horizon, then the mean of two Qs."""
-    value, alive = 0.0, 1.0  # alive: 0 after a predicted termination
+class Rollout(NamedTuple):
+    """What the model predicts along N action sequences."""
+
+    rewards: jax.Array  # [N] discounted sum over the horizon
+    alive: jax.Array  # [N] 0 after a predicted termination, else 1
+    z: jax.Array  # [N, Z] after the last action
+
+
+def rollout(args: Args, model: WorldModel, params, z, actions, discount) -> Rollout:
+    """Predictions along action sequences [H, N, A] from z [1, Z]."""
+    rewards, alive = jnp.zeros(actions.shape[1]), jnp.ones(actions.shape[1])
     for t in range(args.horizon):
         reward = two_hot_inv(args, model.reward.apply(params["reward"], z, actions[t]))
-        value = value + discount**t * alive * reward
+        rewards = rewards + discount**t * alive * reward
         z = model.dynamics.apply(params["dynamics"], z, actions[t])
         if model.termination:
             alive = alive * (model.termination.apply(params["termination"], z)[..., 0] <= 0)
-    action = policy(args, model, params["pi"], z, eps).action
-    q = two_hot_inv(args, q_logits(model, pick_heads(params["q"], heads), z, action)).mean(0)
-    return jnp.nan_to_num(value + discount**args.horizon * alive * q, nan=0.0)
+    return Rollout(rewards, alive, z)
+
+
+def estimate_value(args: Args, model: WorldModel, params, rollouts: Rollout, discount, heads, eps) -> jax.Array:
+    """Values [N] of rollouts: their rewards, then the mean of two Qs at the policy's action for normal eps [N, A]."""
+    action = policy(args, model, params["pi"], rollouts.z, eps).action
+    q = two_hot_inv(args, q_logits(model, pick_heads(params["q"], heads), rollouts.z, action)).mean(0)
+    return jnp.nan_to_num(rollouts.rewards + discount**args.horizon * rollouts.alive * q, nan=0.0)
 
 
 def plan(
@@ -375,12 +388,15 @@ def plan(
             pi_actions.append(policy(args, model, params["pi"], pi_z, draws.pi[t]).action)
             pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t]) if t < H - 1 else None
         pi_actions = jnp.stack(pi_actions)  # [H, P, A]
+        pi_rollout = rollout(args, model, params, z, pi_actions, discount)  # once, for all iterations
 
         def iterate(distribution, draw):
             (mean, std), (sample_noise, terminal_noise, two) = distribution, draw
             sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1)
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(args, model, params, z, actions, discount, two, terminal_noise)
+            parts = pi_rollout, rollout(args, model, params, z, sampled, discount)
+            rollouts = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+            values = estimate_value(args, model, params, rollouts, discount, two, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, args.num_elites)
             elites = actions[:, elite_indices]  # [H, E, A]
             weights = jax.nn.softmax(args.temperature * elite_values)  # [E]
