@@ -136,7 +136,7 @@ def _check_whole(components: Params, task_dim: int) -> None:
         heads = layers["q"]["linear_0"]["bias"].shape[:1] if name in ("q", "target Q") else ()
         hidden, last = widths[name][:-1], outputs.get(name, widths[name][-1])
         fits = _shapes(its) == _mlp_shapes(heads, inputs[name], [*hidden, last], name in ("encoder", "dynamics"))
-        if not fits or len(hidden) != 2 and (name != "encoder" or not hidden):
+        if not fits or 0 in (*heads, *hidden, last) or len(hidden) != 2 and (name != "encoder" or not hidden):
             raise UserError(f"holds no whole TD-MPC2 agent: the layers of its {name} do not fit together")
 
 

@@ -123,6 +123,14 @@ def test_an_agent_that_is_not_whole_is_one_sentence(golden, name, change, senten
 
 
 @pytest.mark.golden
+def test_an_agent_without_value_functions_is_not_whole(golden):
+    tensors = pretrained.read_tensors(golden("multitask.pt"))
+    tensors |= {name: value[:0] for name, value in tensors.items() if "Qs" in name}
+    with pytest.raises(UserError, match="the layers of its q do not fit together"):
+        pretrained.from_torch(tensors)
+
+
+@pytest.mark.golden
 def test_a_multi_task_agent_has_the_names_of_its_tasks(golden):
     agent = pretrained.load_multitask(str(golden("multitask.pt")), ())
     assert agent.tasks == TASK_SETS["mt30"] and agent.params["task_emb"].shape == (30, 20)
