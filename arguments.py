@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from domains.tasks import UserError
+from domains.tasks import UserError, task_spec
 from files.checkpoints import find_checkpoint, read_meta
 
 
@@ -79,6 +79,11 @@ def check_rules(*rules: tuple[Any, str]) -> None:
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+
+
+def run_folder(args: Any) -> Path:
+    """The folder of a run of one task; args has the fields runs_dir, task, exp_name and seed."""
+    return Path(args.runs_dir, task_spec(args.task).name.replace("/", "_"), args.exp_name, str(args.seed))
 
 
 def parse(Args: type, argv: list[str] | None, description: str, folder_of: Callable[[Any], Path], *scripts: str):

@@ -2,10 +2,9 @@
 
     with Run(folder, dataclasses.asdict(args), script="my_fork", ...) as run:
         envs = run.enter(make_envs(...))                      # closed with the run, however it ends
-        restored = run.restore(state=..., replay=...)         # from the last whole checkpoint, or None
-        run.begin(step, counters, title, table_head, total, unit)
+        items, count = run.start(state=..., replay=...)       # from the last whole checkpoint, or made anew
+        run.begin(title, ...)
         while not run.stop:                                   # a SIGINT or SIGTERM has come
-            ...
             run.save(step, sizes, state=..., replay=...)
 
 Everything goes to one folder: `args.json`, `eval.csv`, TensorBoard events, `checkpoints/`, `videos/`. A run that was
@@ -34,14 +33,9 @@ from tqdm import tqdm
 
 from arguments import as_flag
 from devices import shapes_on
-from domains.tasks import TaskSpec, UserError, task_spec
+from domains.tasks import TaskSpec, UserError
 from files.checkpoints import complete_checkpoints, read_checkpoint, read_meta, write_checkpoint
 from files.reports import Evaluation, write_atomically, write_video
-
-
-def run_folder(args: Any) -> Path:
-    """The folder of a run of one task; args has the fields runs_dir, task, exp_name and seed."""
-    return Path(args.runs_dir, task_spec(args.task).name.replace("/", "_"), args.exp_name, str(args.seed))
 
 
 class Run:
@@ -77,11 +71,10 @@ class Run:
         if self.primary and not self._opened:
             try:
                 self._open_folder()
-            except OSError as error:
-                raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
-            except UserError:
-                self.__exit__(UserError, None, None)
-                raise
+            except (OSError, UserError) as error:
+                self.__exit__(type(error), None, None)
+                unwritable = f"{self.folder} cannot be written: {getattr(error, 'strerror', None)}"
+                raise UserError(unwritable if isinstance(error, OSError) else str(error)) from None
         self._opened = True
         return self
 
@@ -109,7 +102,7 @@ class Run:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._begun = True  # by another process, whose files these are
+            self._begun = True  # by another process
             raise UserError(f"{self.folder} is in use by a live run; choose another --exp-name or --seed") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -117,8 +110,9 @@ class Run:
             print(f"{self.folder} lies where files cannot be locked: start no second run there", file=sys.stderr)
         if (self.folder / "eval.csv").exists():
             if not self.args.get("resume"):
-                way_on = "continue it with --resume, or choose another --exp-name or --seed"
-                raise UserError(f"{self.folder} holds a run; {way_on}")
+                raise UserError(
+                    f"{self.folder} holds a run; go on with --resume, or choose another --exp-name or --seed"
+                )
             before = json.loads((self.folder / "args.json").read_text())
             changed = [k for k, v in self.args.items() if k not in self.free and before.get(k, v) != v]
             if changed:
@@ -134,10 +128,6 @@ class Run:
                     folder.rmdir() if folder.exists() else None
 
     # ------------------------------------------------------------------------------------------------- Checkpoints
-    def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint that was written to its end."""
-        return bool(complete_checkpoints(self.folder))
-
     def read_meta(self) -> dict[str, Any] | None:
         """What the newest checkpoint that can be read says of itself; None if there is none."""
         for checkpoint in complete_checkpoints(self.folder):
@@ -199,7 +189,9 @@ class Run:
         """Stops the run with a UserError when a number that it lives on is no longer one."""
         bad = [name for name, value in values.items() if not np.isfinite(value).all()]
         if bad:
-            kept = "its last checkpoint is kept" if self.has_checkpoint() else "no checkpoint was written yet"
+            kept = (
+                "its last checkpoint is kept" if complete_checkpoints(self.folder) else "no checkpoint was written yet"
+            )
             raise UserError(f"{bad[0]} is not finite at {self.axis} {step}: {self.folder} stops here; {kept}")
 
     # ------------------------------------------------------------------------------------------- Curves and progress

@@ -12,6 +12,7 @@ K bins of the discrete regression, n environments, q an ensemble of value heads.
 
 import contextlib
 import dataclasses
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive,
 from devices import use_compile_cache, use_huge_pages
 from files.pretrained import load_agent
 from files.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
-from runs import Run, run_folder
+from runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -295,12 +296,15 @@ def pick_heads(q_params, heads: jax.Array):
 
 
 def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
-    """Inverted dropout as a factor, from 16 random bits a unit: each 32-bit word that is drawn serves two units."""
+    """Inverted dropout as a factor. The gaps between independent drops are geometric: to draw those, one number per
+    dropped unit, takes a hundredth of the random bits that a draw per unit takes."""
     if args.dropout == 0:
         return None
-    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), "uint32")
-    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
-    return jnp.where(bits < round(args.dropout * 2**16), 0.0, 1 / (1 - args.dropout))
+    size = math.prod(shape)
+    most = int(size * args.dropout + 8 * math.sqrt(size * args.dropout)) + 8  # 8 standard deviations above the mean
+    gaps = jnp.log(jax.random.uniform(key, (most,), minval=1e-38)) // math.log1p(-args.dropout)
+    dropped = jnp.cumsum(jnp.minimum(gaps, size).astype(jnp.int32) + 1) - 1
+    return jnp.full(size, 1 / (1 - args.dropout)).at[dropped].set(0.0, mode="drop").reshape(shape)
 
 
 # --------------------------------------------------------------------------------------------------------- Planning
@@ -742,7 +746,7 @@ def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
     spec, n, device = environments.task_spec(args.task), args.num_envs, jax.devices()[0]
     seed_steps, burst = seed_steps_of(args, spec), max(1, int(args.utd * n))  # burst: updates per dispatch
-    with Run(run_folder(args), dataclasses.asdict(args), "tdmpc2_jax", RETURNS_COLUMNS) as keeper:
+    with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
         eval_envs = keeper.enter(make_eval_envs(args))
         (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
@@ -805,7 +809,7 @@ def run(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, run_folder, *SCRIPTS)
+        args = arguments.parse(Args, argv, __doc__, arguments.run_folder, *SCRIPTS)
         check_args(args)
         use_compile_cache(args.compile_cache)
         evaluate_checkpoint(args) if args.evaluate else run(args)

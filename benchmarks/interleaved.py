@@ -9,7 +9,8 @@ no use. Ratios are the first checkout's time divided by another's in the same ro
 range over the rounds.
 
 `update` is `train(num_updates=1)`, `plan` is `act`, both as the training loop calls them; `decision` is one round of
-the loop: act, learn, step the task's environment, write, all complete. `faults` are minor page faults per call.
+the loop: act, learn, step the task's environment, write, in the order of the checkout's own loop, all complete.
+`faults` are minor page faults per call.
 """
 
 import dataclasses
@@ -34,20 +35,13 @@ CALLS = ("update", "plan", "decision")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    checkouts: tyro.conf.Positional[tuple[Path, ...]]
-    """folders with a tdmpc2_jax.py; the first is what the others are compared with"""
-    task: str = "walker-walk"
-    """task whose sizes are measured, and whose environment is stepped"""
-    model_size: tuple[Literal[1, 5, 19, 48, 317], ...] = (1, 5)
-    """millions of parameters, one or several"""
-    compute_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """type of the inputs of matrix products, one or both"""
-    calls: tuple[Literal[CALLS], ...] = CALLS
-    """what is timed"""
-    rounds: int = 30
-    """rounds of measurement"""
-    json: str | None = None
-    """write the figures to this file"""
+    checkouts: tyro.conf.Positional[tuple[Path, ...]]  # folders with a tdmpc2_jax.py, compared with the first of them
+    task: str = "walker-walk"  # task whose sizes are measured, and whose environment is stepped
+    model_size: tuple[Literal[1, 5, 19, 48, 317], ...] = (1, 5)  # millions of parameters, one or several
+    compute_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)  # of matrix products, one or both
+    calls: tuple[Literal[CALLS], ...] = CALLS  # what is timed
+    rounds: int = 30  # rounds of measurement
+    json: str | None = None  # write the figures to this file
 
 
 # ----------------------------------------------------------------------------------------------- One checkout's side
@@ -60,8 +54,7 @@ def calls_of(task: str, model_size: int, compute_dtype: str) -> dict[str, Callab
     envs = environments.make_envs(task, 1, seed=0)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     model = td.make_model(args, obs_dim, action_dim, environments.task_spec(task).can_terminate)
-    params = td.init_params(args, model, jax.random.key(0))
-    state = td.init_state(args, params, params["q"], jax.random.key(1))
+    state = jax.jit(td.fresh_state, static_argnums=(0, 1))(args, model)["train"]
     key, (obs, _) = jax.random.key(2), envs.reset(seed=0)
     replay, prev_mean = td.init_replay(10_000, 1, obs_dim, action_dim), jnp.zeros((1, args.horizon, action_dim))
     no, filler = np.zeros(1, bool), np.zeros(1, np.float32)
@@ -79,12 +72,23 @@ def calls_of(task: str, model_size: int, compute_dtype: str) -> dict[str, Callab
         action, prev_mean, key = td.act(args, model, state.params, obs, prev_mean, no, DISCOUNT, key, explore=True)
         return np.asarray(action)
 
-    def decision():
-        nonlocal state, replay, obs
-        action = plan()
-        state, _ = td.train(args, model, state, replay, DISCOUNT, num_updates=1)
-        obs, reward, terminated, _, _ = envs.step(action)
-        replay = td.add(replay, args.horizon, obs, action, reward.astype(np.float32), terminated, no)
+    entry = obs, np.zeros((1, action_dim), np.float32), filler, no, no
+
+    def decision():  # in the order of each checkout's own loop
+        nonlocal state, replay, entry, prev_mean, key
+        if hasattr(td, "add_and_act"):
+            replay, action, prev_mean, key = td.add_and_act(
+                args, model, state.params, replay, entry, prev_mean, DISCOUNT, key, random=False
+            )
+            state, _ = td.train(args, model, state, replay, DISCOUNT, num_updates=1)
+            sent = np.asarray(action)
+        else:
+            sent = action = plan()
+            state, _ = td.train(args, model, state, replay, DISCOUNT, num_updates=1)
+        now, reward, terminated, _, _ = envs.step(sent)
+        entry = now, action, reward.astype(np.float32), terminated, no
+        if not hasattr(td, "add_and_act"):
+            replay = td.add(replay, args.horizon, *entry)
         jax.block_until_ready((state, replay))
 
     return {"update": update, "plan": plan, "decision": decision}
@@ -113,6 +117,11 @@ def measure(checkouts: tuple[Path, ...], names: tuple[str, ...], rounds: int, *c
     ends, processes = [], []
     try:
         for checkout in checkouts:
+            devices = checkout / "devices.py"
+            huge = (
+                devices.exists() and "use_huge_pages" in devices.read_text()
+            )  # what its scripts start themselves with
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" if huge else ""
             mine, theirs = spawn.Pipe()
             processes.append(spawn.Process(target=serve, args=(theirs, str(checkout.resolve()), *config), daemon=True))
             processes[-1].start()

@@ -5,9 +5,9 @@
     python benchmarks/speed.py --task dog-run --model-size 5 48 --num-envs 1 8 32 --compute-dtype float32 bfloat16
 
 An update is `tdmpc2_jax.train(num_updates=1)`, a plan is `tdmpc2_jax.act`, both as the training loop calls them. They
-are timed in turn with a 2048^3 float32 product, the `unit`, so that whatever slows the machine slows all of them:
-milliseconds depend on the machine, units hardly. All figures are medians of `--repeats` rounds (fewer where
-they would take more than a minute), units and shares medians of each round's ratio.
+are timed in turn with a 2048^3 float32 product, the `unit`, which tells how fast the machine was at the time. Neither
+milliseconds nor units compare between machines (interleaved.py compares programs on one). All figures are medians of
+`--repeats` rounds (fewer where they would take more than a minute), units and shares medians of each round's ratio.
 
 GFLOP are those of the matrix products in the traced program. `products` is the share of the time that the same
 products take alone, on the same shapes, back to back; `draws` that of the random numbers alone; `rest` is what is left:

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import said
+from jax._src.array import ArrayImpl
 
 import tdmpc2_jax as td
 
@@ -35,3 +37,30 @@ def test_the_planner_balances_the_pole(returns_of):
 
 def test_the_policy_balances_the_pole_without_planning(returns_of):
     assert returns_of["policy"] >= 20, returns_of
+
+
+def test_between_two_decisions_nothing_is_fetched_from_the_device_but_the_action(tmp_path, monkeypatch):
+    fetched, at_step, value, asarray = [], [], ArrayImpl._value.fget, np.asarray
+
+    def fetch(array, *args, **kwargs):
+        fetched.extend([array.shape] if isinstance(array, ArrayImpl) else [])
+        return asarray(array, *args, **kwargs)
+
+    monkeypatch.setattr(np, "asarray", fetch)  # reads an array's memory; all else (int, bool, device_get) takes _value
+    monkeypatch.setattr(ArrayImpl, "_value", property(lambda array: fetched.append(array.shape) or value(array)))
+    make_envs = td.environments.make_envs
+
+    def watched(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
+        step = envs.step
+        envs.step = lambda action: at_step.append(len(fetched)) or step(action)
+        return envs
+
+    monkeypatch.setattr(td.environments, "make_envs", watched)
+    flags = "--num-envs 4 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --iterations 1".split()
+    flags += "--num-samples 16 --num-elites 4 --num-pi-trajs 2 --seed-steps 100 --buffer-size 3000".split()
+    flags += ["--total-timesteps", "400", "--eval-freq", "10000", "--eval-episodes", "1", "--runs-dir", str(tmp_path)]
+    td.main(["--task", TASK, *flags])
+    learning = slice(40, 80)  # decisions of a row that are neither evaluated nor logged
+    assert np.diff(at_step[len(at_step) // 3 :])[learning].tolist() == [1] * 40
+    assert fetched[at_step[len(at_step) // 3 :][50] - 1] == (4, 1), "the actions of four environments"

@@ -96,9 +96,20 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert float((mask == 0).mean()) == pytest.approx(0.01, rel=0.05)
     assert float(mask.mean()) == pytest.approx(1, abs=1e-3)
     assert td.dropout_mask(td.dataclasses.replace(SMALL, dropout=0.0), jax.random.key(0), (3,)) is None
-    half = np.asarray(td.dropout_mask(SMALL, jax.random.key(1), (4000, 7)) == 0, float)  # an odd number of units
-    correlations = np.corrcoef(half.T) - np.eye(7)
-    assert np.abs(half.mean(0) - 0.5).max() < 0.04 and np.abs(correlations).max() < 0.08, "units are independent"
+
+
+@pytest.mark.parametrize("dropout", [0.01, 0.3, 0.9])
+def test_units_drop_independently_of_their_place_and_of_each_other(dropout):
+    """Means over many masks lie within 5 standard errors of those of independent draws, at every place."""
+    args, masks, units = td.dataclasses.replace(td.Args(), dropout=dropout), 40_000, (2, 30)
+    draw = jax.jit(jax.vmap(lambda key: td.dropout_mask(args, key, units).ravel() == 0))
+    drops = np.asarray(draw(jax.random.split(jax.random.key(0), masks)), np.float64)
+    error = 5 * np.sqrt(dropout * (1 - dropout) / masks)
+    np.testing.assert_allclose(drops.mean(0), dropout, atol=error)  # first and last unit like any other
+    deviations = (drops - dropout) / np.sqrt(dropout * (1 - dropout))
+    correlations = deviations.T @ deviations / masks
+    np.testing.assert_allclose(correlations[~np.eye(60, dtype=bool)], 0, atol=5 / np.sqrt(masks))
+    assert drops.mean() == pytest.approx(dropout, abs=error / np.sqrt(60))
 
 
 def test_a_burst_of_updates_is_that_many_single_updates(agent):
