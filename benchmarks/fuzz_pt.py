@@ -351,7 +351,7 @@ def attack(rng: np.random.Generator, parts: Parts) -> bytes:
         rebuild(storage, sizes[0], sizes[1:3], sizes[3:5]),
         rebuild(rebuild(storage, number(0), [number(24)], [number(0)]), number(0), sizes[:1], sizes[1:2]),
         rebuild(rebuild(storage, number(0), [number(10**9), number(0)], [b"K\0K\0"]), number(0), [number(n)], [b"K\1"]),
-        rebuild(storage, number(0), [number(n)], [number(0)]),
+        rebuild(storage, number(0), [number(n * 10**6)], [number(0)]),
         b"(" + large + b"h\x00" * n + b"t",
         b"}(" + b"".join(number(i * step) + b"N" for i in range(few)) + b"u",
         b"c__builtin__\nset\n](" + b"".join(number(i * step) for i in range(few)) + b"e\x85R",

@@ -22,42 +22,39 @@ from domains.tasks import TASK_SETS, UserError, task_spec
 from files.checkpoints import find_checkpoint, read_agent, read_meta
 from files.pt import load_pt
 
-FIELDS = "enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q", "task_dim"  # what `sizes_of` reads off
+Params = dict[str, Any]  # of networks, by component
+Rows = Mapping[int, Mapping[str, int]] | None  # {model size: {name of `sizes_of`: size}}
 
 
 class Agent(NamedTuple):
     """What goes from one script, or from the original, to another."""
 
-    params: dict[str, Any]  # encoder, dynamics, reward, pi, q, and termination where the agent has one
-    target_q: dict[str, Any]  # slow copy of params["q"]
+    params: Params  # encoder, dynamics, reward, pi, q, and termination where the agent has one
+    target_q: Params  # slow copy of params["q"]
     q_scale: jax.Array | float = 1.0  # 5-95% range of the values; the original's files do not have it
     task_emb: jax.Array | None = None  # [T, E] embeddings of a multi-task agent
     tasks: tuple[str, ...] = ()  # names of its T tasks, if they are known
 
 
 # --------------------------------------------------------------------------------------------- Files of the original
-def read_tensors(path: str | os.PathLike, part: str = "model") -> dict[str, np.ndarray]:
-    """The tensors {name: array} of one part of an original checkpoint {"model": …, …}, or of the bare {name: tensor}.
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors {name: array} of an original checkpoint, {"model": tensors} or the tensors alone.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
     content = load_pt(path)
-    if isinstance(content, dict) and part not in content and any(isinstance(v, np.ndarray) for v in content.values()):
-        content = {"model": content}
-    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+    model = content.get("model", content) if isinstance(content, dict) else None
+    tensors = {k: v for k, v in model.items() if isinstance(v, np.ndarray)} if isinstance(model, dict) else {}
+    if not tensors:
         kind = "a tensor" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
-        kind = f"no {part!r}" if isinstance(content, dict) else kind
-        raise UserError(f"{path} holds {kind}, so it is no checkpoint {{{part!r}: tensors}}")
-    return {name: value for name, value in content[part].items() if isinstance(value, np.ndarray)}
+        kind = "no tensors" if isinstance(content, dict) else kind
+        raise UserError(f"{path} holds {kind}, so it is no checkpoint {{'model': tensors}}")
+    return tensors
 
 
 def read_original(path: str | os.PathLike, obs: str = "state") -> Agent:
-    """The agent of an original checkpoint, in either of its two layouts.
-
-    Args:
-        path: the .pt file.
-        obs: what the agent must see, "state" or "rgb".
+    """The agent of an original checkpoint (.pt), in either of its two layouts; `obs` is what it must see.
 
     Raises:
         UserError: the file cannot be read, holds no whole agent of TD-MPC2, or one that sees something else.
@@ -67,21 +64,6 @@ def read_original(path: str | os.PathLike, obs: str = "state") -> Agent:
         return from_torch(tensors, obs)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-
-
-def read_multitask(path: str | os.PathLike, named: Sequence[str] = ()) -> Agent:
-    """The multi-task agent of an original checkpoint; `named` are its tasks, if it is not one of mt30 or mt80.
-
-    Raises:
-        UserError: as `read_original`; it is an agent of one task, or the number of names is not that of its tasks.
-    """
-    agent = read_original(path)
-    if agent.task_emb is None:
-        raise UserError(f"{path} is a single-task agent: it is for tdmpc2_jax.py")
-    agent = _without_termination(agent._replace(tasks=agent.tasks or tuple(named)))
-    if len(agent.tasks) != len(agent.task_emb):
-        raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
-    return agent
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
@@ -103,12 +85,9 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
 
 
 def _other(tensors: Mapping[str, np.ndarray]) -> str:
-    kinds = {
-        "_encoder.rgb.2.weight": "pixels, for tdmpc2_jax_rgb.py",
-        "_encoder.state.0.weight": "states, for tdmpc2_jax.py",
-        "_Q1.0.weight": "TD-MPC, for tdmpc_jax.py",
-    }
-    return next((f": it is one of {kind}" for name, kind in kinds.items() if name in tensors), "")
+    kinds = {"_encoder.rgb.2": "pixels, for tdmpc2_jax_rgb", "_encoder.state.0": "states, for tdmpc2_jax"}
+    kinds |= {"_Q1.0": "TD-MPC, for tdmpc_jax"}
+    return next((f": it is one of {kind}.py" for name, kind in kinds.items() if f"{name}.weight" in tensors), "")
 
 
 def _numbers(tensors: Mapping[str, np.ndarray], name: str, ndim: int = 1) -> np.ndarray:
@@ -119,7 +98,7 @@ def _numbers(tensors: Mapping[str, np.ndarray], name: str, ndim: int = 1) -> np.
     return np.asarray(tensors[name], np.float32)
 
 
-def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
+def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> Params:
     fields, names = ("weight", "bias", "ln.weight", "ln.bias"), []
     while f"{prefix}.{len(names)}.weight" in tensors:
         norm = f"{prefix}.{len(names)}.ln.weight" in tensors
@@ -134,7 +113,7 @@ def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
     return {"params": params}
 
 
-def _convolutions(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _convolutions(tensors: Mapping[str, np.ndarray]) -> Params:
     params = {}
     for i in range(4):  # the modules in between have no parameters; kernels [out, in, height, width]
         name = f"_encoder.rgb.{2 + 2 * i}"
@@ -143,48 +122,37 @@ def _convolutions(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"params": params}
 
 
-def _check_whole(components: dict[str, Any], task_dim: int) -> None:
+def _check_whole(components: Params, task_dim: int) -> None:
     """UserError if the layers do not fit together, as they must where tasks are folded in and sizes are read off."""
-    layers = {name: component["params"] for name, component in components.items()}
-    widths = {
-        name: [layer["bias"].shape[-1] for key, layer in its.items() if "linear" in key] for name, its in layers.items()
-    }
-    latent_dim, action_dim, num_q = (
-        widths["dynamics"][-1],
-        widths["pi"][-1] // 2,
-        layers["q"]["linear_0"]["bias"].shape[0],
-    )
+    layers = {name: component["params"] for name, component in components.items() if "linear_0" in component["params"]}
+    widths = {name: [its[key]["bias"].shape[-1] for key in its if "linear" in key] for name, its in layers.items()}
+    latent_dim, action_dim = widths["dynamics"][-1], widths["pi"][-1] // 2
+    inputs = dict.fromkeys(layers, latent_dim + task_dim + action_dim)
+    inputs |= dict.fromkeys(("pi", "termination"), latent_dim + task_dim)
+    if "encoder" in layers:  # its observations: at least one
+        inputs["encoder"] = max(layers["encoder"]["linear_0"]["kernel"].shape[-2], task_dim + 1)
+    outputs = {"encoder": latent_dim, "pi": 2 * action_dim}
     for name, its in layers.items():
-        if "kernel_0" in its:
-            continue
-        inputs = latent_dim + task_dim + (0 if name in ("pi", "termination") else action_dim)
-        inputs = max(its["linear_0"]["kernel"].shape[-2], task_dim + 1) if name == "encoder" else inputs
-        heads = (num_q,) if name in ("q", "target Q") else ()
-        last = {"encoder": latent_dim, "pi": 2 * action_dim}.get(name, widths[name][-1])
-        wanted = _mlp_shapes(heads, inputs, [*widths[name][:-1], last], name in ("encoder", "dynamics"))
-        if _shapes(its) != wanted or len(widths[name]) != 3 and (name != "encoder" or len(widths[name]) < 2):
+        heads = layers["q"]["linear_0"]["bias"].shape[:1] if name in ("q", "target Q") else ()
+        hidden, last = widths[name][:-1], outputs.get(name, widths[name][-1])
+        fits = _shapes(its) == _mlp_shapes(heads, inputs[name], [*hidden, last], name in ("encoder", "dynamics"))
+        if not fits or 0 in (*heads, *hidden, last) or len(hidden) != 2 and (name != "encoder" or not hidden):
             raise UserError(f"holds no whole TD-MPC2 agent: the layers of its {name} do not fit together")
 
 
 def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm: bool) -> dict[str, tuple[int, ...]]:
     shapes = {}
-    for i, width in enumerate(widths):
-        shapes |= {f"linear_{i}/kernel": (*heads, inputs, width), f"linear_{i}/bias": (*heads, width)}
+    for i, (before, width) in enumerate(zip([inputs, *widths[:-1]], widths, strict=True)):
+        shapes |= {f"linear_{i}/kernel": (*heads, before, width), f"linear_{i}/bias": (*heads, width)}
         if simnorm or i < len(widths) - 1:
-            shapes |= {f"norm_{i}/scale": (*heads, width), f"norm_{i}/bias": (*heads, width)}
-        inputs = width
+            shapes |= dict.fromkeys((f"norm_{i}/scale", f"norm_{i}/bias"), (*heads, width))
     return shapes
 
 
 # -------------------------------------------------------------------------------------------------- Multi-task agents
 def fold_agent(agent: Agent, source_task: str | None, obs_dim: int, action_dim: int, path: str | os.PathLike) -> Agent:
-    """A single-task agent as it is, or what a multi-task agent is for one of its tasks; see `fold_task`.
-
-    Args:
-        agent: from a .pt file or a checkpoint.
-        source_task: the multi-task agent's task; None for a single-task agent.
-        obs_dim, action_dim: sizes of the task at hand: no larger than the agent's.
-        path: where the agent is from, for the sentence.
+    """A single-task agent as it is, or what a multi-task agent from `path` is for its task `source_task`, cut to the
+    sizes of the task at hand; see `fold_task`.
 
     Raises:
         UserError: a task is named and the agent has one only, or the reverse; it does not know it, or is too small.
@@ -207,38 +175,10 @@ def fold_agent(agent: Agent, source_task: str | None, obs_dim: int, action_dim: 
         raise UserError(f"{path} does not fit this task: {sizes.format(*there, obs_dim, action_dim)}")
     emb = np.asarray(agent.task_emb[agent.tasks.index(source)])
     params = fold_task(agent.params | {"q_target": agent.target_q}, emb, obs_dim, action_dim)
-    target_q = params.pop("q_target")
-    return Agent(params, target_q, agent.q_scale)
+    return Agent(params, params.pop("q_target"), agent.q_scale)
 
 
-def fit_agent(
-    agent: Agent,
-    source_task: str | None,
-    like: dict[str, Any],
-    path: str | os.PathLike,
-    what: str = "this task and these sizes",
-    model_sizes: Mapping[int, Mapping[str, int]] | None = None,
-) -> Agent:
-    """The agent for the single-task networks at hand, whose parameters have the shapes of `like`: one task of a
-    multi-task agent (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
-
-    Raises:
-        UserError: as `fold_agent` and `check_shapes`.
-    """
-    encoder, pi = like["encoder"]["params"], like["pi"]["params"]
-    if "linear_0" in encoder:  # agents of pictures have one task
-        sizes = encoder["linear_0"]["kernel"].shape[0], pi["linear_2"]["bias"].shape[0] // 2
-        agent = fold_agent(agent, source_task, *sizes, path)
-    agent = agent if "termination" in like else _without_termination(agent)
-    check_shapes(agent.params, like, path, what, model_sizes)
-    return agent
-
-
-def _without_termination(agent: Agent) -> Agent:
-    return agent._replace(params={name: value for name, value in agent.params.items() if name != "termination"})
-
-
-def fold_task(params: dict[str, Any], emb: np.ndarray, obs_dim: int, action_dim: int) -> dict[str, Any]:
+def fold_task(params: Params, emb: np.ndarray, obs_dim: int, action_dim: int) -> Params:
     """Turns a multi-task agent's parameters (with or without `q_target`) into those of one task, exactly.
 
     emb [task_dim] is the task's embedding, a constant input: it moves into the first layers' biases. Observations and
@@ -267,35 +207,25 @@ def fold_task(params: dict[str, Any], emb: np.ndarray, obs_dim: int, action_dim:
 
 
 # -------------------------------------------------------------------------------------------------------------- Sizes
-def sizes_of(params: dict[str, Any]) -> dict[str, int]:
-    """The sizes of the model that these parameters are of, as far as they have them: {name of `FIELDS`: size}."""
-    encoder, dynamics = params["encoder"]["params"], params["dynamics"]["params"]
+def sizes_of(params: Params) -> dict[str, int]:
+    """The sizes of the model that these parameters are of, as far as they have them, by their names in `Args`."""
+    encoder, dynamics, q = (params[name]["params"] for name in ("encoder", "dynamics", "q"))
     sizes = {"enc_dim": encoder["linear_0"]["bias"].shape[-1]} if "linear_0" in encoder else {}
-    sizes |= {
-        "mlp_dim": dynamics["linear_0"]["bias"].shape[-1],
-        "latent_dim": dynamics["linear_2"]["bias"].shape[-1],
-    }
-    sizes |= {"num_enc_layers": sum(name.startswith("linear") for name in encoder)} if "linear_0" in encoder else {}
-    sizes |= {"num_q": params["q"]["params"]["linear_0"]["bias"].shape[0]}
+    sizes |= {f"{name}_dim": dynamics[f"linear_{i}"]["bias"].shape[-1] for name, i in (("mlp", 0), ("latent", 2))}
+    sizes |= {"num_enc_layers": sum("linear" in name for name in encoder)} if "linear_0" in encoder else {}
+    sizes |= {"num_q": q["linear_0"]["bias"].shape[0]}
     return sizes | ({"task_dim": params["task_emb"].shape[-1]} if "task_emb" in params else {})
 
 
-def check_shapes(
-    params: dict[str, Any],
-    like: dict[str, Any],
-    path: str | os.PathLike,
-    what: str,
-    model_sizes: Mapping[int, Mapping[str, int]] | None = None,
-) -> None:
-    """UserError if these parameters do not have the shapes of `like`: it names the first difference, and the sizes
-    that would fit, as one of the model sizes if it is one.
+def check_shapes(params: Params, like: Params, path: str | os.PathLike, what: str, model_sizes: Rows = None) -> None:
+    """Compares the shapes of an agent's parameters with those of the networks at hand, as `jax.eval_shape` gives them.
 
     Args:
-        params: of the agent.
-        like: of the networks at hand, as `jax.eval_shape` gives them.
         path: where the agent is from, for the sentence.
-        what: what it should fit, "--model-size 5 on this task".
-        model_sizes: {model size: {name of `FIELDS`: size}}.
+        what, model_sizes: what it should fit, as "--model-size 5 on this task", and which sizes there are.
+
+    Raises:
+        UserError: they differ; the sentence names the first difference, and the sizes that would fit.
     """
     there, here = _shapes(params), _shapes(like)
     wrong = next((name for name in here | there if here.get(name) != there.get(name)), None)
@@ -310,37 +240,58 @@ def check_shapes(
     raise UserError(f"{path} does not fit {what}: {sizes}{hint}")
 
 
-def _shapes(tree: Any, name: str = "") -> dict[str, tuple[int, ...]]:
-    if not isinstance(tree, Mapping):
-        return {name.removesuffix("/"): tuple(tree.shape)}
-    return {k: shape for key, value in tree.items() for k, shape in _shapes(value, f"{name}{key}/").items()}
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def load_agent(path: str, source_task: str | None, like: dict[str, Any], *scripts: str, obs: str = "state") -> Agent:
-    """The agent of an original .pt file or of a run of ours, for single-task networks; see `fit_agent`.
+# -------------------------------------------------------------------------------------------------------- For scripts
+def load_agent(
+    path: str, source_task: str | None, like: Params, *scripts: str, obs: str = "state",
+    what: str = "this task and these sizes", model_sizes: Rows = None,
+) -> Agent:  # fmt: skip
+    """The agent of an original .pt file or of a run of ours, for single-task networks: one task of a multi-task agent
+    (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
 
     Args:
         path: a file that ends in .pt, a run's folder, or a checkpoint's.
         source_task: the multi-task agent's task; None for a single-task agent.
-        like: shapes of the parameters of the networks at hand.
+        like, what, model_sizes: parameters of the networks at hand, or their shapes; see `check_shapes`.
         scripts: whose runs will do.
         obs: what the agent must see, "state" or "rgb".
 
     Raises:
         UserError: there is no such agent, it is damaged, or it does not fit.
     """
-    agent = read_original(path, obs) if path.endswith(".pt") else _read_run(path, *scripts)
-    return fit_agent(agent, source_task, like, path)
+    agent = _read(path, obs, scripts)
+    if "linear_0" in like["encoder"]["params"]:  # agents of pictures have one task
+        obs_dim = like["encoder"]["params"]["linear_0"]["kernel"].shape[0]
+        agent = fold_agent(agent, source_task, obs_dim, like["pi"]["params"]["linear_2"]["bias"].shape[0] // 2, path)
+    params = {name: value for name, value in agent.params.items() if name in like or name != "termination"}
+    check_shapes(params, like, path, what, model_sizes)
+    return agent._replace(params=params)
 
 
 def load_multitask(path: str, named: Sequence[str], *scripts: str) -> Agent:
     """The multi-task agent of an original .pt file or of a run of ours, its embeddings among its parameters as
-    `task_emb`; see `read_multitask`."""
-    agent = read_multitask(path, named) if path.endswith(".pt") else _read_run(path, *scripts)
-    return agent._replace(params=agent.params | {"task_emb": agent.task_emb}, task_emb=None)
+    `task_emb`; `named` are its tasks, if it is the original's and not one of mt30 or mt80.
+
+    Raises:
+        UserError: there is no such agent, it is damaged, of one task, or the number of names is not that of its tasks.
+    """
+    agent = _read(path, "state", scripts)
+    if agent.task_emb is None:
+        raise UserError(f"{path} is a single-task agent: it is for tdmpc2_jax.py")
+    tasks = agent.tasks or tuple(named)
+    if len(tasks) != len(agent.task_emb):
+        raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
+    params = {name: value for name, value in agent.params.items() if name != "termination"}
+    return agent._replace(params=params | {"task_emb": agent.task_emb}, task_emb=None, tasks=tasks)
 
 
-def _read_run(path: str, *scripts: str) -> Agent:
+def _read(path: str, obs: str, scripts: Sequence[str]) -> Agent:
+    if path.endswith(".pt"):
+        return read_original(path, obs)
     checkpoint = find_checkpoint(path)
     meta = read_meta(checkpoint, *scripts)
     state = read_agent(checkpoint, meta)

@@ -62,7 +62,7 @@ def test_an_agent_that_sees_something_else_is_sent_to_its_script(golden):
     with pytest.raises(UserError, match=r"states: it is one of TD-MPC, for tdmpc_jax.py"):
         pretrained.from_torch({"_Q1.0.weight": np.zeros((2, 2)), "_pi.2.weight": np.zeros((2, 2))})
     with pytest.raises(UserError, match="single.pt is a single-task agent: it is for tdmpc2_jax.py"):
-        pretrained.read_multitask(golden("single.pt"))
+        pretrained.load_multitask(str(golden("single.pt")), ())
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_an_agent_that_sees_something_else_is_sent_to_its_script(golden):
         (3, "holds a int"),
         (None, "holds a NoneType"),
         (tensor("FloatStorage", "0", 4, 0, (4,), (1,)), "holds a tensor"),
-        ({"model": [1]}, "holds no 'model'"),
-        ({"agent": {}}, "holds no 'model'"),
-        ({"model": {}}, "holds no TD-MPC2 agent that sees states"),
-        ({"model": {"_encoder.state.0.weight": 1, "_pi.2.weight": 2}}, "holds no TD-MPC2 agent that sees states"),
+        ({"model": [1]}, "holds no tensors"),
+        ({"agent": {}}, "holds no tensors"),
+        ({"model": {"_encoder.state.0.weight": 1, "_pi.2.weight": 2}}, "holds no tensors"),
+        ({"model": {"a": tensor("FloatStorage", "0", 4, 0, (4,), (1,))}}, "holds no TD-MPC2 agent that sees states"),
     ],
 )
 def test_a_file_that_holds_something_else_is_one_sentence(tmp_path, content, sentence):
@@ -123,16 +123,24 @@ def test_an_agent_that_is_not_whole_is_one_sentence(golden, name, change, senten
 
 
 @pytest.mark.golden
+def test_an_agent_without_value_functions_is_not_whole(golden):
+    tensors = pretrained.read_tensors(golden("multitask.pt"))
+    tensors |= {name: value[:0] for name, value in tensors.items() if "Qs" in name}
+    with pytest.raises(UserError, match="the layers of its q do not fit together"):
+        pretrained.from_torch(tensors)
+
+
+@pytest.mark.golden
 def test_a_multi_task_agent_has_the_names_of_its_tasks(golden):
-    agent = pretrained.read_multitask(golden("multitask.pt"))
-    assert agent.tasks == TASK_SETS["mt30"] and agent.task_emb.shape == (30, 20)
+    agent = pretrained.load_multitask(str(golden("multitask.pt")), ())
+    assert agent.tasks == TASK_SETS["mt30"] and agent.params["task_emb"].shape == (30, 20)
     tensors = pretrained.read_tensors(golden("multitask.pt"))
     tensors["_task_emb.weight"] = tensors["_task_emb.weight"][:2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained, "read_tensors", lambda path: tensors)
         with pytest.raises(UserError, match="two.pt knows 2 tasks: name them all with --tasks"):
-            pretrained.read_multitask("two.pt", ("walker-walk",))
-        agent = pretrained.read_multitask("two.pt", ("walker-walk", "cheetah-run"))
+            pretrained.load_multitask("two.pt", ("walker-walk",))
+        agent = pretrained.load_multitask("two.pt", ("walker-walk", "cheetah-run"))
         assert agent.tasks == ("walker-walk", "cheetah-run")
         with pytest.raises(UserError, match="it knows 2 tasks without names"):
             pretrained.fold_agent(pretrained.read_original("two.pt"), "walker-walk", 24, 6, "two.pt")
@@ -140,7 +148,7 @@ def test_a_multi_task_agent_has_the_names_of_its_tasks(golden):
 
 @pytest.mark.golden
 def test_a_task_of_a_multi_task_agent_is_folded_in_and_its_q_scale_is_kept(golden):
-    agent = pretrained.read_multitask(golden("multitask.pt"))._replace(q_scale=jnp.float32(3.5))
+    agent = pretrained.read_original(golden("multitask.pt"))._replace(q_scale=jnp.float32(3.5))
     single = pretrained.fold_agent(agent, "cartpole_swingup", 5, 1, "a.pt")
     assert single.task_emb is None and single.tasks == () and single.q_scale == 3.5
     its = {"encoder": (5, 16), "dynamics": (25, 24), "reward": (25, 24), "pi": (24, 24), "q": (5, 25, 24)}
@@ -195,24 +203,34 @@ def test_an_agent_that_does_not_fit_hears_the_first_difference_and_what_would_fi
 
 
 @pytest.mark.golden
-def test_fitting_an_agent_folds_drops_and_compares(golden):
+def test_an_agent_of_a_file_is_folded_cut_and_compared(golden):
+    def load(name, source, like, **options):
+        return pretrained.load_agent(str(golden(name)), source, jax.eval_shape(lambda: like), **options)
+
     episodic = pretrained.read_original(golden("episodic.pt"))
     like = {name: value for name, value in episodic.params.items() if name != "termination"}
-    assert pretrained.fit_agent(episodic, None, like, "a.pt").params.keys() == like.keys()
-    assert "termination" in pretrained.fit_agent(episodic, None, episodic.params, "a.pt").params
-    with pytest.raises(UserError, match="a.pt does not fit this task and these sizes: termination/.* is missing there"):
-        pretrained.fit_agent(episodic._replace(params=like), None, episodic.params, "a.pt")
+    assert load("episodic.pt", None, like).params.keys() == like.keys()
+    assert "termination" in load("episodic.pt", None, episodic.params).params
+    single = pretrained.read_original(golden("single.pt")).params
+    for name, source, here, sentence in [
+        ("single.pt", None, single | {"termination": like["reward"]}, "this task and these sizes: .* is missing there"),
+        ("wide.pt", None, single, "; it has --model-size 5$"),
+        ("single.pt", "walker-walk", single, "is a single-task agent: leave out --source-task"),
+    ]:
+        with pytest.raises(UserError, match=f"{name} .*{sentence}"):
+            load(name, source, here, model_sizes=SIZES)
     multitask = pretrained.read_original(golden("multitask.pt"))
     like = pretrained.fold_agent(multitask, "walker-walk", 24, 6, "a.pt").params
-    fitted = pretrained.fit_agent(multitask, "walker-walk", jax.eval_shape(lambda: like), "a.pt")
-    jax.tree.map(np.testing.assert_array_equal, fitted.params, like)
+    loaded = load("multitask.pt", "walker-walk", like)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, like)
+    assert loaded[2] == 1 and shapes(loaded[1]) == shapes(like["q"]), "params, target_q, q_scale"
     pixels = pretrained.read_original(golden("rgb.pt"), "rgb")
-    assert pretrained.fit_agent(pixels, None, pixels.params, "a.pt").params == pixels.params
+    jax.tree.map(np.testing.assert_array_equal, load("rgb.pt", None, pixels.params, obs="rgb"), pixels)
 
 
 @pytest.mark.golden
 def test_sizes_are_read_off_the_parameters(golden):
-    agent = pretrained.read_multitask(golden("multitask.pt"))
+    agent = pretrained.read_original(golden("multitask.pt"))
     sizes = {"enc_dim": 16, "mlp_dim": 24, "latent_dim": 24, "num_enc_layers": 2, "num_q": 5}
     assert pretrained.sizes_of(agent.params) == sizes
     assert pretrained.sizes_of(agent.params | {"task_emb": agent.task_emb}) == sizes | {"task_dim": 20}
@@ -222,7 +240,7 @@ def test_sizes_are_read_off_the_parameters(golden):
 
 @pytest.mark.golden
 def test_an_agent_of_a_run_is_loaded_with_its_q_scale_whatever_else_the_checkpoint_holds(golden, tmp_path):
-    agent = pretrained.read_multitask(golden("multitask.pt"))
+    agent = pretrained.read_original(golden("multitask.pt"))
     state = {"params": agent.params | {"task_emb": agent.task_emb}, "target_q": agent.target_q}
     state |= {"q_scale": jnp.float32(2.5), "model_opt": {"mu": jnp.zeros(7)}, "key": jax.random.key(0)}
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
