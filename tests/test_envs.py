@@ -644,6 +644,18 @@ def test_environments_that_are_not_active_are_left_as_they_are(num_workers):
     vector.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_environment_that_has_ended_and_is_not_active_starts_no_episode(num_workers):
+    vector = envs.make_envs("Ends-v0", 2, num_workers=num_workers)
+    vector.reset()
+    action = np.zeros((2, 1), np.float32)
+    assert [vector.step(action)[2].all() for _ in range(3)] == [False, False, True]
+    obs, reward, terminated, *_ = vector.step(action, active=[True, False])
+    assert obs[:, 0].tolist() == [0, 3] and reward.tolist() == [0, 0] and not terminated.any()
+    assert vector.step(action)[0][:, 0].tolist() == [1, 0], "made active again, it begins the next one"
+    vector.close()
+
+
 def test_worker_processes_are_the_default_where_they_pay(monkeypatch):
     assert [envs.default_workers("dog-run", n, cores=4) for n in (1, 2, 4, 8, 9)] == [0, 2, 4, 4, 3]
     assert [envs.default_workers("cartpole-swingup", n, cores=4) for n in (1, 2, 8)] == [0, 0, 0]
@@ -672,10 +684,12 @@ def test_only_environment_zero_draws(num_workers):
     vector.close()
 
 
-def test_workers_have_one_thread_each_and_this_process_keeps_its_own():
+def test_workers_have_one_thread_each_and_no_jax_and_this_process_keeps_its_threads():
     before = dict(os.environ)
     vector = envs.make_envs("cartpole-swingup", 2, num_workers=2)
     for process in vector.processes:
+        loaded = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libmujoco" in loaded and "jaxlib" not in loaded
         assert b"OMP_NUM_THREADS=1\0" in Path(f"/proc/{process.pid}/environ").read_bytes()
     assert dict(os.environ) == before
     vector.close()
