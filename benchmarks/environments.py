@@ -127,12 +127,12 @@ import json, sys, time
 begin = time.perf_counter()
 sys.path.insert(0, sys.argv[1])
 import envs
-vector = envs.make_envs(sys.argv[2], int(sys.argv[3]), seed=1)
+vector = envs.make_envs(sys.argv[2], int(sys.argv[3]), seed=int(sys.argv[4]))
 vector.reset()
 start = time.perf_counter() - begin
 import numpy, psutil
 action, steps, begin = numpy.zeros(vector.action_space.shape, numpy.float32), 0, time.perf_counter()
-while (elapsed := time.perf_counter() - begin) < float(sys.argv[4]):
+while (elapsed := time.perf_counter() - begin) < float(sys.argv[5]):
     vector.step(action)
     steps += 1
 process = psutil.Process()
@@ -146,8 +146,8 @@ def measure_start(task: str, num_envs: int, args: Args) -> list[tuple[float, flo
     """(seconds to start, ms a step, MB) of this version and of --against."""
     folders = [Path(envs.__file__).parent, *([args.against] if args.against else [])]
     rounds = []
-    for _ in range(args.rounds):
-        commands = ([sys.executable, "-c", STARTED, *map(str, (one, task, num_envs, ROUND))] for one in folders)
+    for seed in range(args.rounds):  # what a step costs depends on the states, and seeds mean others in other versions
+        commands = ([sys.executable, "-c", STARTED, *map(str, (one, task, num_envs, seed, ROUND))] for one in folders)
         runs = [subprocess.run(command, stdout=subprocess.PIPE, check=True) for command in commands]
         rounds.append([json.loads(run.stdout) for run in runs])
     return [tuple(map(statistics.median, zip(*one, strict=True))) for one in zip(*rounds, strict=True)]
