@@ -130,7 +130,7 @@ register("Ends-v0", last=3)
 register("Fails-v0", limit=100, fail_at=50)
 register("NoLimit-v0", limit=None)
 register("Strict-v0", entry=Strict)
-register("NanReward-v0", entry=Broken)
+register("NoNumber-v0", entry=Broken)
 register("Unspeakable-v0", entry=Broken, raises=True)
 box = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
 register("DictObs-v0", entry=Odd, observation_space=gym.spaces.Dict(a=box, b=box))
@@ -722,7 +722,7 @@ def test_an_exception_that_cannot_be_pickled_is_reported_with_its_traceback_too(
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_a_reward_that_is_no_number_stays_with_its_environment(num_workers):
-    vector = envs.make_envs("NanReward-v0", 3, num_workers=num_workers)
+    vector = envs.make_envs("NoNumber-v0", 3, num_workers=num_workers)
     vector.reset()
     actions = np.array([[-1.0], [1.0], [-1.0]])
     np.testing.assert_array_equal(vector.step(actions)[1], [1.0, np.nan, 1.0])
