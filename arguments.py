@@ -68,10 +68,24 @@ def check_bounds(args: Any) -> None:
         if value is not None and bounds and not bounds[0].holds(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {str(shown)[:50]}")
+    if getattr(args, "latent_dim", None) and args.latent_dim % args.simnorm_dim:
+        raise UserError("--latent-dim must be a multiple of --simnorm-dim")
     for small, sign, large in map(str.split, ORDERS):
         low, high = getattr(args, small, -math.inf), getattr(args, large, math.inf)
         if low > high or (sign == "<" and low == high):
             raise UserError(f"{as_flag(small)} must be {'smaller than' if sign == '<' else 'at most'} {as_flag(large)}")
+
+
+def check_replay(args: Any, seed_steps: int) -> None:
+    """Refuses a replay that cannot hold the random decisions at the start, or these if they fill no window.
+
+    args has the fields horizon, num_envs and buffer_size."""
+    window = (args.horizon + 1) * args.num_envs
+    held = f"the {seed_steps} seed steps and a window per environment"
+    check_rules(
+        (seed_steps >= window, "--seed-steps must fill more than one window per environment"),
+        (args.buffer_size >= seed_steps + window, f"--buffer-size {args.buffer_size} does not hold {held}"),
+    )
 
 
 def check_rules(*rules: tuple[Any, str]) -> None:

@@ -73,7 +73,7 @@ def available_bytes(device: jax.Device | None = None) -> int:
     return free
 
 
-def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, run_decisions: int) -> jax.Device:
+def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, total_timesteps: int) -> jax.Device:
     """The device in whose memory the replay that make() returns lies: the one that learns or, if that is too small or
     storage is "host", the CPU. Says which and why.
 
@@ -100,7 +100,7 @@ def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, run_de
     if room < 1:
         free = "" if on_host else f"{available_bytes(device) / 1e9:.1f} GB and "
         free += f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {int(room * buffer_size)}"
-        short = f"; this run makes no more than {run_decisions} decisions" if run_decisions < buffer_size else ""
+        short = f"; the run is {total_timesteps} simulator steps long" if total_timesteps < buffer_size else ""
         again = "twice " * staged + "as much " + ("again" if on_host else "of the machine's")
         sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
         raise UserError(f"--buffer-size {buffer_size} {sizes}; {free}{short}")

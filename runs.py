@@ -2,7 +2,7 @@
 
     with Run(folder, dataclasses.asdict(args), script="my_fork", ...) as run:
         envs = run.enter(make_envs(...))                      # closed with the run, however it ends
-        items, count = run.start(state=..., replay=...)       # from the last whole checkpoint, or made anew
+        state, replay = run.start(state=..., replay=...)      # from the last whole checkpoint, or made anew
         run.begin(title, ...)
         while not run.stop:                                   # a SIGINT or SIGTERM has come
             run.save(step, sizes, state=..., replay=...)
@@ -62,7 +62,7 @@ class Run:
         self.folder, self.args, self.script, self.columns, names = folder, args, script, columns, [*args]
         self.free = {*names[names.index("exp_name") :], *free} - {"checkpoint", "source_task"}
         self.axis, self.primary, self.stop = axis, primary, []  # stop: signals that have come
-        self.count = {"evaluated": -1, "seconds": 0.0}  # counters that checkpoints hold
+        self.count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}  # what checkpoints count
         self.step = self.saved = self.logged = 0
         self._stack, self._manager, self._opened, self._begun = contextlib.ExitStack(), None, False, False
 
@@ -150,29 +150,29 @@ class Run:
                 aside = self.folder / f"damaged-{damaged.name}-{int(time.time())}"
                 damaged.rename(aside)
                 print(f"{error}; it is kept as {aside.name}, the run goes on from {checkpoint}", file=sys.stderr)
+            self.count |= meta["count"]
             return meta, items
         if problems:
             raise UserError("; ".join(str(error) for _, error in problems))
         return None
 
-    def start(
-        self, devices: dict[str, jax.Device] | None = None, **make: Callable[[], Any]
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """The items of the last whole checkpoint and its counters, or what the functions of these names make and None;
-        on the first device, or where `devices` says, placed alike, so that what takes them is compiled once."""
-        places = {name: (devices or {}).get(name, jax.devices()[0]) for name in make}
+    def start(self, places: dict[str, jax.Device] | None = None, **make: Callable[[], Any]) -> list[Any]:
+        """The items of these names in the last whole checkpoint, or what the functions make; on the first device, or
+        where `places` says, placed alike, so that what takes them is compiled once."""
+        places = dict.fromkeys(make, jax.devices()[0]) | (places or {})
         on = jax.sharding.SingleDeviceSharding
         if restored := self.restore(**{name: shapes_on(on(places[name]), function) for name, function in make.items()}):
-            return restored[1], restored[0]["count"]
-        items = {}
+            return [restored[1][name] for name in make]
+        items = []
         for name, function in make.items():
             with jax.default_device(places[name]):
-                items[name] = jax.device_put(jax.jit(function)(), places[name])
-        return items, None
+                items.append(jax.device_put(jax.jit(function)(), places[name]))
+        return items
 
-    def save(self, step: int, meta: dict[str, Any], **items: Any) -> None:
-        """Writes a checkpoint of pytrees, beside the newest one before it; `meta` (JSON) is what it says of itself
-        beside the script, the arguments and the counters."""
+    def save(self, step: int, info: dict[str, Any], meta: dict[str, Any] | None = None, **items: Any) -> None:
+        """Writes a checkpoint of pytrees, beside the newest one before it, unless a number of `info` is none any more;
+        `meta` (JSON) is what it says of itself beside the script, the arguments and the counters."""
+        self.check_finite(step, **jax.device_get(info))
         with self.aside():
             if self._manager is None:
                 options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -181,7 +181,7 @@ class Run:
             if self.primary:
                 self.writer.flush()  # first: a checkpoint must not be ahead of the curves
             self.count["seconds"] = self.seconds()
-            meta = {"script": self.script, "args": self.args, "count": self.count} | meta
+            meta = {"script": self.script, "args": self.args, "count": self.count} | (meta or {})
             write_checkpoint(self._manager, step, meta, **items)
         self.saved = self.step = step
 
@@ -195,40 +195,28 @@ class Run:
             raise UserError(f"{bad[0]} is not finite at {self.axis} {step}: {self.folder} stops here; {kept}")
 
     # ------------------------------------------------------------------------------------------- Curves and progress
-    def begin(
-        self,
-        title: str,
-        table_head: str,
-        params: Any,
-        step: int,
-        count: dict[str, Any],
-        done: int,
-        total: int,
-        unit: str,
-    ) -> None:
+    def begin(self, title: str, table_head: str, params: Any, step: int, total: int) -> None:
         """From here on the folder holds a run: writes args.json, drops points of the curves beyond those that `count`
         knows, prints title and table head, opens a progress bar (on a terminal), and catches SIGINT and SIGTERM."""
         self.step = self.saved = self.logged = step
-        self.count, self._begun, self._tick = count, True, time.time()
-        self._clock = time.time() - count["seconds"]
+        self._begun, self._tick, self._clock = True, time.time(), time.time() - self.count["seconds"]
         if self.primary:
             write_atomically(self.folder / "args.json", json.dumps(self.args, indent=2))
             path, first = self.folder / "eval.csv", self.columns[0]
             rows = list(csv.DictReader(path.open())) if path.exists() else []
-            rows = [row for row in rows if None not in row.values() and int(row[first]) <= count["evaluated"]]
+            rows = [row for row in rows if None not in row.values() and int(row[first]) <= self.count["evaluated"]]
             lines = [self.columns, *([row[name] for name in self.columns] for row in rows)]
             write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
             self.writer = self.enter(self._start_writer(step))
             size, devices = sum(x.size for x in jax.tree.leaves(params)) / 1e6, jax.devices()
             where = f"on {f'{len(devices)} x ' * (len(devices) > 1)}{devices[0].device_kind}"
             print(f"{title}, {size:.1f}M parameters, {where}; from {self.axis} {step}, in {self.folder}")
-            if done >= total:
-                print(f"all {total} {unit} have been made: ask for more to go on")
+            if step >= total:
+                print(f"all {total} {self.axis}s have been made: ask for more to go on")
             print(table_head, flush=True)
         hidden = None if self.primary else True
-        self.bar = self.enter(
-            tqdm(total=total, initial=done, unit=f" {unit}", mininterval=1, disable=hidden, dynamic_ncols=True)
-        )
+        settings = {"unit": f" {self.axis}s", "mininterval": 1, "disable": hidden, "dynamic_ncols": True}
+        self.bar = self.enter(tqdm(total=total, initial=step, **settings))
         self._stack.enter_context(catch_signals(self.stop))
 
     def seconds(self) -> float:
@@ -258,7 +246,7 @@ class Run:
 
     def advance(self, done: int) -> None:
         """Moves the progress bar to `done`."""
-        self.bar.update(done - self.bar.n)
+        self.bar.update(min(done, self.bar.total) - self.bar.n)
 
     def log(self, step: int, scalars: dict[str, Any]) -> None:
         """Adds points to the trackers' curves."""

@@ -10,7 +10,6 @@ K bins of the discrete regression, n environments, q an ensemble of value heads.
     python tdmpc2_jax.py --task walker-run --checkpoint mt30-5M.pt --source-task walker-walk            # fine-tune
 """
 
-import contextlib
 import dataclasses
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,7 +27,7 @@ import envs as environments
 from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from devices import use_compile_cache, use_huge_pages
 from files.pretrained import load_agent
-from files.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
+from files.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
 from runs import Run
 
 
@@ -107,8 +106,7 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
 
 
-# millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
-MODEL_SIZES = {
+MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
     1: (256, 384, 128, 2, 2),
     5: (256, 512, 512, 2, 5),
     19: (1024, 1024, 768, 3, 5),
@@ -187,9 +185,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
         pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
-        return (
-            sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias
-        )  # cast here: gradients' products are like these
+        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # the cast keeps gradients' products in dtype
 
 
 class MLP(nn.Module):
@@ -247,8 +243,7 @@ def make_model(args: Args, obs_dim: int, action_dim: int, episodic: bool) -> Wor
 
 def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters, one entry per component; those of `q` are stacked along a leading axis [num_q]."""
-    z, a = jnp.zeros(with_model_size(args).latent_dim), jnp.zeros(model.action_dim)
-    keys = jax.random.split(key, 6)
+    z, a, keys = jnp.zeros(with_model_size(args).latent_dim), jnp.zeros(model.action_dim), jax.random.split(key, 6)
     params = {
         "encoder": model.encoder.init(keys[0], jnp.zeros(model.obs_dim)),
         "dynamics": model.dynamics.init(keys[1], z, a),
@@ -256,9 +251,7 @@ def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]
         "pi": model.pi.init(keys[3], z),
         "q": jax.vmap(lambda k: model.q.init(k, z, a))(jax.random.split(keys[4], model.num_q)),
     }
-    if model.termination:
-        params["termination"] = model.termination.init(keys[5], z)
-    return params
+    return params | ({"termination": model.termination.init(keys[5], z)} if model.termination else {})
 
 
 # ------------------------------------------------------------------------------------------------------ World model
@@ -316,8 +309,8 @@ class PlanNoise(NamedTuple):
 
 
 def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
-    """Draws what a plan in n environments needs, and the indices [iterations, 2] of the value heads that each iteration
-    uses; these are shared by all environments, so that their parameters are gathered once."""
+    """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
+    them use, so that their parameters are gathered once."""
     H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
     iterations = args.iterations + 2 * (A >= 20)
     keys = jax.random.split(key, 6)
@@ -351,11 +344,8 @@ def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, 
     return jnp.nan_to_num(value + discount**args.horizon * alive * q, nan=0.0)
 
 
-def plan(
-    args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore: bool
-) -> tuple[jax.Array, jax.Array]:
+def plan(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore):
     """Model predictive path integral control (MPPI) in n environments at once.
-
     obs [n, O]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an episode;
     discount, a scalar; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
     [n, A] in [-1, 1] and the new means [n, H, A].
@@ -389,8 +379,7 @@ def plan(
         distribution = (mean, jnp.full((H, A), args.max_std))
         iterations = (draws.sample, draws.terminal, heads)
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
-        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # one elite, drawn by weight
-        action = elite_actions[-1, chosen]  # [A]
+        action = elite_actions[-1, jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)]  # [A] of one elite, drawn by weight
         action = action + std[0] * draws.exploration if explore else action
         return jnp.clip(action, -1, 1), mean
 
@@ -401,19 +390,18 @@ def plan(
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
-@partial(jax.jit, static_argnames=("args", "model", "explore"))
-def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, key, explore: bool):
-    """Actions [n, A] for obs [n, O] by planning, or by the policy alone with --no-mpc; see `plan`. Returns the actions,
-    the planner's means and the key for the next call."""
+@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
+def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, key, explore: bool, random=False):
+    """Actions [n, A] for obs [n, O] by `plan`, by the policy (--no-mpc) or random; the planner's means; a new key."""
     key, noise_key = jax.random.split(key)
+    if random:
+        return jax.random.uniform(noise_key, (len(obs), model.action_dim), minval=-1, maxval=1), prev_mean, key
     if args.mpc:
         noise, heads = plan_noise(args, model, noise_key, len(obs))
-        action, prev_mean = plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore)
-    else:
-        eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
-        sample = policy(args, model, params["pi"], model.encoder.apply(params["encoder"], obs), eps)
-        action = sample.action if explore else sample.mean
-    return action, prev_mean, key
+        return *plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore), key
+    eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
+    sample = policy(args, model, params["pi"], model.encoder.apply(params["encoder"], obs), eps)
+    return sample.action if explore else sample.mean, prev_mean, key
 
 
 # --------------------------------------------------------------------------------------------------------- Learning
@@ -468,10 +456,8 @@ def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.Gradient
     clip = optax.clip_by_global_norm(args.grad_clip_norm)
     rates = {"encoder": optax.scale(-args.lr * args.enc_lr_scale), "other": optax.scale(-args.lr)}
     rates = optax.multi_transform(rates, lambda params: {k: k if k == "encoder" else "other" for k in params})
-    return (
-        optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates),
-        optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr)),
-    )
+    model_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates)
+    return model_tx, optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr))
 
 
 def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
@@ -491,8 +477,7 @@ def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: B
 
 
 def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target, noise):
-    """World-model objective (eq. 3) on latent rollouts from the windows' first observations. Returns the total loss,
-    and the rollouts [H+1, B, Z] and the parts of the loss."""
+    """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts."""
     rho = args.rho ** jnp.arange(args.horizon)  # [H]
     zs = [model.encoder.apply(params["encoder"], batch.obs[0])]
     for t in range(args.horizon):
@@ -528,13 +513,10 @@ def policy_loss(args: Args, model: WorldModel, pi_params, q_params, zs, q_scale,
 
 
 def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, discount, noise: UpdateNoise):
-    """One gradient step on the world model, then one on the policy, then one of the target values.
-
-    discount is a scalar. Returns the new state and a dict of scalars for the log.
-    """
+    """One gradient step on the world model, then one on the policy, then a step of the target values towards the new
+    ones. discount is a scalar. Returns the new state and a dict of scalars for the log."""
     H, B = args.horizon, len(batch.obs[0])
-    shapes = [(H + 1, B, model.obs_dim), (H, B, model.action_dim), (H, B), (H, B)]
-    chex.assert_shape(list(batch), shapes)
+    chex.assert_shape(list(batch), [(H + 1, B, model.obs_dim), (H, B, model.action_dim), (H, B), (H, B)])
     model_tx, pi_tx = optimizers(args)
 
     next_z = model.encoder.apply(state.params["encoder"], batch.obs[1:])  # [H, B, Z]
@@ -558,24 +540,22 @@ def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, disco
 
 # ----------------------------------------------------------------------------------------------------------- Replay
 class Replay(NamedTuple):
-    """Ring of the last C steps of n environments, on the device. A row holds one entry of each environment: an
-    observation, the action that led to it and what it brought; `first` marks a reset, whose action and reward are
-    filler. A window of H+1 entries may start wherever H more follow without a reset among them. `starts` is a queue of
-    all such entries in order of time, so that a uniform draw from it is a uniform draw of windows (H = 2):
+    """Ring of the last C steps of n environments, on the device; a row holds an entry of each. A window of H+1 entries
+    may start wherever H more follow without a reset among them. `starts` is a queue of all such entries in order of
+    time, so that a uniform draw from it is a uniform draw of windows. Those of the episode under way are among them
+    (the original waits for its end). With H = 2:
 
         row       0  1  2  3  4  5  6  7  8     the last row written is 8
         first     x           x                 episodes of 4 entries, and of 5 so far
         start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
         starts    0  1  4  5  6                 a draw of 5 is the window of rows 5, 6, 7
-
-    The episode under way is drawn from as well (the original waits for its end).
     """
 
     obs: jax.Array  # [C, n, O]
-    action: jax.Array  # [C, n, A]
-    reward: jax.Array  # [C, n]
+    action: jax.Array  # [C, n, A] that led to the observation
+    reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
-    first: jax.Array  # [C, n]
+    first: jax.Array  # [C, n] the entry is a reset: action and reward are filler
     is_start: jax.Array  # [C, n] the entry is in the queue
     starts: jax.Array  # [C * n] ring of flat indices row * n + environment
     head: jax.Array  # position of the oldest start in the ring
@@ -623,13 +603,10 @@ def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Bat
 @partial(jax.jit, static_argnames=("args", "model", "random"), donate_argnames=("replay", "prev_mean"))
 def add_and_act(args: Args, model: WorldModel, params, replay: Replay, entry, prev_mean, discount, key, random: bool):
     """What a decision needs, in one dispatch: `add` writes the last step, entry = (obs, action, reward, terminated,
-    first), and `act` explores on it or, if random, draws uniformly. Returns the replay and what `act` returns."""
+    first), and `act` explores on it. Returns the replay and what `act` returns."""
     obs, _, _, _, first = entry
-    replay = add(replay, args.horizon, *entry)
-    if not random:
-        return replay, *act(args, model, params, obs, prev_mean, first, discount, key, explore=True)
-    key, action_key = jax.random.split(key)
-    return replay, jax.random.uniform(action_key, (len(obs), model.action_dim), minval=-1, maxval=1), prev_mean, key
+    acted = act(args, model, params, obs, prev_mean, first, discount, key, explore=True, random=random)
+    return add(replay, args.horizon, *entry), *acted
 
 
 @partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
@@ -647,77 +624,36 @@ def train(args: Args, model: WorldModel, state: TrainState, replay: Replay, disc
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: tuple[int, ...], go_on=lambda: True):
-    """One episode in each of E environments, without exploration. Returns an `Evaluation`, or None if go_on(), which
-    is asked after every step, says no."""
-    obs, _ = envs.reset(seed=seed)
-    prev_mean, key = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
-    prev_mean, key = jax.device_put((prev_mean, key), jax.devices()[0])  # as they come out of act: it compiles once
-    first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
-    returns, successes = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
-    frames = [envs.render()[0]] if args.capture_video else []
-    while running.any():
-        action, prev_mean, key = act(args, model, params, obs, prev_mean, first, discount, key, explore=False)
-        obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
-        if args.capture_video and running[0]:
-            frames.append(envs.render()[0])
-        returns += np.where(running, reward, 0.0)
-        successes = np.where(running, info["success"], successes)
-        running &= ~(terminated | truncated)
-        first = np.zeros(envs.num_envs, bool)
-        if not go_on():
-            return None
-    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
+    """One episode in each of E environments, without exploration: what `play` returns."""
+    memory = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
+    memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act: it compiles once
+
+    def decide(obs, first, prev_mean, key):
+        return act(args, model, params, obs, prev_mean, first, discount, key, explore=False)
+
+    return play(envs, seed, decide, memory, go_on, args.capture_video)
+
+
+def setup(args: Args, enter):
+    """Environments to evaluate in, which are to be closed by `enter`, the networks and the discount."""
+    spec, render_mode = environments.task_spec(args.task), "rgb_array" if args.capture_video else None
+    envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), render_mode=render_mode))
+    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
+    return envs, model, jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), jax.devices()[0])
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
     spec = environments.task_spec(args.task)
-    with contextlib.closing(make_eval_envs(args)) as envs, progress("evaluating", spec.episode_length) as go_on:
-        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
-        like = jax.eval_shape(partial(fresh_state, args, model))["train"].params
-        agent = load_agent(args.checkpoint, args.source_task, like, *SCRIPTS)
-        discount = discount_of(args, spec.episode_length)
+    with evaluating(spec.episode_length) as (enter, go_on):
+        envs, model, discount = setup(args, enter)
+        agent = load_agent(args.checkpoint, args.source_task, partial(init_params, args, model), *SCRIPTS)
         result = evaluate(args, model, agent.params, discount, envs, (args.seed, 1), go_on)
     report_returns(args, spec, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-def check_args(args: Args) -> None:
-    """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(args)
-    seed_steps, window = seed_steps_of(args, environments.task_spec(args.task)), (args.horizon + 1) * args.num_envs
-    groups = with_model_size(args).latent_dim % args.simnorm_dim == 0
-    arguments.check_rules(
-        (groups, "--latent-dim must be a multiple of --simnorm-dim"),
-        (args.evaluate or seed_steps >= window, "--seed-steps must fill more than one window per environment"),
-        (args.evaluate or args.buffer_size >= seed_steps + window,
-         f"--buffer-size {args.buffer_size} does not hold the {seed_steps} seed steps and a window per environment"),
-    )  # fmt: skip
-    if args.capture_video:
-        environments.check_rendering(args.task)
-    if args.save_episodes:
-        environments.set_tasks([args.task])
-
-
-def make_eval_envs(args: Args):
-    """Vectorised environments to evaluate in; they draw from other random streams than those to learn in."""
-    render_mode = "rgb_array" if args.capture_video else None
-    return environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), render_mode=render_mode)
-
-
-def seed_steps_of(args: Args, spec) -> int:
-    """Random decisions before the first update."""
-    return max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-
-
-def updates_due(args: Args, seed_steps: int, count: dict[str, Any], replay: Replay) -> int:
-    """Updates that the decisions so far call for and that were not made: seed_steps at once, then utd per decision."""
-    if count["decisions"] < seed_steps or (count["updates"] == 0 and replay.size == 0):  # all episodes were too short
-        return 0
-    return int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
-
-
 def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
     """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
     init_key, train_key, act_key = jax.random.split(jax.random.key(args.seed), 3)
@@ -725,37 +661,33 @@ def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
     return {"train": init_state(args, params, params["q"], 1.0, train_key), "act_key": act_key}
 
 
-def start_or_resume(args: Args, model: WorldModel, keeper: Run) -> tuple[TrainState, jax.Array, Replay, dict[str, Any]]:
-    """Learning state, key of the acting, replay and counters of the run's last checkpoint; without one fresh ones, with
-    the agent of --checkpoint if that is given."""
+def start_or_resume(args: Args, model: WorldModel, keeper: Run) -> tuple[TrainState, jax.Array, Replay]:
+    """What the run's last checkpoint holds; without one all is fresh, but for the agent if --checkpoint names one."""
     new_replay = partial(init_replay, args.buffer_size // args.num_envs, args.num_envs, model.obs_dim, model.action_dim)
-    items, count = keeper.start(state=partial(fresh_state, args, model), replay=new_replay)
-    state, act_key = items["state"]["train"], items["state"]["act_key"]
-    if args.checkpoint and not count:
-        agent = load_agent(args.checkpoint, args.source_task, state.params, *SCRIPTS)
+    learner, replay = keeper.start(state=partial(fresh_state, args, model), replay=new_replay)
+    state = learner["train"]
+    if args.checkpoint and not keeper.count["decisions"]:
+        agent = load_agent(args.checkpoint, args.source_task, partial(init_params, args, model), *SCRIPTS)
         state = init_state(args, agent.params, agent.target_q, agent.q_scale, state.key)
         state = jax.device_put(state, jax.devices()[0])  # placed as it comes out of `train`: it compiles once
-    return state, act_key, items["replay"], count or {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    return state, learner["act_key"], replay
 
 
 def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
-    spec, n, device = environments.task_spec(args.task), args.num_envs, jax.devices()[0]
-    seed_steps, burst = seed_steps_of(args, spec), max(1, int(args.utd * n))  # burst: updates per dispatch
+    spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
+    seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
+    arguments.check_replay(args, seed_steps)
     with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
-        eval_envs = keeper.enter(make_eval_envs(args))
-        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
-        state, act_key, replay, count = start_or_resume(args, model, keeper)
-        step, decisions = count["decisions"] * spec.action_repeat, -(-args.total_timesteps // spec.action_repeat)
-        sizes = {"obs_dim": obs_dim, "action_dim": action_dim, "episodic": model.termination is not None}
-        title = f"{spec.name}: {obs_dim} observations, {action_dim} actions, {n} environment(s)"
-        keeper.begin(title, returns_head(spec), state.params, step, count, count["decisions"], decisions, "decisions")
-        episodes = environments.EpisodeWriter(args.save_episodes, args.task, n) if args.save_episodes else None
-        discount = jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), device)
-        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, action_dim)), device), {}
-        sent, done = np.zeros((n, action_dim), np.float32), np.zeros(n, bool)
+        eval_envs, model, discount = setup(args, keeper.enter)
+        state, key, replay = start_or_resume(args, model, keeper)
+        episodes = environments.EpisodeWriter(args.save_episodes, args.task, n)
+        count, step = keeper.count, keeper.count["decisions"] * spec.action_repeat
+        title = f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {n} environment(s)"
+        keeper.begin(title, returns_head(spec), state.params, step, args.total_timesteps)
+        prev_mean = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0])
+        sent, done, info = np.zeros((n, model.action_dim), np.float32), np.zeros(n, bool), {}
         untrained = jax.default_backend() == "cpu" and not args.checkpoint  # there its plans would take minutes
         cheap = dataclasses.replace(args, mpc=args.mpc and not untrained)
         obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
@@ -763,11 +695,10 @@ def run(args: Args) -> None:
         while True:
             # Act: dispatched here, read when the environments are stepped
             random = count["decisions"] <= seed_steps and not args.checkpoint
-            replay, action, prev_mean, act_key = add_and_act(
-                args, model, state.params, replay, entry, prev_mean, discount, act_key, random
+            replay, action, prev_mean, key = add_and_act(
+                args, model, state.params, replay, entry, prev_mean, discount, key, random
             )
-            if episodes:
-                episodes.add(obs, sent, entry[2], entry[4])
+            episodes.add(obs, sent, entry[2], entry[4])
 
             # Evaluate and save
             finished = step >= args.total_timesteps
@@ -775,15 +706,15 @@ def run(args: Args) -> None:
                 how = partial(evaluate, args if step else cheap, model, state.params, discount, eval_envs)
                 keeper.record_returns(step, spec, how)
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
-                keeper.check_finite(step, **jax.device_get(info))
-                if episodes:
-                    episodes.flush()
-                keeper.save(step, sizes, state={"train": state, "act_key": act_key}, replay=replay)
+                episodes.flush()
+                keeper.save(step, info, state={"train": state, "act_key": key}, replay=replay)
             if finished or keeper.stop:
                 break
 
-            # Learn: dispatched here, computed while the environments step
-            for _ in keeper.steps("learning", updates_due(args, seed_steps, count, replay) // burst):
+            # Learn: seed_steps updates at once, then utd per decision; computed while the environments step
+            due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
+            ready = count["decisions"] >= seed_steps and (count["updates"] or replay.size)  # there is a window
+            for _ in keeper.steps("learning", due // burst if ready else 0):
                 state, info = train(args, model, state, replay, discount, num_updates=burst)
                 count["updates"] += burst
 
@@ -800,13 +731,15 @@ def run(args: Args) -> None:
             keeper.log_episodes(step, done, infos)
             if keeper.due(step, keeper.logged, args.log_freq, False):
                 keeper.log_losses(step, info)
-            keeper.advance(count["decisions"])
+            keeper.advance(step)
 
 
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
         args = arguments.parse(Args, argv, __doc__, arguments.run_folder, *SCRIPTS)
-        check_args(args)
+        arguments.check_bounds(with_model_size(args))
+        if args.capture_video:
+            environments.check_rendering(args.task)
         use_compile_cache(args.compile_cache)
         evaluate_checkpoint(args) if args.evaluate else run(args)
 

@@ -15,10 +15,8 @@ discrete regression, n environments, q an ensemble of value heads, T tasks, E si
 
 import contextlib
 import dataclasses
-import json
 import re
 import signal
-import socket
 import zlib
 from collections import deque
 from functools import partial
@@ -31,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import arguments
@@ -50,8 +47,9 @@ from devices import (
     use_compile_cache,
     use_huge_pages,
 )  # fmt: skip
+from files.device_data import DeviceData, choose_storage, data_shapes, to_devices
 from files.pretrained import Agent, check_shapes, load_multitask, sizes_of
-from files.reports import progress, report_video, write_atomically
+from files.reports import SetEvaluation, evaluating, grid, headline, report_scores, summary
 from runs import Run
 
 
@@ -132,8 +130,7 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
 
 
-# millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
-MODEL_SIZES = {
+MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
     1: (256, 384, 128, 2, 2),
     5: (256, 512, 512, 2, 5),
     19: (1024, 1024, 768, 3, 5),
@@ -215,9 +212,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
         pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
-        return (
-            sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias
-        )  # cast here: gradients' products are like these
+        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # the cast keeps gradients' products in dtype
 
 
 class MLP(nn.Module):
@@ -391,8 +386,8 @@ class PlanNoise(NamedTuple):
 
 
 def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
-    """Draws what a plan in n environments needs, and the indices [iterations, 2] of the value heads that each iteration
-    uses; these are shared by all environments, so that their parameters are gathered once."""
+    """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
+    them use, so that their parameters are gathered once."""
     H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
     iterations = args.iterations + 2 * (A >= 20)
     keys = jax.random.split(key, 6)
@@ -424,20 +419,8 @@ def estimate_value(args: Args, model: WorldModel, params, z, actions, task: Task
     return jnp.nan_to_num(value + task.discount**args.horizon * q, nan=0.0)
 
 
-def plan(
-    args: Args,
-    model: WorldModel,
-    params,
-    obs,
-    task: TaskInput,
-    prev_mean,
-    first,
-    noise: PlanNoise,
-    heads,
-    explore: bool,
-) -> tuple[jax.Array, jax.Array]:
+def plan(args: Args, model: WorldModel, params, obs, task, prev_mean, first, noise: PlanNoise, heads, explore):
     """Model predictive path integral control (MPPI) in n environments at once, each of its own task.
-
     obs [n, O]; task of [n] entries; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the
     start of an episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
     [n, A] in [-1, 1], 0 where the task has none, and the new means [n, H, A].
@@ -471,8 +454,7 @@ def plan(
         distribution = (mean, jnp.full((H, A), args.max_std))
         iterations = (draws.sample, draws.terminal, heads)
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
-        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # one elite, drawn by weight
-        action = elite_actions[-1, chosen]  # [A]
+        action = elite_actions[-1, jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)]  # [A] of one elite, drawn by weight
         action = action + std[0] * draws.exploration if explore else action
         return jnp.clip(action, -1, 1), mean
 
@@ -491,13 +473,10 @@ def act(args: Args, model: WorldModel, tasks: Tasks, params, obs, task_ids, prev
     task = task_input(tasks, embed(params["task_emb"], task_ids), task_ids)
     if args.mpc:
         noise, heads = plan_noise(args, model, noise_key, len(obs))
-        action, prev_mean = plan(args, model, params, obs, task, prev_mean, first, noise, heads, explore)
-    else:
-        eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
-        z = model.encoder.apply(params["encoder"], obs, task.emb)
-        sample = policy(args, model, params["pi"], z, task, eps)
-        action = sample.action if explore else sample.mean
-    return action, prev_mean, key
+        return *plan(args, model, params, obs, task, prev_mean, first, noise, heads, explore), key
+    eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
+    sample = policy(args, model, params["pi"], model.encoder.apply(params["encoder"], obs, task.emb), task, eps)
+    return sample.action if explore else sample.mean, prev_mean, key
 
 
 # ------------------------------------------------------------------------------------------------------------ Learning
@@ -553,10 +532,8 @@ def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.Gradient
     clip = optax.clip_by_global_norm(args.grad_clip_norm)
     rates = {"encoder": optax.scale(-args.lr * args.enc_lr_scale), "other": optax.scale(-args.lr)}
     rates = optax.multi_transform(rates, lambda params: {k: k if k == "encoder" else "other" for k in params})
-    return (
-        optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates),
-        optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr)),
-    )
+    model_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates)
+    return model_tx, optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr))
 
 
 def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
@@ -657,19 +634,6 @@ def update(args: Args, model: WorldModel, tasks: Tasks, state: TrainState, batch
 
 
 # ---------------------------------------------------------------------------------------------------- Data and devices
-class DeviceData(NamedTuple):
-    """A dataset in device memory, the episodes of all files in a row, split over the devices. `environments.Dataset`
-    is the same on the disk or in the machine's memory."""
-
-    obs: jax.Array  # [entries, O]
-    action: jax.Array  # [entries, A] the action that led to the observation
-    reward: jax.Array  # [entries]
-    task: jax.Array  # [entries] ids
-    ends: jax.Array  # [F] number of windows in the files up to this one
-    first_entry: jax.Array  # [F] where the file begins
-    episode_entries: jax.Array  # [F] entries of an episode of this file
-
-
 def sample(data: DeviceData, key: jax.Array, batch_size: int, horizon: int) -> Batch:
     """Windows drawn uniformly from all that lie in one episode, with replacement."""
     window = jax.random.randint(key, (batch_size,), 0, data.ends[-1])
@@ -681,54 +645,6 @@ def sample(data: DeviceData, key: jax.Array, batch_size: int, horizon: int) -> B
     action, reward = data.action[rows[1:]], data.reward[rows[1:]]
     arrays = [array.astype(jnp.float32) for array in (data.obs[rows], action, reward)]
     return Batch(*arrays, data.task[start].astype(jnp.int32))
-
-
-def data_dtype(args: Args, data: environments.Dataset) -> np.dtype:
-    """Type of the dataset's numbers in device memory."""
-    types = {array.dtype for chunk in data.chunks for array in (chunk.obs, chunk.action, chunk.reward)}
-    half = args.storage_dtype == "float16" or types == {np.dtype(np.float16)}
-    return np.dtype(np.float16 if half else np.float32)
-
-
-def data_shapes(args: Args, data: environments.Dataset, mesh: Mesh) -> DeviceData:
-    """Shapes, types and places of the dataset in device memory; its length is rounded up to be split evenly."""
-    length = -(-data.num_entries // mesh.size) * mesh.size
-    floats = partial(jax.ShapeDtypeStruct, dtype=data_dtype(args, data), sharding=split(mesh, 0))
-    table = [jax.ShapeDtypeStruct((len(data.chunks),), np.int32, sharding=everywhere(mesh)) for _ in range(3)]
-    task = jax.ShapeDtypeStruct((length,), np.int16, sharding=split(mesh, 0))
-    shapes = (length, data.obs_size), (length, data.action_size), (length,)
-    return DeviceData(*map(floats, shapes), task, *table)
-
-
-@partial(jax.jit, donate_argnums=0)
-def write_piece(arrays, piece, start):
-    """Overwrites entries start, start + 1, ... of the arrays."""
-    return jax.tree.map(lambda a, p: jax.lax.dynamic_update_slice_in_dim(a, p, start, 0), arrays, piece)
-
-
-def to_devices(args: Args, data: environments.Dataset, mesh: Mesh) -> DeviceData:
-    """Copies a dataset into device memory, piece by piece: neither file nor set is ever whole in the machine's."""
-    shapes, dtype, piece_size = data_shapes(args, data, mesh), data_dtype(args, data), 500_000
-    names, parts = ("obs", "action", "reward", "task"), []
-    for device, (rows,) in split(mesh, 0).addressable_devices_indices_map((len(shapes.task),)).items():
-        start, stop = rows.start or 0, rows.stop or len(shapes.task)
-        with jax.default_device(device):
-            wholes = {k: getattr(shapes, k) for k in names}
-            arrays = {k: jnp.zeros((stop - start, *whole.shape[1:]), whole.dtype) for k, whole in wholes.items()}
-        for at in range(start, min(stop, data.num_entries), piece_size):
-            with np.errstate(over="ignore"):
-                piece = data.read(at, min(at + piece_size, stop, data.num_entries))
-                piece = {k: v if k == "task" else v.astype(dtype) for k, v in piece.items()}
-            if not all(np.isfinite(values).all() for values in piece.values()):
-                raise environments.UserError("--storage-dtype float16: the dataset holds numbers beyond 65504")
-            arrays = write_piece(arrays, jax.device_put(piece, device), at - start)
-        parts.append(arrays)
-    whole = [
-        jax.make_array_from_single_device_arrays(getattr(shapes, k).shape, split(mesh, 0), [part[k] for part in parts])
-        for k in names
-    ]
-    table = [on_devices(values.astype(np.int32), everywhere(mesh)) for values in data.window_table(args.horizon)]
-    return DeviceData(*whole, *table)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
@@ -797,18 +713,6 @@ def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, sourc
     return program, state
 
 
-def choose_storage(args: Args, data: environments.Dataset, mesh: Mesh) -> str:
-    """--storage, or the fastest that the dataset fits into with room to spare."""
-    if args.storage != "auto":
-        return args.storage
-    on_device = bytes_of(data_shapes(args, data, mesh))
-    if jax.devices()[0].platform != "cpu" and on_device < 0.6 * available_everywhere():
-        return "device"
-    host = np.array(zlib.crc32(socket.gethostname().encode()), np.uint32)
-    neighbours = 1 if jax.process_count() == 1 else int((multihost_utils.process_allgather(host) == host).sum())
-    return "host" if neighbours * data.nbytes < 0.4 * available_everywhere() * jax.local_device_count() else "disk"
-
-
 def sources(args: Args, data, mesh: Mesh, first: int):
     """Endlessly what `train` takes: batch after batch from number `first` on, or the same device memory each time."""
     if isinstance(data, DeviceData):
@@ -823,18 +727,9 @@ def sources(args: Args, data, mesh: Mesh, first: int):
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-class Evaluation(NamedTuple):
-    """E episodes of each of T tasks."""
-
-    tasks: tuple[str, ...]
-    returns: np.ndarray  # [T, E]
-    successes: np.ndarray  # [T, E], at the episodes' ends
-    frames: list[np.ndarray]  # grids of the tasks' first episodes; none without --capture-video
-
-
 def evaluate(
     args: Args, model: WorldModel, tasks: Tasks, params, names: tuple[str, ...], ids, envs, seed, go_on=lambda: True
-) -> Evaluation | None:
+) -> SetEvaluation | None:
     """Acts without exploration noise in `envs`, some of each of the tasks `names`, whose ids in the model are `ids`;
     one batched call plans for all episodes that still run, and only these are stepped. None if go_on(), which is asked
     after every step, says no."""
@@ -860,42 +755,7 @@ def evaluate(
         first = np.zeros(len(running), bool)
         if not go_on():
             return None
-    return Evaluation(names, returns.reshape(-1, each), successes.reshape(-1, each), frames)
-
-
-def grid(pictures: tuple[np.ndarray | None, ...], width: int = 768) -> np.ndarray:
-    """The pictures that there are, small ones side by side in rows, uint8 [height, width, 3]."""
-    pictures = [picture for picture in pictures if picture is not None]
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    step = -(-columns * pictures[0].shape[1] // width)
-    pictures = [picture[::step, ::step] for picture in pictures]
-    pictures += [np.zeros_like(pictures[0])] * (-len(pictures) % columns)
-    return np.concatenate([np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)])
-
-
-def summary(result: Evaluation) -> dict[str, Any]:
-    """Per task its returns and score, per domain the mean, and the normalised score: the mean over tasks of a tenth of
-    the return (DMControl: up to 1000) or of the success rate in percent (domains that know success)."""
-    tasks, domains = {}, {}
-    for task, returns, successes in zip(*result[:3], strict=True):
-        spec = environments.task_spec(task)
-        score = 100 * successes.mean() if spec.success else returns.mean() / 10
-        tasks[task] = {"returns": returns.tolist(), "successes": successes.tolist(), "mean": returns.mean()}
-        tasks[task] |= {"std": returns.std(), "success_rate": successes.mean() if spec.success else None}
-        tasks[task] |= {"score": score, "domain": spec.domain}
-        domains.setdefault(spec.domain, []).append(successes.mean() if spec.success else returns.mean())
-    means = {domain: {"mean": np.mean(values), "tasks": len(values)} for domain, values in domains.items()}
-    return {"normalized_score": np.mean([row["score"] for row in tasks.values()]), "domains": means, "tasks": tasks}
-
-
-def headline(results: dict[str, Any]) -> str:
-    """The normalised score and the domains' means in one line."""
-    words = {True: "success rate {:.2f}", False: "return {:.1f}"}
-    means = [
-        f"{domain} {words[environments.DOMAINS[domain].success].format(row['mean'])}"
-        for domain, row in results["domains"].items()
-    ]
-    return f"normalized score {results['normalized_score']:.1f} ({', '.join(means)})"
+    return SetEvaluation(names, returns.reshape(-1, each), successes.reshape(-1, each), frames)
 
 
 def evaluate_checkpoint(args: Args) -> None:
@@ -906,19 +766,11 @@ def evaluate_checkpoint(args: Args) -> None:
     arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
     ids = np.array([agent.tasks.index(name) for name in names])
     steps = max(environments.task_spec(name).episode_length for name in names)
-    with contextlib.closing(make_eval_envs(args, names, agent.tasks)) as envs, progress("evaluating", steps) as go_on:
+    with evaluating(steps) as (enter, go_on):
+        envs = enter(make_eval_envs(args, names, agent.tasks))
         tasks = make_tasks(args, agent.tasks)
         result = evaluate(args, model, tasks, agent.params, names, ids, envs, (args.seed, 1), go_on)
-    results = summary(result)
-    print(f"{'task':<32}{'return':>9}{'± std':>9}{'success':>9}{'score':>8}")
-    for name, row in results["tasks"].items():
-        rate = "" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
-        print(f"{name:<32}{row['mean']:>9.1f}{row['std']:>9.1f}{rate:>9}{row['score']:>8.1f}")
-    print(f"{headline(results)} over {len(names)} task(s), {result.returns.shape[1]} episode(s) each")
-    report_video(args.checkpoint, result.frames, 25)
-    if args.json:
-        results |= {"checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
-        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+    report_scores(args, result)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Run
@@ -993,20 +845,20 @@ def prepare(args: Args, names: tuple[str, ...], keeper: Run):
     return dataclasses.replace(args, **{name: getattr(its_args, name) for name in SIZE_FIELDS}), data, agent
 
 
-def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainState, agent: Agent | None):
-    """Learning state, placed as `shapes` says, and counters of the run's last checkpoint; if there is none, fresh ones,
-    with the parameters and target Qs of `agent` if that is not None."""
+def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainState, agent: Agent | None) -> TrainState:
+    """Learning state of the run's last checkpoint, placed as `shapes` says; if there is none, a fresh one, with the
+    parameters and target Qs of `agent` if that is not None."""
     if restored := keeper.restore(state=shapes):
-        return restored[1]["state"], restored[0]["count"]
-    places, count = jax.tree.map(lambda x: x.sharding, shapes), {"updates": 0, "evaluated": 0, "seconds": 0.0}
+        return restored[1]["state"]
+    keeper.count["evaluated"], places = 0, jax.tree.map(lambda x: x.sharding, shapes)  # not before the first update
     if agent is None:
-        return jax.jit(partial(fresh_state, args, model), out_shardings=places)(), count
+        return jax.jit(partial(fresh_state, args, model), out_shardings=places)()
     key = jax.random.split(jax.random.key(args.seed))[1]
     parts = jax.tree.map(np.asarray, (agent.params, agent.target_q, agent.q_scale))  # of no device, to go to any
-    return jax.jit(lambda *parts: init_state(args, *parts, key), out_shardings=places)(*parts), count
+    return jax.jit(lambda *parts: init_state(args, *parts, key), out_shardings=places)(*parts)
 
 
-def record_evaluation(keeper: Run, step: int, minutes: float, result: Evaluation) -> None:
+def record_evaluation(keeper: Run, step: int, minutes: float, result: SetEvaluation) -> None:
     """Adds an evaluation to the table, to eval.csv and to the trackers; its film to the folder and the trackers."""
     results, rows = summary(result), []
     scalars = {"eval/normalized_score": results["normalized_score"]}
@@ -1043,30 +895,29 @@ def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh
 def run(args: Args) -> None:
     """Trains one agent: learns from batch after batch, and keeps the run's files. With --distributed, process 0 does
     what is not computation on all devices: it evaluates and writes; the others wait."""
-    names, said, primary = (
-        environments.set_tasks(task_set(args.tasks)),
-        dataclasses.asdict(args),
-        jax.process_index() == 0,
-    )
+    names, said = environments.set_tasks(task_set(args.tasks)), dataclasses.asdict(args)
     mesh, free = Mesh(np.array(jax.devices()), "devices"), ("tasks", "data_dir", "storage", "readers", "shard_params")
     columns = ("step", "task", "reward", "success", "seed")
-    keeper = Run(run_folder(args), said, "tdmpc2_jax_mt", columns, axis="update", primary=primary, free=free)
+    keeper = Run(run_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
     with agree(keeper.open):
         args, data, agent = agree(lambda: prepare(args, names, keeper))
         model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
-        storage = choose_storage(args, data, mesh)
+        storage = choose_storage(args.storage, data, args.storage_dtype, mesh)
         agree(data.check_files if storage != "disk" else lambda: None)  # what is read whole can be checked
-        source_shapes = data_shapes(args, data, mesh) if storage == "device" else batch_shapes(args, model, mesh)
+        source_shapes = (
+            data_shapes(data, args.storage_dtype, mesh) if storage == "device" else batch_shapes(args, model, mesh)
+        )
         program, shapes = compile_train(args, model, mesh, tasks, source_shapes)
-        envs = agree(lambda: keeper.enter(make_eval_envs(args, names, names)) if primary else None)
-        state, count = start_or_resume(args, model, keeper, shapes, agent)
-        held = {"disk": lambda: data, "host": data.to_host, "device": lambda: to_devices(args, data, mesh)}
-        held, agent, step = agree(held[storage]), None, count["updates"]
-        batches = keeper.enter(sources(args, held, mesh, step))
-        keeper.begin(
-            title(model, names, data, storage), f"{'update':>10} {'minutes':>8}  result", state.params, step, count,
-            step, args.num_updates, "updates",
-        )  # fmt: skip
+        envs = agree(lambda: keeper.enter(make_eval_envs(args, names, names)) if keeper.primary else None)
+        state = start_or_resume(args, model, keeper, shapes, agent)
+        held = {
+            "disk": lambda: data,
+            "host": data.to_host,
+            "device": lambda: to_devices(data, args.storage_dtype, mesh, args.horizon),
+        }
+        held, agent, count, step = agree(held[storage]), None, keeper.count, keeper.count["updates"]
+        batches, head = keeper.enter(sources(args, held, mesh, step)), f"{'update':>10} {'minutes':>8}  result"
+        keeper.begin(title(model, names, data, storage), head, state.params, step, args.num_updates)
         in_flight, info, stopping = deque(), {}, False
         while True:
             # Evaluate and save
@@ -1076,8 +927,7 @@ def run(args: Args) -> None:
             if jax.process_count() == 1 or step % 20 == 0 or finished:  # to ask takes longer than a small update
                 stopping = stopping or any_process(keeper.stop)
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or stopping):
-                keeper.check_finite(step, **jax.device_get(info))
-                keeper.save(step, {"args": dataclasses.asdict(args), "tasks": names}, state=state)
+                keeper.save(step, info, {"args": dataclasses.asdict(args), "tasks": names}, state=state)
             if finished or stopping:
                 break
 

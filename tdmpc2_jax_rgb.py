@@ -10,7 +10,6 @@ n environments, q an ensemble of value heads; a picture is [64, 64, 3], a stack 
     python tdmpc2_jax_rgb.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_rgb/1
 """
 
-import contextlib
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,9 +26,10 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import arguments
 import envs as environments
 from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from convolution import convolve
 from devices import place_replay, use_compile_cache, use_huge_pages
 from files.pretrained import load_agent
-from files.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
+from files.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
 from runs import Run
 
 
@@ -106,8 +106,7 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
 
 
-# millions of parameters: (mlp_dim, latent_dim, num_q)
-MODEL_SIZES = {
+MODEL_SIZES = {  # millions of parameters: (mlp_dim, latent_dim, num_q)
     1: (384, 128, 2),
     5: (512, 512, 5),
     19: (1024, 768, 5),
@@ -189,9 +188,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
         pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
-        return (
-            sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias
-        )  # cast here: gradients' products are like these
+        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # the cast keeps gradients' products in dtype
 
 
 class MLP(nn.Module):
@@ -213,43 +210,6 @@ class MLP(nn.Module):
         i = len(self.hidden)
         x = Linear(self.out, self.zero_init, self.dtype, name=f"linear_{i}")(*inputs)
         return simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim) if self.simnorm_dim else x
-
-
-def space_to_depth(x: jax.Array, size: int) -> jax.Array:
-    """Every block of size x size pixels as one pixel, with zeros where it reaches over the edge: [b, height, width, c]
-    -> [b, ceil(height / size), ceil(width / size), size * size * c]."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)))
-    b, height, width, c = x.shape
-    x = x.reshape(b, height // size, size, width // size, size, c).swapaxes(2, 3)
-    return x.reshape(b, height // size, width // size, -1)
-
-
-@partial(jax.checkpoint, static_argnums=2)  # gradients cut the windows again: to keep them takes longer
-def convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`convolve` by matrix products: windows, cut along the width, times all rows of the kernel at once, then added up
-    along the height."""
-    n = (x.shape[1] - len(kernel)) // stride + 1  # height and width of the result
-    if x.shape[-1] < 16:  # windows of few channels are slow to cut; of blocks, the same convolution has a stride of 1
-        kernel = jnp.moveaxis(space_to_depth(jnp.moveaxis(kernel, -1, 0), stride), 0, -1)
-        x, stride = space_to_depth(x, stride), 1
-    windows = [x[:, :, i : i + stride * n : stride] for i in range(len(kernel))]
-    windows = jnp.concatenate(windows, axis=-1)  # [b, height, n, size * in]
-    multiply = partial(jnp.einsum, "bhwk,rkc->bhwrc", preferred_element_type=jnp.float32)
-    y = 0
-    for i in range(stride):  # with a stride of 2, even rows of the kernel meet even rows of the image only
-        rows = kernel[i::stride]
-        products = multiply(windows[:, i::stride], rows.reshape(len(rows), -1, rows.shape[-1]))
-        y += sum(products[:, r : r + n, :, r] for r in range(len(rows)))
-    return y
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution without padding: square images [b, side, side, in], kernel [size, size, in, out]. XLA lays it out as
-    each accelerator likes it (bfloat16 inputs give bfloat16 there); its convolutions on a CPU are slow."""
-    if jax.default_backend() == "cpu":
-        return convolve_on_cpu(x, kernel, stride)
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
 
 
 class ConvEncoder(nn.Module):
@@ -313,9 +273,7 @@ def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]
         "pi": model.pi.init(keys[3], z),
         "q": jax.vmap(lambda k: model.q.init(k, z, a))(jax.random.split(keys[4], model.num_q)),
     }
-    if model.termination:
-        params["termination"] = model.termination.init(keys[5], z)
-    return params
+    return params | ({"termination": model.termination.init(keys[5], z)} if model.termination else {})
 
 
 # ------------------------------------------------------------------------------------------------------ World model
@@ -395,8 +353,8 @@ class PlanNoise(NamedTuple):
 
 
 def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
-    """Draws what a plan in n environments needs, and the indices [iterations, 2] of the value heads that each iteration
-    uses; these are shared by all environments, so that their parameters are gathered once."""
+    """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
+    them use, so that their parameters are gathered once."""
     H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
     iterations = args.iterations + 2 * (A >= 20)
     keys = jax.random.split(key, 7)
@@ -431,11 +389,8 @@ def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, 
     return jnp.nan_to_num(value + discount**args.horizon * alive * q, nan=0.0)
 
 
-def plan(
-    args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore: bool
-) -> tuple[jax.Array, jax.Array]:
+def plan(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore):
     """Model predictive path integral control (MPPI) in n environments at once.
-
     obs [n, 64, 64, 9]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an
     episode; discount, a scalar; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns
     actions [n, A] in [-1, 1] and the new means [n, H, A].
@@ -469,8 +424,7 @@ def plan(
         distribution = (mean, jnp.full((H, A), args.max_std))
         iterations = (draws.sample, draws.terminal, heads)
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
-        chosen = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # one elite, drawn by weight
-        action = elite_actions[-1, chosen]  # [A]
+        action = elite_actions[-1, jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)]  # [A] of one elite, drawn by weight
         action = action + std[0] * draws.exploration if explore else action
         return jnp.clip(action, -1, 1), mean
 
@@ -481,21 +435,21 @@ def plan(
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
-@partial(jax.jit, static_argnames=("args", "model", "explore"))
-def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, key, explore: bool):
-    """Actions [n, A] for stacks obs [n, 64, 64, 9] by planning, or by the policy alone with --no-mpc; see `plan`.
-    Returns the actions, the planner's means and the key for the next call."""
+@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
+def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, key, explore: bool, random=False):
+    """Actions [n, A] for stacks obs [n, 64, 64, 9] by `plan`, by the policy (--no-mpc) or random, the planner's means,
+    and a new key."""
     key, noise_key = jax.random.split(key)
+    if random:
+        return jax.random.uniform(noise_key, (len(obs), model.action_dim), minval=-1, maxval=1), prev_mean, key
     if args.mpc:
         noise, heads = plan_noise(args, model, noise_key, len(obs))
-        action, prev_mean = plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore)
-    else:
-        eps_key, shift_key = jax.random.split(noise_key)
-        eps = jax.random.normal(eps_key, (len(obs), model.action_dim))
-        shift = jax.random.randint(shift_key, (len(obs), 2), 0, 2 * SHIFT + 1)
-        sample = policy(args, model, params["pi"], encode(model, params["encoder"], obs, shift), eps)
-        action = sample.action if explore else sample.mean
-    return action, prev_mean, key
+        return *plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore), key
+    eps_key, shift_key = jax.random.split(noise_key)
+    eps = jax.random.normal(eps_key, (len(obs), model.action_dim))
+    shift = jax.random.randint(shift_key, (len(obs), 2), 0, 2 * SHIFT + 1)
+    sample = policy(args, model, params["pi"], encode(model, params["encoder"], obs, shift), eps)
+    return sample.action if explore else sample.mean, prev_mean, key
 
 
 # --------------------------------------------------------------------------------------------------------- Learning
@@ -552,10 +506,8 @@ def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.Gradient
     clip = optax.clip_by_global_norm(args.grad_clip_norm)
     rates = {"encoder": optax.scale(-args.lr * args.enc_lr_scale), "other": optax.scale(-args.lr)}
     rates = optax.multi_transform(rates, lambda params: {k: k if k == "encoder" else "other" for k in params})
-    return (
-        optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates),
-        optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr)),
-    )
+    model_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates)
+    return model_tx, optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr))
 
 
 def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
@@ -575,8 +527,7 @@ def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: B
 
 
 def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target, noise):
-    """World-model objective (eq. 3) on latent rollouts from the windows' first observations. Returns the total loss,
-    and the rollouts [H+1, B, Z] and the parts of the loss."""
+    """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts."""
     rho = args.rho ** jnp.arange(args.horizon)  # [H]
     zs = [encode(model, params["encoder"], batch.obs[0], noise.shift[0])]
     for t in range(args.horizon):
@@ -642,25 +593,23 @@ def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, disco
 
 # ----------------------------------------------------------------------------------------------------------- Replay
 class Replay(NamedTuple):
-    """Ring of the last C steps of n environments, in device memory or the machine's. A row holds one entry of each
-    environment: one picture, the action that led to it and what it brought; `first` marks a reset, whose action and
-    reward are filler. A window of H+1 entries may start wherever H more follow without a reset among them. `starts` is
-    a queue of all such entries in order of time, so that a uniform draw from it is a uniform draw of windows (H = 2):
+    """Ring of the last C steps of n environments, in device memory or the machine's; a row holds an entry of each. A
+    window of H+1 entries may start wherever H more follow without a reset among them; its first stack needs the two
+    pictures before it, too, or repeats that of the reset. `starts` is a queue of all such entries in order of time, so
+    that a uniform draw from it is a uniform draw of windows. Those of the episode under way are among them (the
+    original waits for its end). With H = 2:
 
         row       0  1  2  3  4  5  6  7  8     the last row written is 8
         first     x           x                 episodes of 4 entries, and of 5 so far
         start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
         starts    0  1  4  5  6                 a draw of 5 is the window of rows 5, 6, 7
-
-    The episode under way is drawn from as well (the original waits for its end). A window's first stack needs the two
-    pictures before it, too, or repeats that of the reset.
     """
 
     obs: jax.Array  # uint8 [C, n, 64 * 64 * 3]; flat, as TPUs would pad a last axis of 3 to 128
-    action: jax.Array  # [C, n, A]
-    reward: jax.Array  # [C, n]
+    action: jax.Array  # [C, n, A] that led to the picture
+    reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
-    first: jax.Array  # [C, n]
+    first: jax.Array  # [C, n] the entry is a reset: action and reward are filler
     is_start: jax.Array  # [C, n] the entry is in the queue
     starts: jax.Array  # [C * n] ring of flat indices row * n + environment
     head: jax.Array  # position of the oldest start in the ring
@@ -749,41 +698,33 @@ def train(args: Args, model: WorldModel, state: TrainState, source: Replay | Bat
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: tuple[int, ...], go_on=lambda: True):
-    """One episode in each of E environments, without exploration. Returns an `Evaluation`, or None if go_on(), which
-    is asked after every step, says no."""
-    obs, _ = envs.reset(seed=seed)
-    prev_mean, key = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
-    prev_mean, key = jax.device_put((prev_mean, key), jax.devices()[0])  # as they come out of act: it compiles once
-    first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
-    returns, successes = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
-    frames = [envs.render()[0]] if args.capture_video else []
-    seen = np.tile(obs, FRAMES)  # at the start of an episode
-    while running.any():
-        action, prev_mean, key = act(args, model, params, seen, prev_mean, first, discount, key, explore=False)
-        obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
-        if args.capture_video and running[0]:
-            frames.append(envs.render()[0])
-        returns += np.where(running, reward, 0.0)
-        successes = np.where(running, info["success"], successes)
-        running &= ~(terminated | truncated)
-        first = np.zeros(envs.num_envs, bool)
+    """One episode in each of E environments, without exploration: what `play` returns."""
+    memory = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
+    memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act: it compiles once
+    pictures = np.zeros((envs.num_envs, PIXELS, PIXELS, 3 * FRAMES), np.uint8)
+
+    def decide(obs, first, prev_mean, key, seen):
         seen = stack_pictures(seen, obs, first)
-        if not go_on():
-            return None
-    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
+        return *act(args, model, params, seen, prev_mean, first, discount, key, explore=False), seen
+
+    return play(envs, seed, decide, (*memory, pictures), go_on, args.capture_video)
+
+
+def setup(args: Args, enter):
+    """Environments to evaluate in, which are to be closed by `enter`, the networks and the discount."""
+    spec, render_mode = environments.task_spec(args.task), "rgb_array" if args.capture_video else None
+    pictures = {"obs": "rgb", "shadows": args.shadows, "render_mode": render_mode}
+    envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **pictures))
+    model = make_model(args, envs.single_action_space.shape[0], args.episodic and spec.can_terminate)
+    return envs, model, jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), jax.devices()[0])
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
     spec = environments.task_spec(args.task)
-    with (
-        contextlib.closing(make_envs(args, evaluation=True)) as envs,
-        progress("evaluating", spec.episode_length) as go_on,
-    ):
-        model = make_model(args, envs.single_action_space.shape[0], args.episodic and spec.can_terminate)
-        like = jax.eval_shape(partial(fresh_state, args, model))["train"].params
-        agent = load_agent(args.checkpoint, None, like, *SCRIPTS, obs="rgb")
-        discount = discount_of(args, spec.episode_length)
+    with evaluating(spec.episode_length) as (enter, go_on):
+        envs, model, discount = setup(args, enter)
+        agent = load_agent(args.checkpoint, None, partial(init_params, args, model), *SCRIPTS, obs="rgb")
         result = evaluate(args, model, agent.params, discount, envs, (args.seed, 1), go_on)
     report_returns(args, spec, result)
 
@@ -791,38 +732,13 @@ def evaluate_checkpoint(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------------------- Run
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(args)
-    spec, latent_dim = environments.task_spec(args.task), with_model_size(args).latent_dim
-    seed_steps, window = seed_steps_of(args, spec), (args.horizon + 1) * args.num_envs
+    sized, spec = with_model_size(args), environments.task_spec(args.task)
+    arguments.check_bounds(sized)
     arguments.check_rules(
-        (latent_dim % 16 == 0, "--latent-dim must be a multiple of 16, the units of a channel of the encoder"),
-        (latent_dim % args.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim"),
-        (args.evaluate or seed_steps >= window, "--seed-steps must fill more than one window per environment"),
-        (args.evaluate or args.buffer_size >= seed_steps + window,
-         f"--buffer-size {args.buffer_size} does not hold the {seed_steps} seed steps and a window per environment"),
+        (sized.latent_dim % 16 == 0, "--latent-dim must be a multiple of 16, the units of a channel of the encoder"),
         (args.shadows or spec.domain != "Gymnasium", "--no-shadows goes with DMControl and Meta-World"),
-    )  # fmt: skip
+    )
     environments.check_rendering(args.task, "rgb", "rgb_array" if args.capture_video else None)
-
-
-def make_envs(args: Args, evaluation: bool):
-    """Vectorised environments to learn in, or to evaluate in; the two draw from different random streams."""
-    n, seed = args.eval_episodes if evaluation else args.num_envs, (args.seed, int(evaluation))
-    options = {"obs": "rgb", "shadows": args.shadows}
-    options["render_mode"] = "rgb_array" if evaluation and args.capture_video else None
-    return environments.make_envs(args.task, n, seed, **options)
-
-
-def seed_steps_of(args: Args, spec) -> int:
-    """Random decisions before the first update."""
-    return max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-
-
-def updates_due(args: Args, seed_steps: int, count: dict[str, Any], replay: Replay) -> int:
-    """Updates that the decisions so far call for and that were not made: seed_steps at once, then utd per decision."""
-    if count["decisions"] < seed_steps or (count["updates"] == 0 and replay.size == 0):  # all episodes were too short
-        return 0
-    return int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
 
 
 def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
@@ -832,17 +748,18 @@ def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
     return {"train": init_state(args, params, params["q"], 1.0, train_key), "act_key": act_key}
 
 
-def start_or_resume(args: Args, model: WorldModel, keeper: Run, memory):
-    """Learning state, key of the acting, replay (in the memory of the device `memory`) and counters of the run's last
-    checkpoint; without one fresh ones, with the agent of --checkpoint if that is given."""
+def start_or_resume(args: Args, model: WorldModel, keeper: Run):
+    """What the run's last checkpoint holds, and the device in whose memory the replay lies; without a checkpoint all is
+    fresh, but for the agent if --checkpoint names one."""
     new_replay = partial(init_replay, args.buffer_size // args.num_envs, args.num_envs, model.action_dim)
-    items, count = keeper.start({"replay": memory}, state=partial(fresh_state, args, model), replay=new_replay)
-    state, act_key = items["state"]["train"], items["state"]["act_key"]
-    if args.checkpoint and not count:
-        agent = load_agent(args.checkpoint, None, state.params, *SCRIPTS, obs="rgb")
+    memory = place_replay(new_replay, args.storage, args.buffer_size, args.total_timesteps)
+    learner, replay = keeper.start({"replay": memory}, state=partial(fresh_state, args, model), replay=new_replay)
+    state = learner["train"]
+    if args.checkpoint and not keeper.count["decisions"]:
+        agent = load_agent(args.checkpoint, None, partial(init_params, args, model), *SCRIPTS, obs="rgb")
         state = init_state(args, agent.params, agent.target_q, agent.q_scale, state.key)
         state = jax.device_put(state, jax.devices()[0])  # placed as it comes out of `train`: it compiles once
-    return state, act_key, items["replay"], count or {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    return state, learner["act_key"], replay, memory
 
 
 def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, memory, updates: int, num: int):
@@ -860,60 +777,47 @@ def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, memory, upd
 
 def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
-    spec, n, device = environments.task_spec(args.task), args.num_envs, jax.devices()[0]
-    seed_steps, burst = seed_steps_of(args, spec), max(1, int(args.utd * n))  # burst: updates per dispatch
+    spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
+    seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
+    arguments.check_replay(args, seed_steps)
     with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_rgb", RETURNS_COLUMNS) as keeper:
-        envs = keeper.enter(RecordEpisodeStatistics(make_envs(args, evaluation=False)))
-        eval_envs = keeper.enter(make_envs(args, evaluation=True))
-        (action_dim,) = envs.single_action_space.shape
-        model = make_model(args, action_dim, args.episodic and spec.can_terminate)
-        new_replay, short = (
-            partial(init_replay, args.buffer_size // n, n, action_dim),
-            args.total_timesteps // spec.action_repeat,
-        )
-        memory = place_replay(new_replay, args.storage, args.buffer_size, short)
-        state, act_key, replay, count = start_or_resume(args, model, keeper, memory)
-        step, decisions = count["decisions"] * spec.action_repeat, -(-args.total_timesteps // spec.action_repeat)
-        sizes = {"action_dim": action_dim, "episodic": model.termination is not None}
-        title = f"{spec.name}: {FRAMES} pictures of {PIXELS} x {PIXELS}, {action_dim} actions, {n} environment(s)"
-        keeper.begin(title, returns_head(spec), state.params, step, count, count["decisions"], decisions, "decisions")
-        discount = jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), device)
-        prev_mean, info = jax.device_put(jnp.zeros((n, args.horizon, action_dim)), device), {}
-        pool = keeper.enter(ThreadPoolExecutor(1))
+        envs = environments.make_envs(args.task, n, (args.seed, 0), obs="rgb", shadows=args.shadows)
+        envs = keeper.enter(RecordEpisodeStatistics(envs))
+        eval_envs, model, discount = setup(args, keeper.enter)
+        state, key, replay, memory = start_or_resume(args, model, keeper)
+        count, step = keeper.count, keeper.count["decisions"] * spec.action_repeat
+        title = f"{spec.name}: {FRAMES} pictures of {PIXELS} x {PIXELS}, {model.action_dim} actions, {n} environment(s)"
+        keeper.begin(title, returns_head(spec), state.params, step, args.total_timesteps)
+        prev_mean = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0])
+        sent, pool, info = np.zeros((n, model.action_dim), np.float32), keeper.enter(ThreadPoolExecutor(1)), {}
         obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
         first, done, seen = np.ones(n, bool), np.zeros(n, bool), np.tile(obs, FRAMES)
-        replay = add(
-            replay, args.horizon, obs, np.zeros((n, action_dim), np.float32), np.zeros(n, np.float32), done, first
-        )
+        replay = add(replay, args.horizon, obs, sent, np.zeros(n, np.float32), done, first)
         while True:
             # Draw from the machine's memory while the planner acts, and while the updates before are computed
-            due = updates_due(args, seed_steps, count, replay) // burst
-            source = draw_ahead(args, pool, replay, memory, count["updates"], burst) if due else None
+            due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
+            ready = count["decisions"] >= seed_steps and (count["updates"] or replay.size)  # there is a window
+            bursts = due // burst if ready else 0
+            source = draw_ahead(args, pool, replay, memory, count["updates"], burst) if bursts else None
 
             # Act: dispatched here, read when the environments are stepped
-            if count["decisions"] <= seed_steps and not args.checkpoint:
-                act_key, key = jax.random.split(act_key)
-                action = jax.random.uniform(key, (n, action_dim), minval=-1, maxval=1)
-            else:
-                action, prev_mean, act_key = act(
-                    args, model, state.params, seen, prev_mean, first, discount, act_key, explore=True
-                )
+            how = {"explore": True, "random": count["decisions"] <= seed_steps and not args.checkpoint}
+            action, prev_mean, key = act(args, model, state.params, seen, prev_mean, first, discount, key, **how)
 
             # Evaluate and save
             finished = step >= args.total_timesteps
             if keeper.due(step, count["evaluated"], args.eval_freq, finished):
                 keeper.record_returns(step, spec, partial(evaluate, args, model, state.params, discount, eval_envs))
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
-                keeper.check_finite(step, **jax.device_get(info))
-                keeper.save(step, sizes, state={"train": state, "act_key": act_key}, replay=replay)
+                keeper.save(step, info, state={"train": state, "act_key": key}, replay=replay)
             if finished or keeper.stop:
                 break
 
-            # Learn: dispatched here, computed while the environments step
-            for i in keeper.steps("learning", due):
+            # Learn: seed_steps updates at once, then utd per decision; computed while the environments step
+            for i in keeper.steps("learning", bursts):
                 state, info = train(args, model, state, source(), discount, num_updates=burst)
                 count["updates"] += burst
-                if i + 1 < due:
+                if i + 1 < bursts:
                     source = draw_ahead(args, pool, replay, memory, count["updates"], burst)
 
             # Step: an environment whose episode is over is reset by this step and ignores the action
@@ -930,7 +834,7 @@ def run(args: Args) -> None:
             keeper.log_episodes(step, done, infos)
             if keeper.due(step, keeper.logged, args.log_freq, False):
                 keeper.log_losses(step, info)
-            keeper.advance(count["decisions"])
+            keeper.advance(step)
 
 
 def main(argv: list[str] | None = None) -> None:

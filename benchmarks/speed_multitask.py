@@ -161,8 +161,12 @@ def per_second(step, seconds: float) -> float:
 
 def measure_tier(args: mt.Args, disk: environments.Dataset, tier: str, seconds: float) -> dict[str, float]:
     """Batches a second, updates a second that are fed by them, and the memory that this took."""
-    learner = Learner(args, partial(mt.data_shapes, args, disk) if tier == "device" else None)
-    held = {"disk": lambda: disk, "host": disk.to_host, "device": lambda: mt.to_devices(args, disk, learner.mesh)}
+    learner = Learner(args, partial(mt.data_shapes, disk, args.storage_dtype) if tier == "device" else None)
+    held = {
+        "disk": lambda: disk,
+        "host": disk.to_host,
+        "device": lambda: mt.to_devices(disk, args.storage_dtype, learner.mesh, args.horizon),
+    }
     data = held[tier]()
     batches = mt.sources(args, data, learner.mesh, 0)
     if tier == "device":

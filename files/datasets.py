@@ -251,10 +251,13 @@ class EpisodeWriter:
     """Writes a task's episodes to DATA_DIR/TASK/chunk_0.pt, chunk_1.pt, …, as `load_dataset` reads them.
 
     PyTorch with tensordict reads the files, too. They are complete or absent at any moment, and several runs may write
-    to one folder: each takes the next free number.
+    to one folder: each takes the next free number. Without a data_dir nothing is written.
     """
 
-    def __init__(self, data_dir: str | os.PathLike, task: str, num_envs: int):
+    def __init__(self, data_dir: str | os.PathLike | None, task: str, num_envs: int):
+        self._folder, self._finished = None, []
+        if data_dir is None:
+            return
         spec = task_spec(task)
         set_tasks([task])
         self._folder = pathlib.Path(data_dir, spec.name)
@@ -268,10 +271,12 @@ class EpisodeWriter:
             "action": np.zeros((num_envs, length, row.action_size), np.float32),
             "reward": np.zeros((num_envs, length), np.float32),
         }
-        self._entry, self._finished = np.full(num_envs, -1), []
+        self._entry = np.full(num_envs, -1)
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> None:
         """Takes one step of all environments; where `first`, it is a reset, whose action and reward are filler."""
+        if self._folder is None:
+            return
         envs, self._entry = np.arange(len(first)), np.where(first, 0, self._entry + 1)
         self._open["obs"][envs, self._entry] = obs
         self._open["action"][envs, self._entry] = np.where(first[:, None], np.nan, action)

@@ -1,7 +1,7 @@
 """Agents made elsewhere: the original's files, runs of ours, and a multi-task agent for one of its tasks.
 
-    agent = load_agent("walker-walk.pt", None, like)              # compared with the networks whose shapes are `like`
-    agent = load_agent("runs/mt30/tdmpc2_jax_mt/1", "walker-walk", like, "tdmpc2_jax_mt")        # its task folded in
+    agent = load_agent("walker-walk.pt", None, init)              # compared with the networks that `init` initialises
+    agent = load_agent("runs/mt30/tdmpc2_jax_mt/1", "walker-walk", init, "tdmpc2_jax_mt")        # its task folded in
 
 Parameters are named as in the scripts' networks: {component: {"params": {"linear_0": {"kernel", "bias"}, "norm_0":
 {"scale", "bias"}, …}}}, with kernels [in, out], those of `q` and of the target Qs stacked along a leading axis [num_q];
@@ -11,7 +11,7 @@ an encoder of pictures has "kernel_0" [height, width, in, out] and "bias_0" to "
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,6 @@ from files.checkpoints import find_checkpoint, read_agent, read_meta
 from files.pt import load_pt
 
 Params = dict[str, Any]  # of networks, by component
-Rows = Mapping[int, Mapping[str, int]] | None  # {model size: {name of `sizes_of`: size}}
 
 
 class Agent(NamedTuple):
@@ -217,15 +216,15 @@ def sizes_of(params: Params) -> dict[str, int]:
     return sizes | ({"task_dim": params["task_emb"].shape[-1]} if "task_emb" in params else {})
 
 
-def check_shapes(params: Params, like: Params, path: str | os.PathLike, what: str, model_sizes: Rows = None) -> None:
+def check_shapes(params: Params, like: Params, path: str | os.PathLike, what: str) -> None:
     """Compares the shapes of an agent's parameters with those of the networks at hand, as `jax.eval_shape` gives them.
 
     Args:
         path: where the agent is from, for the sentence.
-        what, model_sizes: what it should fit, as "--model-size 5 on this task", and which sizes there are.
+        what: what it should fit, as "this task and these sizes".
 
     Raises:
-        UserError: they differ; the sentence names the first difference, and the sizes that would fit.
+        UserError: they differ; the sentence names the first difference, and the agent's sizes.
     """
     there, here = _shapes(params), _shapes(like)
     wrong = next((name for name in here | there if here.get(name) != there.get(name)), None)
@@ -233,9 +232,7 @@ def check_shapes(params: Params, like: Params, path: str | os.PathLike, what: st
         return
     its, hint = sizes_of(params), ""
     if its != sizes_of(like):
-        flags = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in its.items())
-        named = (f"--model-size {size}" for size, row in (model_sizes or {}).items() if row.items() <= its.items())
-        hint = f"; it has {next(named, flags)}"
+        hint = "; it has " + " ".join(f"--{name.replace('_', '-')} {size}" for name, size in its.items())
     sizes = f"{wrong} is {there.get(wrong, 'missing')} there and {here.get(wrong, 'missing')} here"
     raise UserError(f"{path} does not fit {what}: {sizes}{hint}")
 
@@ -247,28 +244,27 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 # -------------------------------------------------------------------------------------------------------- For scripts
 def load_agent(
-    path: str, source_task: str | None, like: Params, *scripts: str, obs: str = "state",
-    what: str = "this task and these sizes", model_sizes: Rows = None,
-) -> Agent:  # fmt: skip
+    path: str, source_task: str | None, init: Callable[[jax.Array], Params], *scripts: str, obs: str = "state"
+) -> Agent:
     """The agent of an original .pt file or of a run of ours, for single-task networks: one task of a multi-task agent
     (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
 
     Args:
         path: a file that ends in .pt, a run's folder, or a checkpoint's.
         source_task: the multi-task agent's task; None for a single-task agent.
-        like, what, model_sizes: parameters of the networks at hand, or their shapes; see `check_shapes`.
+        init: gives fresh parameters of the networks at hand for a key; only their shapes are asked for.
         scripts: whose runs will do.
         obs: what the agent must see, "state" or "rgb".
 
     Raises:
         UserError: there is no such agent, it is damaged, or it does not fit.
     """
-    agent = _read(path, obs, scripts)
+    agent, like = _read(path, obs, scripts), jax.eval_shape(init, jax.random.key(0))
     if "linear_0" in like["encoder"]["params"]:  # agents of pictures have one task
         obs_dim = like["encoder"]["params"]["linear_0"]["kernel"].shape[0]
         agent = fold_agent(agent, source_task, obs_dim, like["pi"]["params"]["linear_2"]["bias"].shape[0] // 2, path)
     params = {name: value for name, value in agent.params.items() if name in like or name != "termination"}
-    check_shapes(params, like, path, what, model_sizes)
+    check_shapes(params, like, path, "this task and these sizes")
     return agent._replace(params=params)
 
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
+from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
-from domains.tasks import TaskSpec
+from domains.tasks import DOMAINS, TaskSpec, task_spec
 
 
 class Evaluation(NamedTuple):
@@ -21,6 +22,34 @@ class Evaluation(NamedTuple):
     successes: np.ndarray  # [E], at the episodes' ends
     frames: list[np.ndarray]  # of the first environment, uint8 [height, width, 3]; none if none were asked for
     fps: int  # frames per second of simulated time
+
+
+def play(
+    envs: VectorEnv, seed: Any, decide: Callable[..., tuple], memory: tuple, go_on: Callable[[], bool], film: bool
+) -> Evaluation | None:
+    """One episode in each of E environments, of which the first is filmed.
+
+    Args:
+        decide: called with observations [E, ...], whether the episodes begin here, bool [E], and *memory; returns
+            actions [E, A] and, one by one, the memory for the next call.
+        go_on: asked after every step; if it says no, the episodes are left and None is returned.
+    """
+    obs, _ = envs.reset(seed=seed)
+    running, first = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+    returns, successes = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
+    frames = [envs.render()[0]] if film else []
+    while running.any():
+        action, *memory = decide(obs, first, *memory)
+        obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
+        if film and running[0]:
+            frames.append(envs.render()[0])
+        returns += np.where(running, reward, 0.0)
+        successes = np.where(running, info["success"], successes)
+        running &= ~(terminated | truncated)
+        first = np.zeros(envs.num_envs, bool)
+        if not go_on():
+            return None
+    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
 
 
 RETURNS_COLUMNS = ("step", "reward", "success", "seed")  # of eval.csv, where a run is of one task
@@ -61,10 +90,11 @@ def report_video(checkpoint: str, frames: list[np.ndarray], fps: int) -> None:
 
 
 @contextlib.contextmanager
-def progress(text: str, total: int) -> Iterator[Callable[[], bool]]:
-    """A bar (on a terminal) outside of a run; gives what `Run.aside` gives."""
-    with tqdm(total=total, desc=text, leave=False, disable=None) as bar:
-        yield lambda: bar.update() or True
+def evaluating(total: int) -> Iterator[tuple[Callable[[Any], Any], Callable[[], bool]]]:
+    """A bar (on a terminal) of so many steps, outside of a run. Gives what `Run.enter` and `Run.aside` give: a function
+    that takes what is to be closed in the end and returns it, and one to be called at every step."""
+    with contextlib.ExitStack() as stack, tqdm(total=total, desc="evaluating", leave=False, disable=None) as bar:
+        yield lambda thing: stack.enter_context(contextlib.closing(thing)), lambda: bar.update() or True
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -83,3 +113,62 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int) -> None:
         video.send(None)
         for frame in frames:
             video.send(np.ascontiguousarray(frame))
+
+
+# ---------------------------------------------------------------------------------------------------- Several tasks
+class SetEvaluation(NamedTuple):
+    """E episodes of each of T tasks."""
+
+    tasks: tuple[str, ...]
+    returns: np.ndarray  # [T, E]
+    successes: np.ndarray  # [T, E], at the episodes' ends
+    frames: list[np.ndarray]  # grids of the tasks' first episodes; none without --capture-video
+
+
+def grid(pictures: tuple[np.ndarray | None, ...], width: int = 768) -> np.ndarray:
+    """The pictures that there are, small ones side by side in rows, uint8 [height, width, 3]."""
+    pictures = [picture for picture in pictures if picture is not None]
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    step = -(-columns * pictures[0].shape[1] // width)
+    pictures = [picture[::step, ::step] for picture in pictures]
+    pictures += [np.zeros_like(pictures[0])] * (-len(pictures) % columns)
+    return np.concatenate([np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)])
+
+
+def summary(result: SetEvaluation) -> dict[str, Any]:
+    """Per task its returns and score, per domain the mean, and the normalised score: the mean over tasks of a tenth of
+    the return (DMControl: up to 1000) or of the success rate in percent (domains that know success)."""
+    tasks, domains = {}, {}
+    for task, returns, successes in zip(*result[:3], strict=True):
+        spec = task_spec(task)
+        score = 100 * successes.mean() if spec.success else returns.mean() / 10
+        tasks[task] = {"returns": returns.tolist(), "successes": successes.tolist(), "mean": returns.mean()}
+        tasks[task] |= {"std": returns.std(), "success_rate": successes.mean() if spec.success else None}
+        tasks[task] |= {"score": score, "domain": spec.domain}
+        domains.setdefault(spec.domain, []).append(successes.mean() if spec.success else returns.mean())
+    means = {domain: {"mean": np.mean(values), "tasks": len(values)} for domain, values in domains.items()}
+    return {"normalized_score": np.mean([row["score"] for row in tasks.values()]), "domains": means, "tasks": tasks}
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The normalised score and the domains' means in one line."""
+    words = {True: "success rate {:.2f}", False: "return {:.1f}"}
+    means = [
+        f"{domain} {words[DOMAINS[domain].success].format(row['mean'])}" for domain, row in results["domains"].items()
+    ]
+    return f"normalized score {results['normalized_score']:.1f} ({', '.join(means)})"
+
+
+def report_scores(args: Any, result: SetEvaluation) -> None:
+    """Prints the table of --evaluate: tasks, the domains' means and the normalised score; writes it to --json and the
+    film to the agent's folder. args is as in `report_returns`."""
+    results = summary(result)
+    print(f"{'task':<32}{'return':>9}{'± std':>9}{'success':>9}{'score':>8}")
+    for name, row in results["tasks"].items():
+        rate = "" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
+        print(f"{name:<32}{row['mean']:>9.1f}{row['std']:>9.1f}{rate:>9}{row['score']:>8.1f}")
+    print(f"{headline(results)} over {len(result.tasks)} task(s), {result.returns.shape[1]} episode(s) each")
+    report_video(args.checkpoint, result.frames, 25)
+    if args.json:
+        results |= {"checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
+        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")

@@ -33,7 +33,7 @@ def kept(tmp_path_factory):
     """A run's folder with checkpoints of steps 200 and 300; that of 100 is gone, as the newest two are kept."""
     folder = tmp_path_factory.mktemp("kept") / "run"
     with keep(folder) as keeper:
-        keeper.begin("title", "head", {}, 0, {"evaluated": 0, "seconds": 0.0}, 0, 1, "steps")
+        keeper.begin("title", "head", {}, 0, 1)
         for step in (100, 200, 300):
             keeper.save(step, {}, **items_of(step))
     assert [path.name for path in complete_checkpoints(folder)] == ["300", "200"]
@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
         pytest.skip("a small disk cannot be mounted here")
     try:
         with keep(tmp_path / "run") as keeper:
-            keeper.begin("title", "head", {}, 0, {"evaluated": 0, "seconds": 0.0}, 0, 1, "steps")
+            keeper.begin("title", "head", {}, 0, 1)
             keeper.save(100, {}, state={"x": jnp.ones(10)})
             noise = jax.random.normal(jax.random.key(0), (2_000_000,))
             with pytest.raises(UserError, match="no space is left for a checkpoint at step 200: .*100 is kept"):

@@ -260,7 +260,7 @@ def test_a_set_in_device_memory_gives_the_windows_of_the_files_all_as_likely(fol
     data = envs.load_dataset(TASKS, folder)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
     args = mt.Args(storage_dtype=dtype)
-    held = mt.to_devices(args, data, mesh)
+    held = mt.to_devices(data, args.storage_dtype, mesh, args.horizon)
     assert held.obs.dtype == (np.float16 if dtype == "float16" else np.float32)
     batch = jax.jit(mt.sample, static_argnums=(2, 3))(held, jax.random.key(0), 26 * 6 * 100, H)
     episode, entry = np.asarray(batch.obs[..., 0]), np.asarray(batch.obs[..., 1])
@@ -292,7 +292,7 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
     write_chunk(tmp_path / "chunk_0.pt", arrays)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
     with pytest.raises(envs.UserError, match="numbers beyond 65504"):
-        mt.to_devices(mt.Args(storage_dtype="float16"), envs.load_dataset(TASKS, tmp_path), mesh)
+        mt.to_devices(envs.load_dataset(TASKS, tmp_path), "float16", mesh, 3)
 
 
 def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refused(tmp_path):

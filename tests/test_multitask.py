@@ -161,11 +161,12 @@ def losses(devices, storage, shard):
     mesh = Mesh(np.array(jax.devices()[:devices]), "devices")
     constants = mt.on_devices(mt.make_tasks(args, tasks), mt.everywhere(mesh))
     chosen = mt.dataclasses.replace(args, shard_params=shard)
-    source = mt.data_shapes(args, data, mesh) if storage == "device" else mt.batch_shapes(args, model, mesh)
+    source = mt.batch_shapes(args, model, mesh)
+    source = mt.data_shapes(data, args.storage_dtype, mesh) if storage == "device" else source
     program, shapes = mt.compile_train(chosen, model, mesh, constants, source)
     places = jax.tree.map(lambda x: x.sharding, shapes)
     state = jax.jit(lambda: mt.fresh_state(args, model), out_shardings=places)()
-    held, rows = mt.to_devices(args, data, mesh) if storage == "device" else data, []
+    held, rows = mt.to_devices(data, args.storage_dtype, mesh, args.horizon) if storage == "device" else data, []
     for batch, _ in zip(mt.sources(args, held, mesh, 0), range(20)):
         state, info = program(constants, state, batch)
         rows.append([float(info[name]) for name in ("total_loss", "value_loss", "pi_loss", "grad_norm")])

@@ -15,7 +15,6 @@ from files import checkpoints, pretrained
 
 LAYOUTS = ["", "_released_layout"]
 STATES = ["single", "wide", "episodic", "two_q", "multitask"]
-SIZES = {1: {"mlp_dim": 384, "latent_dim": 128}, 5: {"mlp_dim": 24, "latent_dim": 24}}
 
 
 def shapes(tree):
@@ -182,30 +181,28 @@ def test_agents_and_source_tasks_that_do_not_belong_together_are_refused(golden)
 @pytest.mark.golden
 def test_an_agent_that_does_not_fit_hears_the_first_difference_and_what_would_fit(golden):
     like = pretrained.read_original(golden("single.pt")).params
-    pretrained.check_shapes(like, like, "a.pt", "this", SIZES)
     pretrained.check_shapes(like, jax.eval_shape(lambda: like), "a.pt", "this")
     wide = pretrained.read_original(golden("wide.pt")).params
-    for params, sizes, sentence in [
+    for params, sentence in [
         (
-            like | {"dynamics": wide["dynamics"]}, SIZES,
+            like | {"dynamics": wide["dynamics"]},
             "a.pt does not fit --model-size 1: dynamics/params/linear_0/kernel is (45, 24) there and (30, 24) here$",
         ),
         (
-            wide, None,
+            wide,
             "dynamics/params/linear_0/kernel is .*; it has --enc-dim 16 --mlp-dim 24 --latent-dim 24 "
             "--num-enc-layers 3 --num-q 5$",
         ),
-        (wide, SIZES, "; it has --model-size 5$"),
-        ({k: v for k, v in like.items() if k != "reward"}, SIZES, "reward/params/linear_0/bias is missing there and"),
+        ({k: v for k, v in like.items() if k != "reward"}, "reward/params/linear_0/bias is missing there and"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=re.sub(r"[()]", r"\\\g<0>", sentence)):
-            pretrained.check_shapes(params, like, "a.pt", "--model-size 1", sizes)
+            pretrained.check_shapes(params, like, "a.pt", "--model-size 1")
 
 
 @pytest.mark.golden
 def test_an_agent_of_a_file_is_folded_cut_and_compared(golden):
     def load(name, source, like, **options):
-        return pretrained.load_agent(str(golden(name)), source, jax.eval_shape(lambda: like), **options)
+        return pretrained.load_agent(str(golden(name)), source, lambda key: like, **options)
 
     episodic = pretrained.read_original(golden("episodic.pt"))
     like = {name: value for name, value in episodic.params.items() if name != "termination"}
@@ -214,11 +211,11 @@ def test_an_agent_of_a_file_is_folded_cut_and_compared(golden):
     single = pretrained.read_original(golden("single.pt")).params
     for name, source, here, sentence in [
         ("single.pt", None, single | {"termination": like["reward"]}, "this task and these sizes: .* is missing there"),
-        ("wide.pt", None, single, "; it has --model-size 5$"),
+        ("wide.pt", None, single, "; it has --enc-dim 16 --mlp-dim 24 --latent-dim 24 --num-enc-layers 3 --num-q 5$"),
         ("single.pt", "walker-walk", single, "is a single-task agent: leave out --source-task"),
     ]:
         with pytest.raises(UserError, match=f"{name} .*{sentence}"):
-            load(name, source, here, model_sizes=SIZES)
+            load(name, source, here)
     multitask = pretrained.read_original(golden("multitask.pt"))
     like = pretrained.fold_agent(multitask, "walker-walk", 24, 6, "a.pt").params
     loaded = load("multitask.pt", "walker-walk", like)
@@ -250,11 +247,11 @@ def test_an_agent_of_a_run_is_loaded_with_its_q_scale_whatever_else_the_checkpoi
     jax.tree.map(np.testing.assert_array_equal, whole.target_q, state["target_q"])
     assert whole.q_scale == 2.5 and whole.tasks == agent.tasks
     folded = pretrained.fold_agent(agent, "walker-walk", 24, 6, "a.pt")
-    loaded = pretrained.load_agent(str(tmp_path), "walker-walk", folded.params, "mt")
+    loaded = pretrained.load_agent(str(tmp_path), "walker-walk", lambda key: folded.params, "mt")
     jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.target_q), (folded.params, folded.target_q))
     assert loaded.q_scale == 2.5
     with pytest.raises(UserError, match="10 is a checkpoint of mt.py, not of other.py"):
-        pretrained.load_agent(str(tmp_path), "walker-walk", folded.params, "other")
+        pretrained.load_agent(str(tmp_path), "walker-walk", lambda key: folded.params, "other")
 
 
 @pytest.mark.golden

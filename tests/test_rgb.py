@@ -16,6 +16,7 @@ from test_runs import read_curve, read_scalars, wait_for
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_rgb as rgb
+from convolution import convolve_on_cpu
 from devices import shapes_on
 from domains import rendering
 from files.checkpoints import find_checkpoint, read_checkpoint
@@ -63,12 +64,12 @@ def test_convolutions_by_matrix_products_are_xlas_and_so_are_their_gradients(siz
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
 
     for mine, others in zip(
-        jax.vjp(lambda *args: rgb.convolve_on_cpu(*args, stride), x, kernel)[1](weights),
+        jax.vjp(lambda *args: convolve_on_cpu(*args, stride), x, kernel)[1](weights),
         jax.vjp(xlas, x, kernel)[1](weights),
         strict=True,
     ):
         np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(rgb.convolve_on_cpu(x, kernel, stride), xlas(x, kernel), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(convolve_on_cpu(x, kernel, stride), xlas(x, kernel), rtol=1e-4, atol=1e-4)
 
 
 def test_stacks_are_encoded_alike_however_many_there_are(agent):
@@ -304,6 +305,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import jax
 import tdmpc2_jax_rgb as rgb
+from convolution import convolve_on_cpu
 rgb.place_replay = lambda *_: jax.devices()[1]
 rgb.main()
 """
