@@ -7,6 +7,7 @@ import pytest
 
 import envs
 import tdmpc_jax as td
+from files import pretrained
 
 H = 3  # of the replay tests
 
@@ -27,7 +28,8 @@ def draws_of(recording, prefix):
 @pytest.fixture(scope="module")
 def agent(golden):
     """Recording of updates, args, model, params, slow networks of the recorded agent."""
-    file, recording, plans = envs.load_pt(golden("tdmpc1.pt")), golden("tdmpc1_update.npz"), golden("tdmpc1_plan.npz")
+    path, recording, plans = golden("tdmpc1.pt"), golden("tdmpc1_update.npz"), golden("tdmpc1_plan.npz")
+    file = envs.load_pt(path)
     names = "discount min_std horizon rho consistency_coef reward_coef value_coef lr grad_clip_norm tau"
     settings = {name: recording[f"cfg_{name}"].item() for name in names.split()}
     names = "iterations num_samples num_elites min_std temperature momentum discount"
@@ -38,7 +40,7 @@ def agent(golden):
     settings |= {name: len(file["model"][f"{layer}.bias"]) for name, layer in sizes.items()}
     args = td.Args(**settings)
     model = td.make_model(args, recording["in_obs"].shape[-1], recording["in_action"].shape[-1])
-    return recording, args, model, *td.from_torch(file)
+    return recording, args, model, *pretrained.read_tdmpc(path)
 
 
 @pytest.mark.golden
@@ -77,11 +79,10 @@ def check_update(agent, state, recording, name, inputs, weight, tolerance=1e-5):
 def check_parameters(agent, state, recording, name):
     """Parameters and their CHANGE since the start, which is a hundred times smaller, equal those after `name`."""
     _, _, _, params, target = agent
-    prefixes = {"model": f"{name}_after_model.", "model_target": f"{name}_after_target."}
-    tensors = {k: {n.removeprefix(p): v for n, v in recording.items() if n.startswith(p)} for k, p in prefixes.items()}
-    for before, mine, original in zip(
-        (params, target), (state.params, state.target), td.from_torch(tensors), strict=True
-    ):
+    prefixes = f"{name}_after_model.", f"{name}_after_target."
+    for prefix, before, mine in zip(prefixes, (params, target), (state.params, state.target), strict=True):
+        tensors = {n.removeprefix(prefix): v for n, v in recording.items() if n.startswith(prefix)}
+        original = {k: v for k, v in pretrained.tdmpc_from_torch(tensors).items() if k in mine}
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
         jax.tree.map(lambda o, a, b: close(a - o, b - o, 1e-2), before, mine, original)
 
@@ -110,8 +111,9 @@ def test_an_update_with_windows_beyond_the_bounds_equals_the_recording(agent):
 def test_three_plans_equal_the_recording_at_both_points_of_the_schedules(agent, golden, point, decisions, mode):
     _, args, model, params, _ = agent
     recording, A = golden("tdmpc1_plan.npz"), model.action_dim
-    horizon, min_std = td.schedules(args, decisions)
-    plan = jax.jit(td.plan, static_argnums=(0, 1, 9))
+    limits = td.schedule(args, decisions, np.array([decisions]))
+    horizon = int(limits.horizon[0])
+    plan = jax.jit(td.plan, static_argnums=(0, 1, 8))
     mean, first = jnp.zeros((1, args.horizon, A)), np.array([True])
     for i in range(3):
         draws = draws_of(recording, f"{point}_{mode}{i}")
@@ -126,21 +128,20 @@ def test_three_plans_equal_the_recording_at_both_points_of_the_schedules(agent, 
             sample=np.stack([filled(x) for x in loop[0::2]])[None],
             terminal=np.stack(loop[1::2])[None],
             gumbel=draws[h + 2 * args.iterations][None],
-            explore=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
+            exploration=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
         )
         obs = recording["in_obs"][i][None]
-        action, mean = plan(
-            args, model, params, obs, mean, first, np.array([horizon]), min_std, noise, mode == "explore"
-        )
+        action, mean = plan(args, model, params, obs, mean, first, limits, noise, mode == "explore")
         close(action[0], np.clip(recording[f"{point}_{mode}{i}_action"], -1, 1), 1e-3)
         close(mean[0, :h], recording[f"{point}_{mode}{i}_mean"], 1e-3)
         first = np.array([False])
 
 
 def test_the_schedules_are_the_originals():
-    args, decisions = td.Args(), [0, 6249, 6250, 12499, 12500, 18749, 18750, 24999, 25000, 10**6]
-    assert [td.schedules(args, d)[0] for d in decisions] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    np.testing.assert_allclose([td.schedules(args, d)[1] for d in (0, 12500, 25000, 10**6)], [0.5, 0.275, 0.05, 0.05])
+    began = np.array([0, 6249, 6250, 12499, 12500, 18749, 18750, 24999, 25000, 10**9])
+    assert td.schedule(td.Args(), 10**9, began).horizon.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    floors = [td.schedule(td.Args(), decisions, began).min_std for decisions in (0, 12500, 25000, 10**9)]
+    np.testing.assert_allclose(floors, [0.5, 0.275, 0.05, 0.05])
 
 
 # ---------------------------------------------------------------------------------------------------------- Replay
@@ -171,7 +172,7 @@ def test_priorities_weights_and_windows_equal_those_of_the_originals_replay(gold
             replay = td.add(replay, H, obs[t][None], *brought, np.zeros(1, bool), np.array([t == 0]))
         last = (e % 4) * (L + 1) + L - H
         assert leaves(replay)[last] > 0
-        replay = replay._replace(tree=td.set_leaves(replay.tree, jnp.array([last]), jnp.zeros(1)))
+        replay = replay._replace(tree=td.set_priorities(replay.tree, jnp.array([last]), jnp.zeros(1)))
 
         filled = recording[f"after{e}_filled"].item()
         mine = leaves(replay).reshape(4, L + 1)[:, :L].ravel()[:filled]  # the slots of the recording
@@ -186,4 +187,4 @@ def test_priorities_weights_and_windows_equal_those_of_the_originals_replay(gold
         np.testing.assert_array_equal(batch.action, recording[f"after{e}_action"])
         np.testing.assert_array_equal(batch.reward[..., None], recording[f"after{e}_reward"])
         priority = jnp.asarray(recording[f"after{e}_new_priorities"]) + 1e-6
-        replay = replay._replace(tree=td.set_leaves(replay.tree, drawn, priority**alpha))
+        replay = replay._replace(tree=td.set_priorities(replay.tree, drawn, priority**alpha))
