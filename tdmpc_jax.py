@@ -119,18 +119,17 @@ def with_task_defaults(args: Args) -> Args:
 
 
 class Schedule(NamedTuple):
-    """What a plan in n environments is limited by."""
-
     horizon: np.ndarray  # [n] steps that are planned, 1 .. H
     min_std: np.ndarray  # lower bound of the planner's standard deviation
 
 
-def schedule(args: Args, decisions: int, began: np.ndarray) -> Schedule:
-    """The limits after so many decisions, in episodes that began after `began` [n] decisions. Both are linear. The
+def schedule(args: Args, decisions: int, first: np.ndarray, horizon: np.ndarray) -> Schedule:
+    """Limits of plans after so many decisions: linear, with a new horizon at an episode's start (`first` [n]) only. The
     original takes the bound at its last update, which first lags behind, then leaps ahead and falls back."""
-    horizon = (args.horizon - args.first_horizon) * np.minimum(began, args.schedule_steps) // args.schedule_steps
-    min_std = (args.min_std - args.first_min_std) * min(decisions / args.schedule_steps, 1)
-    return Schedule(np.int32(args.first_horizon + horizon), np.float32(args.first_min_std + min_std))
+    done = min(decisions, args.schedule_steps)
+    new_horizon = args.first_horizon + (args.horizon - args.first_horizon) * done // args.schedule_steps
+    min_std = args.first_min_std + (args.min_std - args.first_min_std) * done / args.schedule_steps
+    return Schedule(np.where(first, np.int32(new_horizon), horizon), np.float32(min_std))
 
 
 # --------------------------------------------------------------------------------------------------------- Networks
@@ -275,9 +274,8 @@ def estimate_value(args: Args, model: WorldModel, params, z, actions, horizon, e
 def plan(args: Args, model: WorldModel, params, obs, prev_mean, first, limits: Schedule, noise: PlanNoise, explore):
     """Model predictive path integral control (MPPI) in n environments at once.
     obs [n, O]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an episode;
-    limits, see `schedule`; noise as `plan_noise` draws it; explore adds noise to the action. Returns actions [n, A] in
-    [-1, 1] and the new means [n, H, A].
-    """
+    limits of `schedule`; noise as `plan_noise` draws it; explore adds noise to the action. Returns actions [n, A] in
+    [-1, 1] and the new means [n, H, A]."""
     n, H, A = len(obs), args.horizon, model.action_dim
     chex.assert_shape([obs, prev_mean, first, limits.horizon], [(n, model.obs_dim), (n, H, A), (n,), (n,)])
 
@@ -385,8 +383,8 @@ def init_state(args: Args, params: dict[str, Any], target, key: jax.Array) -> Tr
 
 
 def td_target(args: Args, model: WorldModel, state: TrainState, batch: Batch, noise) -> jax.Array:
-    """TD targets [H, B]: r + discount * (1 - terminated) * min of the slow Qs at the policy's next action, in latent
-    states of the encoder that learns. The original knows no terminations."""
+    """TD targets [H, B]: r + discount * (1 - terminated) * min of the slow Qs at the policy's next action, in states of
+    the encoder that learns. The original knows no terminations."""
     next_z = model.encoder.apply(state.params["encoder"], batch.obs[1:])  # [H, B, Z]
     next_action = policy(args, model, state.params["pi"], next_z, noise.next_action).action
     q = q_values(model, state.target["q"], next_z, next_action)
@@ -463,7 +461,7 @@ class Replay(NamedTuple):
         row       0  1  2  3  4  5  6  7  8     the last row written is 8
         first     x           x                 episodes of 4 entries, and of 5 so far
         tree      3  1  0  0  2  5  1  0  0     entries 2 and 3 lack followers, 7 and 8 do so far
-                  4           8           0     sums; a draw takes one of these by its size, then one below it
+                  4           8           0     sums: a draw takes one of these by its size, then one below it
     """
 
     obs: jax.Array  # [C, n, O]
@@ -516,8 +514,7 @@ def draw(tree: tuple[jax.Array, ...], key: jax.Array, batch_size: int) -> jax.Ar
 @partial(jax.jit, static_argnames=("horizon",), donate_argnames=("replay",))
 def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) -> Replay:
     """Writes one step of all environments (obs [n, O], action [n, A], the rest [n]) over the oldest one. Windows that
-    it completes get the largest priority of all: at once, not when the episode is over as in the original, and with
-    them the episode's last one, which the original leaves out."""
+    it completes get the largest priority: at once, and an episode's last one, too, unlike the original's."""
     C, n = replay.first.shape
     row = replay.rows % C
     expired = replay.tree[0].ravel()[row * n + jnp.arange(n)] > 0  # starts in the row that is overwritten
@@ -575,9 +572,8 @@ def train(args: Args, model: WorldModel, state: TrainState, replay: Replay, num_
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(args: Args, model: WorldModel, params, decisions, envs, seed: tuple[int, ...], go_on=lambda: True):
-    """One episode in each of E environments, without exploration, of an agent that has made so many decisions: what
-    `play` returns."""
-    limits = schedule(args, decisions, np.full(envs.num_envs, decisions))
+    """One episode in each of E environments, without exploration, after so many decisions: what `play` returns."""
+    limits = schedule(args, decisions, np.ones(envs.num_envs, bool), np.int32(0))
     memory = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
     memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act: it compiles once
 
@@ -590,21 +586,19 @@ def evaluate(args: Args, model: WorldModel, params, decisions, envs, seed: tuple
 def setup(args: Args, enter):
     """Environments to evaluate in, which are to be closed by `enter` (the original evaluates in those that it trains
     in), and the networks."""
-    repeat, render_mode = args.action_repeat, "rgb_array" if args.capture_video else None
-    how = {"render_mode": render_mode, "action_repeat": repeat}
+    how = {"action_repeat": args.action_repeat, "render_mode": "rgb_array" if args.capture_video else None}
     envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **how))
     (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     return envs, make_model(args, obs_dim, action_dim)
 
 
 def evaluate_checkpoint(args: Args) -> None:
-    """--evaluate: prints every episode's return and their mean, and writes them to --json. An agent of the original is
-    taken as one that has made all of the schedules."""
+    """--evaluate: prints every episode's return and their mean, and writes them to --json."""
     spec = environments.task_spec(args.task, args.action_repeat)
     with evaluating(spec.episode_length) as (enter, go_on):
         envs, model = setup(args, enter)
         params, _, decisions = load_tdmpc(args.checkpoint, partial(init_params, args, model), *SCRIPTS)
-        decisions = args.schedule_steps if decisions is None else decisions
+        decisions = args.schedule_steps if decisions is None else decisions  # the original's files do not tell
         result = evaluate(args, model, params, decisions, envs, (args.seed, 1), go_on)
     report_returns(args, spec, result)
 
@@ -631,8 +625,8 @@ def start_or_resume(args: Args, model: WorldModel, keeper: Run) -> tuple[TrainSt
 
 def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
-    spec, n = environments.task_spec(args.task, args.action_repeat), args.num_envs
-    burst, seed_steps = max(1, int(args.utd * n)), args.seed_steps
+    spec, n, seed_steps = environments.task_spec(args.task, args.action_repeat), args.num_envs, args.seed_steps
+    burst = max(1, int(args.utd * n))
     arguments.check_replay(args, seed_steps)
     with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc_jax", RETURNS_COLUMNS) as keeper:
         envs = environments.make_envs(args.task, n, (args.seed, 0), action_repeat=args.action_repeat)
@@ -645,21 +639,19 @@ def run(args: Args) -> None:
         keeper.begin(title, returns_head(spec), state.params, step, args.total_timesteps)
         prev_mean = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0])
         sent, done, info = np.zeros((n, model.action_dim), np.float32), np.zeros(n, bool), {}
-        untrained = jax.default_backend() == "cpu" and not args.checkpoint  # there its plans would take minutes
-        cheap = dataclasses.replace(args, mpc=args.mpc and not untrained)
+        cheap = args if args.checkpoint or jax.default_backend() != "cpu" else dataclasses.replace(args, mpc=False)
         obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
-        entry, began = (obs, sent, np.zeros(n, np.float32), done, ~done), np.zeros(n, int)
+        entry, limits = (obs, sent, np.zeros(n, np.float32), done, ~done), Schedule(np.zeros(n, np.int32), 0)
         while True:
             # Act: dispatched here, read when the environments are stepped
             random = count["decisions"] <= seed_steps and not args.checkpoint  # the original plans one episode before
-            began = np.where(entry[4], count["decisions"], began)
-            limits = schedule(args, count["decisions"], began)
+            limits = schedule(args, count["decisions"], entry[4], limits.horizon)
             replay, action, prev_mean, key = add_and_act(
                 args, model, state.params, replay, entry, prev_mean, limits, key, random
             )
             episodes.add(obs, sent, entry[2], entry[4])
 
-            # Evaluate and save
+            # Evaluate and save; untrained and on a CPU without planning, which would take minutes
             finished = step >= args.total_timesteps
             if keeper.due(step, count["evaluated"], args.eval_freq, finished):
                 how = partial(evaluate, args if step else cheap, model, state.params, count["decisions"], eval_envs)
@@ -670,8 +662,7 @@ def run(args: Args) -> None:
             if finished or keeper.stop:
                 break
 
-            # Learn: seed_steps updates at once, then utd per decision (in the original after an episode as many as it
-            # has decisions); computed while the environments step
+            # Learn: seed_steps updates at once, then utd per decision (not per episode), while the environments step
             due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
             ready = count["decisions"] >= seed_steps and (count["updates"] or replay.size)  # there is a window
             for _ in keeper.steps("learning", due // burst if ready else 0):
