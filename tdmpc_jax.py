@@ -69,7 +69,7 @@ class Args:
     horizon: Count = 5  # steps H of a training window, and of a plan at the end of its schedule
     first_horizon: Count = 1  # steps of a plan at the start of its schedule
     iterations: Count | None = None  # iterations of MPPI; default 6, humanoid 12, dog 8
-    num_samples: Count = 512  # action sequences N drawn per iteration
+    num_samples: Count = 512  # action sequences N per iteration
     num_elites: Count = 64  # sequences that the next distribution is fitted to
     num_pi_trajs: Natural = 25  # sequences P proposed by the policy, beside the N
     first_min_std: Weight = 0.5  # lower bound of the planner's standard deviation at the start of its schedule
