@@ -59,8 +59,8 @@ def test_numbers_and_names_that_make_no_sense_are_refused_with_their_flag(refuse
 
 FIRST_NONSENSE = """
 lr=0 tau=2 target-update-freq=0 per-alpha=2 per-beta=-1 discount=1.5 loss-bound=0 noise-clip=-1 horizon=0
-first-horizon=0 first-horizon=6 first-min-std=3 schedule-steps=0 momentum=-0.1 action-repeat=0 latent-dim=0 batch-size=0 iterations=0
-seed-steps=5 buffer-size=5000 total-timesteps=0 num-elites=600
+first-horizon=0 first-horizon=6 first-min-std=3 schedule-steps=0 momentum=-0.1 action-repeat=0 latent-dim=0
+batch-size=0 iterations=0 seed-steps=5 buffer-size=5000 total-timesteps=0 num-elites=600
 """.split()
 
 
