@@ -35,7 +35,7 @@ def count_of(folder):
     return meta_of(folder, folder.parent.name)["count"]
 
 
-def wait_for(condition, child, seconds=120):
+def wait_for(condition, child, seconds=300):
     """Waits until condition() holds; fails if the child ends before."""
     end = time.time() + seconds
     while not condition():
