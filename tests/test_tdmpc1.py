@@ -11,6 +11,7 @@ from test_runs import read_scalars
 
 import envs
 import tdmpc_jax as td
+from benchmarks.speed_tdmpc1 import apart
 from files import pretrained
 
 H = 3  # of the replay tests
@@ -323,6 +324,19 @@ def test_environments_that_are_planned_for_together_get_what_each_gets_alone_wha
         np.testing.assert_allclose(together[0][i], alone[0][0], atol=1e-5)
         h = limits.horizon[i]
         np.testing.assert_allclose(together[1][i, :h], alone[1][0, :h], atol=1e-5)
+
+
+def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step():
+    args = td.Args(**SMALL)
+    model = td.make_model(args, 3, 2)
+    params = jax.tree.map(lambda x: x + 0.1, td.init_params(args, model, jax.random.key(0)))
+    actions, eps = (
+        jax.random.normal(jax.random.key(1), (args.horizon, 9, 2)),
+        jax.random.normal(jax.random.key(2), (9, 2)),
+    )
+    for horizon in (1, 3):
+        inputs = args, model, params, jnp.ones((1, 8)), actions, jnp.int32(horizon), eps
+        np.testing.assert_allclose(td.estimate_value(*inputs), apart(args, horizon)(*inputs), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
