@@ -52,6 +52,13 @@ def test_blocks_of_the_algorithm_that_are_the_same_are_those_named_here_letter_f
     assert equal == {*COPIES[script]}
 
 
+def test_the_table_of_the_papers_equations_names_what_the_script_has():
+    text = (ROOT / "README.md").read_text()
+    rows = re.search(r"\| in the paper \|.*?\n\n", text, re.DOTALL)[0].strip().splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2])}
+    assert len(rows) > 10 and named <= blocks("tdmpc2_jax").keys()
+
+
 def arguments(script):
     """Type, default and explanation of every argument: one line each."""
     lines = (ROOT / f"{script}.py").read_text().splitlines()
