@@ -53,7 +53,7 @@ Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a pa
 
 ORDERS = (  # of two arguments, where a script has both
     "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax", "log_std_min < log_std_max",
-    "min_std <= max_std", "discount_min <= discount_max",
+    "min_std <= max_std", "discount_min <= discount_max", "first_horizon <= horizon", "first_min_std <= max_std",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def check_bounds(args: Any) -> None:
         if value is not None and bounds and not bounds[0].holds(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {str(shown)[:50]}")
-    if getattr(args, "latent_dim", None) and args.latent_dim % args.simnorm_dim:
+    if getattr(args, "latent_dim", None) and args.latent_dim % getattr(args, "simnorm_dim", 1):
         raise UserError("--latent-dim must be a multiple of --simnorm-dim")
     for small, sign, large in map(str.split, ORDERS):
         low, high = getattr(args, small, -math.inf), getattr(args, large, math.inf)
