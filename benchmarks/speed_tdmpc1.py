@@ -60,9 +60,9 @@ def filled_replay(entries: int, obs_dim: int, action_dim: int) -> td.Replay:
         values.flat[: len(below)] = below
         tree.append(jnp.asarray(values, jnp.float32))
         below = values.sum(1)
-    reward, rows = jnp.asarray(rng.random((entries, 1), np.float32)), jnp.int32(entries)
+    reward = jnp.asarray(rng.random((entries, 1), np.float32))
     filled = {"obs": jnp.asarray(obs), "action": jnp.asarray(action), "reward": reward}
-    return empty._replace(**filled, tree=tuple(tree), size=rows, rows=rows)
+    return empty._replace(**filled, tree=tuple(tree), size=jnp.int32(entries), rows=jnp.int32(entries))
 
 
 def apart(args: td.Args, horizon: int):
@@ -101,9 +101,8 @@ def measure_agent(args: Args) -> dict[str, float]:
         filled_replay(args.entries[-1], args.obs_dim, args.action_dim),
     )
     update_products = count_products(td.train.trace(config, model, state, replay, num_updates=1).jaxpr)
-    plans = {h: plans_of(config, model, state.params, h) for h in args.horizons}
-    state, _, _ = td.train(config, model, state, replay, num_updates=1)  # its parameters are not those of `plans`
-    replay = filled_replay(args.entries[-1], args.obs_dim, args.action_dim)
+    params = jax.tree.map(jnp.copy, state.params)  # the update consumes its own
+    plans = {h: plans_of(config, model, params, h) for h in args.horizons}
 
     def update():
         nonlocal state, replay  # those passed in are consumed

@@ -35,7 +35,7 @@ def count_of(folder):
     return meta_of(folder, folder.parent.name)["count"]
 
 
-def wait_for(condition, child, seconds=120):
+def wait_for(condition, child, seconds=300):
     """Waits until condition() holds; fails if the child ends before."""
     end = time.time() + seconds
     while not condition():
@@ -70,8 +70,8 @@ def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_pat
 KILLS = ["training", "checkpoint", "training", "checkpoint", "checkpoint"]
 
 
-@pytest.mark.parametrize("name, kills", [("tdmpc2_jax", KILLS), ("tdmpc_jax", KILLS[:2])], ids=lambda x: str(len(x)))
-def test_a_run_killed_five_times_goes_on_and_counts_no_step_twice(start, tmp_path, name, kills):
+@pytest.mark.parametrize("name, kills", [("tdmpc2_jax", KILLS), ("tdmpc_jax", KILLS[:2])], ids=["second", "first"])
+def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, tmp_path, name, kills):
     folder, total = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1", 200 * len(kills) + 300
     flags = (*POINT, "--total-timesteps", total, "--buffer-size", 200_000, "--resume")
     for kill, where in enumerate(kills):
