@@ -16,9 +16,7 @@ discrete regression, n environments, q an ensemble of value heads, T tasks, E si
 
 import contextlib
 import dataclasses
-import re
 import signal
-import zlib
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -38,9 +36,10 @@ import envs as environments
 from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from devices import available_everywhere, bytes_of, everywhere, local_copy, on_devices, split
 from files.checkpoints import checksums
-from files.device_data import DeviceData, choose_storage, data_shapes, to_devices
-from files.pretrained import Agent, check_shapes, load_multitask, load_teacher, sizes_of
-from files.reports import SetEvaluation, evaluating, grid, headline, report_scores, summary
+from files.device_data import DeviceData, choose_storage, data_shapes, describe, to_devices
+from files.pretrained import Agent, check_shapes, load_multitask, load_teacher, sizes_of, write_quantized
+from files.quantized import Visited, compare, print_comparison
+from files.reports import SetEvaluation, evaluating, grid, record_scores, report_scores
 from runs import Run
 
 
@@ -104,6 +103,9 @@ class Args:
     checkpoint: str | None = None  # start from this agent: a run, a checkpoint, or an original multi-task .pt
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table of tasks and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
+    quantize: Literal["float16", "int8", "mixed"] | None = None  # do not train: write --checkpoint small to --output
+    output: NewFile | None = None  # with --quantize: the file; mixed is int8 with an encoder in float16
+    keep_target_q: bool = False  # with --quantize: write the target Qs, too, which only learning needs
     eval_freq: Count = 100_000  # updates between evaluations (one more at the end)
     eval_episodes: Count = 10  # of each task in an evaluation; all run side by side (10-40 MB of memory each)
     checkpoint_freq: Count = 50_000  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
@@ -771,26 +773,60 @@ def evaluate(
     return SetEvaluation(names, returns.reshape(-1, each), successes.reshape(-1, each), frames)
 
 
-def evaluate_checkpoint(args: Args) -> None:
-    """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
-    args, model, agent = load_agent(args)
-    names = environments.set_tasks(task_set(args.tasks)) if args.tasks else agent.tasks
-    unknown = [name for name in names if name not in agent.tasks]
-    arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
+def play_tasks(args: Args, model: WorldModel, agent: Agent, names: tuple[str, ...], wrap=lambda envs: envs):
+    """Evaluates an agent in environments of its tasks `names`; returns the result, and the environments as `wrap` has
+    wrapped them."""
     ids = np.array([agent.tasks.index(name) for name in names])
     steps = max(environments.task_spec(name).episode_length for name in names)
     with evaluating(steps) as (enter, go_on):
-        envs = enter(make_eval_envs(args, names, agent.tasks))
-        tasks = make_tasks(args, agent.tasks)
-        result = evaluate(args, model, tasks, agent.params, names, ids, envs, (args.seed, 1), go_on)
-    report_scores(args, result)
+        envs, tasks = enter(wrap(make_eval_envs(args, names, agent.tasks))), make_tasks(args, agent.tasks)
+        return evaluate(args, model, tasks, agent.params, names, ids, envs, (args.seed, 1), go_on), envs
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
+    args, model, agent = load_agent(args)
+    names = environments.set_tasks(arguments.task_set(args.tasks)) if args.tasks else agent.tasks
+    unknown = [name for name in names if name not in agent.tasks]
+    arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
+    report_scores(args, play_tasks(args, model, agent, names)[0])
+
+
+def outputs(args: Args, model: WorldModel, tasks: Tasks, params, obs, action, task) -> dict[str, jax.Array]:
+    """What the networks make of states [B, O] and the actions [H, B, A] after them, each of its own latent states."""
+    task = task_input(tasks, embed(params["task_emb"], task), task)
+    z = later = model.encoder.apply(params["encoder"], obs, task.emb)
+    for a in action:
+        later = model.dynamics.apply(params["dynamics"], later, task.emb, a)
+    reward = two_hot_inv(args, model.reward.apply(params["reward"], z, task.emb, action[0]))
+    q = two_hot_inv(args, q_logits(model, params["q"], z, task.emb, action[0]))
+    pi = policy(args, model, params["pi"], z, task, jnp.zeros_like(action[0]))
+    return {"z": z, f"z{len(action)}": later, "reward": reward, "Q": q, "action": pi.mean}
+
+
+def quantize_checkpoint(args: Args) -> None:
+    """--quantize: writes the agent to --output, and prints what that changes: on states of --data-dir or, without it,
+    on those that the agent visits by its policy."""
+    args, model, agent = load_agent(args)
+    write_quantized(args.output, agent, args.quantize, "tdmpc2_jax_mt", dataclasses.asdict(args), args.keep_target_q)
+    count, rng = 200 * len(agent.tasks), np.random.default_rng(args.seed)
+    if args.data_dir:
+        data = environments.load_dataset(agent.tasks, args.data_dir).sample(rng, count, args.horizon)
+        seen, where = (data["obs"][0], data["action"], data["task"]), f"of {args.data_dir}"
+    else:
+        acting = dataclasses.replace(args, mpc=False, eval_episodes=1, capture_video=False)
+        _, envs = play_tasks(acting, model, agent, agent.tasks, Visited)
+        seen, where = envs.windows(count, args.horizon), "that its policy visits"
+    compute = jax.jit(partial(outputs, args, model, make_tasks(args, agent.tasks)))
+    rows = compare(args.output, agent.params, lambda params: compute(params, *seen))
+    print_comparison(rows, f"on {count} states {where}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- Run
 def load_agent(args: Args) -> tuple[Args, WorldModel, Agent]:
     """The agent of --checkpoint, the arguments completed by its sizes, and its networks; the task embeddings are among
     its parameters."""
-    named = environments.set_tasks(task_set(args.tasks)) if args.tasks else ()
+    named = environments.set_tasks(arguments.task_set(args.tasks)) if args.tasks else ()
     agent = load_multitask(args.checkpoint, named, *SCRIPTS)
     unsaid = {name: size for name, size in sizes_of(agent.params).items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unsaid)
@@ -813,31 +849,16 @@ def make_teacher(args: Args, names: tuple[str, ...]) -> jax.tree_util.Partial | 
     return jax.tree_util.Partial(partial(predict_reward, its_args, model), params)
 
 
-def task_set(tasks: str | None) -> str | list[str]:
-    """--tasks as `environments.load_dataset` wants it."""
-    tasks = tasks or "mt30"
-    return tasks if tasks in environments.TASK_SETS or re.fullmatch(r"mt\d+", tasks) else tasks.split(",")
-
-
 def make_eval_envs(args: Args, names: tuple[str, ...], known: tuple[str, ...]):
     """--eval-episodes environments of each of the tasks `names`, in the sizes of all tasks that the model knows."""
     sizes, render_mode = environments.set_sizes(known), "rgb_array" if args.capture_video else None
     return environments.make_envs(names, args.eval_episodes, (args.seed, 1), render_mode=render_mode, sizes=sizes)
 
 
-def run_folder(args: Args) -> Path:
-    """The folder of a run: named after its task set, or its tasks if they are few."""
-    tasks = environments.set_tasks(task_set(args.tasks))
-    known = [name for name, known in environments.TASK_SETS.items() if known == tasks]
-    crc = zlib.crc32(",".join(tasks).encode())
-    name = known[0] if known else "+".join(tasks) if len(tasks) <= 4 else f"{tasks[0]}+{len(tasks) - 1}-{crc:08x}"
-    return Path(args.runs_dir, name, args.exp_name, str(args.seed))
-
-
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     arguments.check_bounds(args)
-    tasks = environments.set_tasks(task_set(args.tasks))
+    tasks = environments.set_tasks(arguments.task_set(args.tasks))
     cluster, none = (args.coordinator, args.num_processes, args.process_id), (None, None, None)
     flags = "--coordinator, --num-processes and --process-id"
     arguments.check_rules(
@@ -845,7 +866,10 @@ def check_args(args: Args) -> None:
             with_model_size(args, tasks).latent_dim % args.simnorm_dim == 0,
             "--latent-dim must be a multiple of --simnorm-dim",
         ),
-        (args.evaluate or args.data_dir, "training needs the dataset's folder: --data-dir"),
+        (args.evaluate or args.quantize or args.data_dir, "training needs the dataset's folder: --data-dir"),
+        (bool(args.quantize) == bool(args.output), "--quantize and --output go together"),
+        (not args.output or not args.output.endswith(".pt"), "--output: .pt is the ending of PyTorch's files"),
+        (not args.output or not Path(args.output).exists(), f"{args.output} exists: choose another --output"),
         (args.teacher or args.distill_coef == Args.distill_coef, "--distill-coef goes with --teacher"),
         (args.distributed or cluster == none, f"{flags} go with --distributed"),
         (None not in cluster or cluster == none, f"{flags} go together"),
@@ -858,7 +882,7 @@ def check_args(args: Args) -> None:
 def prepare(args: Args, names: tuple[str, ...], keeper: Run):
     """Opens what may be refused: the dataset, the run's folder, the agents. Returns the arguments with the sizes of the
     agent that goes on learning, what its checkpoints say of it, the dataset, the agent of --checkpoint, the teacher."""
-    data = environments.load_dataset(task_set(args.tasks), args.data_dir)
+    data = environments.load_dataset(arguments.task_set(args.tasks), args.data_dir)
     data.window_table(args.horizon)
     uneven = f"--batch-size {args.batch_size} cannot be split over {jax.device_count()} devices evenly"
     arguments.check_rules((args.batch_size % jax.device_count() == 0, uneven))
@@ -889,24 +913,6 @@ def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainSta
     return jax.jit(lambda *parts: init_state(args, *parts, key), out_shardings=places)(*parts)
 
 
-def record_evaluation(keeper: Run, step: int, minutes: float, result: SetEvaluation) -> None:
-    """Adds an evaluation to the table, to eval.csv and to the trackers; its film to the folder and the trackers."""
-    results, rows = summary(result), []
-    scalars = {"eval/normalized_score": results["normalized_score"]}
-    for task, returns, successes in zip(*result[:3], strict=True):
-        rows.append([step, task, returns.mean(), successes.mean(), keeper.args["seed"]])
-        scalars[f"eval/score/{task}"] = results["tasks"][task]["score"]
-    scalars |= {f"eval/mean/{domain}": row["mean"] for domain, row in results["domains"].items()}
-    keeper.record(step, f"{step:>10} {minutes:>8.1f}  {headline(results)}", rows, scalars, result.frames, 25)
-
-
-def title(model: WorldModel, names: tuple[str, ...], data: environments.Dataset, storage: str) -> str:
-    """What runs, in a line."""
-    where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
-    sizes = f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions"
-    return f"{sizes}, {data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}"
-
-
 def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh: Mesh, keeper: Run, step: int) -> bool:
     """Evaluates in process 0 while the others wait; whether a signal came in the middle."""
     params, result, minutes = local_copy(params, mesh), None, keeper.seconds() / 60
@@ -917,7 +923,7 @@ def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh
             ids, seed = np.arange(len(names)), (args.seed, 1, step)
             result = evaluate(args, model, here, params, names, ids, envs, seed, go_on)
         if result is not None:
-            record_evaluation(keeper, step, minutes, result)
+            record_scores(keeper, step, minutes, result)
         stopping = devices.any_process(keeper.primary and result is None)
     keeper.count["evaluated"] = keeper.count["evaluated"] if stopping else step
     return stopping
@@ -926,10 +932,10 @@ def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh
 def run(args: Args) -> None:
     """Trains one agent: learns from batch after batch, and keeps the run's files. With --distributed, process 0 does
     what is not computation on all devices: it evaluates and writes; the others wait."""
-    names, said = environments.set_tasks(task_set(args.tasks)), dataclasses.asdict(args)
+    names, said = environments.set_tasks(arguments.task_set(args.tasks)), dataclasses.asdict(args)
     mesh, free = Mesh(np.array(jax.devices()), "devices"), ("tasks", "data_dir", "storage", "readers", "shard_params")
     columns = ("step", "task", "reward", "success", "seed")
-    keeper = Run(run_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
+    keeper = Run(arguments.set_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
     with devices.agree(keeper.open):
         args, meta, data, agent, teacher = devices.agree(lambda: prepare(args, names, keeper))
         model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
@@ -949,7 +955,8 @@ def run(args: Args) -> None:
         agent = teacher = None  # they are on the devices
         held, count, step = devices.agree(held[storage]), keeper.count, keeper.count["updates"]
         batches, head = keeper.enter(sources(args, held, mesh, step)), f"{'update':>10} {'minutes':>8}  result"
-        keeper.begin(title(model, names, data, storage), head, state.params, step, args.num_updates)
+        title = f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, "
+        keeper.begin(title + describe(data, storage), head, state.params, step, args.num_updates)
         in_flight, info, stopping = deque(), {}, False
         while True:
             # Evaluate and save
@@ -980,12 +987,12 @@ def run(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, run_folder, *SCRIPTS)
+        args = arguments.parse(Args, argv, __doc__, arguments.set_folder, *SCRIPTS)
         check_args(args)
         devices.use_compile_cache(args.compile_cache)
         if args.distributed:
             devices.start_distributed(args.coordinator, args.num_processes, args.process_id)
-        evaluate_checkpoint(args) if args.evaluate else run(args)
+        (quantize_checkpoint if args.quantize else evaluate_checkpoint if args.evaluate else run)(args)
 
 
 if __name__ == "__main__":

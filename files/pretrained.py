@@ -1,4 +1,4 @@
-"""Agents made elsewhere: the original's files, runs of ours, and a multi-task agent for one of its tasks.
+"""Agents made elsewhere: the original's files, runs and quantised files of ours, a multi-task agent for one task.
 
     agent = load_agent("walker-walk.pt", None, init)              # compared with the networks that `init` initialises
     agent = load_agent("runs/mt30/tdmpc2_jax_mt/1", "walker-walk", init, "tdmpc2_jax_mt")        # its task folded in
@@ -10,8 +10,10 @@ an encoder of pictures has "kernel_0" [height, width, in, out] and "bias_0" to "
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ import numpy as np
 from domains.tasks import TASK_SETS, UserError, set_sizes, task_spec
 from files.checkpoints import find_checkpoint, read_agent, read_meta
 from files.pt import check_pt, load_pt
+from files.quantized import VARIANTS, dequantize, nested, quantize, read_safetensors, write_safetensors
 
 Params = dict[str, Any]  # of networks, by component
 
@@ -302,8 +305,8 @@ def load_multitask(path: str, named: Sequence[str], *scripts: str, parts: Sequen
 
 
 def load_teacher(path: str, tasks: Sequence[str], *scripts: str) -> Agent:
-    """What predicts rewards in a multi-task agent of these tasks: `encoder`, `reward` and `task_emb`. Its `args` are those
-    that make the networks and decode their outputs.
+    """What predicts rewards in a multi-task agent of these tasks: `encoder`, `reward` and `task_emb`. Its `args` are
+    those that make the networks and decode their outputs.
 
     Raises:
         UserError: as `load_multitask`; its tasks, or the sizes of its observations and actions, are others.
@@ -324,9 +327,73 @@ def load_teacher(path: str, tasks: Sequence[str], *scripts: str) -> Agent:
 def _read(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str] = ()) -> Agent:
     if path.endswith(".pt"):
         return read_original(path, obs, parts) if parts else read_original(path, obs)
+    if Path(path).is_file():
+        return _read_quantized(path, obs, scripts, parts)
     checkpoint = find_checkpoint(path)
     meta = read_meta(checkpoint, *scripts)
     state = read_agent(checkpoint, meta, (*parts, "task_emb") if parts else ())
     task_emb, target_q = state["params"].pop("task_emb", None), state.get("target_q", {})
     tasks = tuple(meta.get("tasks", ()))
     return Agent(state["params"], target_q, state.get("q_scale", 1.0), task_emb, tasks, meta.get("args", {}))
+
+
+# ---------------------------------------------------------------------------------------------------- Quantised agents
+def write_quantized(
+    path: str, agent: Agent, variant: str, script: str, args: Mapping[str, Any], target_q: bool = False
+) -> None:
+    """Writes a multi-task agent of `load_multitask` to a file of this variant (see `quantize`), with those of its
+    script's arguments that make it; without target Qs unless asked: only learning needs them.
+
+    Raises:
+        UserError: the agent is of a quantised file already, the file exists, or cannot be written.
+    """
+    if agent.stored == variant or agent.stored not in ("float32", "float16"):
+        raise UserError(f"the agent of --checkpoint is {agent.stored} already: quantise the one that it was made of")
+    params = agent.params | ({"target_q": agent.target_q} if target_q else {})
+    tensors = quantize(params, variant) | {"q_scale": np.asarray(agent.q_scale, np.float32)}
+    names = [*args][: [*args].index("exp_name")]
+    made = {name: args[name] for name in names if name not in ("data_dir", "teacher")}
+    record = {"script": script, "variant": variant, "tasks": json.dumps(agent.tasks), "args": json.dumps(made)}
+    write_safetensors(path, tensors, record)
+
+
+def read_record(path: str, *scripts: str) -> dict[str, Any]:
+    """What an agent's run, checkpoint or quantised file says of itself, `args` and `tasks` among it; nothing, if it is
+    the original's.
+
+    Raises:
+        UserError: there is no such agent, it is damaged, or of none of `scripts`.
+    """
+    if path.endswith(".pt"):
+        return {"args": {}}
+    if Path(path).is_file():
+        return _record(path, read_safetensors(path)[1], scripts)
+    return read_meta(find_checkpoint(path), *scripts)
+
+
+def _record(path: str, record: Mapping[str, str], scripts: Sequence[str]) -> dict[str, Any]:
+    try:
+        script, variant, tasks, args = (record[name] for name in ("script", "variant", "tasks", "args"))
+        tasks, args = tuple(json.loads(tasks)), dict(json.loads(args))
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path} holds no agent of this project") from None
+    if script not in scripts or variant not in VARIANTS:
+        raise UserError(f"{path} is an agent of {script}.py, not of {scripts[0]}.py")
+    return {"variant": variant, "tasks": tasks, "args": args}
+
+
+def _read_quantized(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str]) -> Agent:
+    tensors, record = read_safetensors(path)
+    record = _record(path, record, scripts)
+    try:
+        stored = nested({name: array for name, array in tensors.items() if not name.endswith(".kernel_scale")})
+        heads = {name: stored[name] for name in ("encoder", "dynamics", "reward", "pi", "q")}
+        _check_whole(heads | {"target Q": stored.get("target_q", stored["q"])}, stored["task_emb"].shape[-1])
+        values = nested(dequantize(tensors, (*parts, "task_emb") if parts else ()))
+    except (KeyError, ValueError, IndexError, AttributeError, UserError) as error:
+        reason = str(error) if isinstance(error, UserError) else "holds no whole TD-MPC2 agent"
+        raise UserError(f"{path} {reason}") from None
+    values = jax.tree.map(jnp.asarray, values)
+    task_emb, q_scale = values.pop("task_emb"), values.pop("q_scale", 1.0)
+    target_q = values.pop("target_q", values.get("q", {}))  # learning that goes on begins with the Qs themselves
+    return Agent(values, target_q, q_scale, task_emb, record["tasks"], record["args"], record["variant"])
