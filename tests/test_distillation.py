@@ -1,17 +1,25 @@
 """Distillation: the original's numbers, what a teacher changes and what it does not, and runs that have one."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from conftest import ROOT, SMALL, meta_of
 from test_golden import close, draws_of
-from test_multitask import FOLDER, TASKS, data_dir, flags, losses_of, state_of, whole  # noqa: F401
+from test_multitask import state_of
+from test_runs import read_scalars, wait_for
 
+import envs
 import tdmpc2_jax_mt as mt
-from files import pretrained
+from files import checkpoints, pretrained
 
 SCRIPT = mt
 
@@ -120,3 +128,182 @@ def test_a_teacher_is_kept_in_the_type_of_the_matrix_products_and_predicts_the_s
     batch = batch_of(recording)
     ask = batch.obs[0], batch.action[0], batch.task
     np.testing.assert_array_equal(half(*ask), half.func(params, *ask), "as if cast at every product")
+
+
+# ---------------------------------------------------------------------------------------------------------------- Runs
+TASKS = ("cartpole-balance", "pendulum-swingup")
+FOLDER = "cartpole-balance+pendulum-swingup/tdmpc2_jax_mt/1"
+LENGTHS = "--num-updates 40 --checkpoint-freq 20 --eval-freq 1000 --log-freq 1 --no-mpc".split()
+
+
+def write_episodes(folder):
+    """Episodes of random numbers, four of each task."""
+    rng = np.random.default_rng(0)
+    for task in TASKS:
+        writer, row = envs.EpisodeWriter(folder, task, 4), envs.TASKS[task]
+        for step in range(envs.task_spec(task).episode_length + 1):
+            obs, action = rng.normal(size=(4, row.obs_size)), rng.uniform(-1, 1, (4, row.action_size))
+            writer.add(obs, action, rng.uniform(0, 2, 4), np.full(4, step == 0))
+        writer.flush()
+
+
+def write_agent(folder):
+    """A run of ours: an agent of the two tasks with random parameters, larger than the students and with other bins."""
+    args = mt.Args(
+        enc_dim=24, num_enc_layers=3, mlp_dim=32, latent_dim=24, task_dim=12, num_q=3, vmin=-8.0, num_bins=51
+    )
+    model, rng = mt.make_model(args, TASKS), np.random.default_rng(1)
+    shapes = jax.eval_shape(partial(mt.fresh_state, args, model))
+    numbers = partial(jax.tree.map, lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, jnp.float32))
+    state = {name: numbers(getattr(shapes, name)) for name in ("params", "target_q", "q_scale")}
+    meta = {"script": "tdmpc2_jax_mt", "args": dataclasses.asdict(args), "tasks": TASKS}
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        checkpoints.write_checkpoint(manager, 5, meta, state=state)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_episodes(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    write_agent(folder)
+    return folder
+
+
+@pytest.fixture
+def flags(data_dir, teacher):
+    return ("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--teacher", teacher, *LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, teacher, tmp_path_factory):
+    """Folder of a run with a teacher that nothing has interrupted, and what it printed."""
+    runs = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, ROOT / "tdmpc2_jax_mt.py", *SMALL["tdmpc2_jax_mt.py"], "--runs-dir", runs, *LENGTHS]
+    command += ["--tasks", ",".join(TASKS), "--data-dir", data_dir, "--teacher", teacher]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return runs / FOLDER, done.stdout
+
+
+def test_a_run_of_ours_teaches_with_its_own_bins(teacher):
+    ask = np.ones((2, 5), np.float32), np.ones((2, 1), np.float32), np.arange(2)
+    rewards = mt.make_teacher(mt.Args(teacher=str(teacher)), TASKS)(*ask)
+    agent = pretrained.load_multitask(str(teacher), (), "tdmpc2_jax_mt")
+    args, model, _ = mt.load_agent(mt.Args(checkpoint=str(teacher), vmin=-8.0, num_bins=51))
+    np.testing.assert_allclose(rewards, mt.predict_reward(args, model, agent.params, *ask), rtol=1e-6)
+    student = mt.predict_reward(dataclasses.replace(args, vmin=-10.0), model, agent.params, *ask)
+    assert (np.abs(student - rewards) > 1e-3).all(), "not those of the student"
+
+
+def test_a_run_with_a_teacher_says_what_it_takes_and_logs_the_distance(whole):
+    folder, out = whole
+    assert "teacher 0.00 GB" in out.splitlines()[0]
+    distance = [value for _, value in read_scalars(folder, "losses/distillation_loss")]
+    assert len(distance) == 40 and min(distance) > 0
+    parts = ("total", "consistency", "reward", "value", "distillation")
+    values = {part: read_scalars(folder, f"losses/{part}_loss")[-1][1] for part in parts}
+    total = 20 * values["consistency"] + 0.1 * (values["reward"] + values["value"]) + 0.45 * values["distillation"]
+    assert values["total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_run_with_a_teacher_that_was_killed_ends_bit_for_bit_where_it_would_have(
+    start, script, flags, whole, tmp_path
+):
+    folder = tmp_path / "runs" / FOLDER
+    child = start(*flags, "--storage", "disk", name="tdmpc2_jax_mt.py")
+    wait_for(lambda: checkpoints.complete_checkpoints(folder), child)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"] in (20, 40)
+    status, _, err = script(*flags, "--storage", "host", "--resume", name="tdmpc2_jax_mt.py")
+    assert status == 0, err
+    for mine, uninterrupted in zip(state_of(folder), state_of(whole[0]), strict=True):
+        np.testing.assert_array_equal(mine, uninterrupted)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_had_only(refused, flags, whole, teacher, monkeypatch):
+    monkeypatch.setattr(mt.arguments, "set_folder", lambda args: whole[0])
+    args = [*flags, *SMALL["tdmpc2_jax_mt.py"], "--num-updates", 60, "--resume"]
+    make_teacher = mt.make_teacher
+    with monkeypatch.context() as patch:
+        learned_on = jax.tree.map(lambda x: x + np.float32(1e-3), make_teacher(mt.Args(teacher=str(teacher)), TASKS))
+        patch.setattr(mt, "make_teacher", lambda *args: learned_on)
+        with pytest.raises(SystemExit, match="is another agent than the one that has taught this run"):
+            mt.main([*map(str, args)])
+    without = [word for word in map(str, args) if word not in ("--teacher", str(teacher))]
+    assert mt.arguments.parse(mt.Args, without, "", mt.arguments.set_folder, "tdmpc2_jax_mt").teacher == str(teacher)
+
+
+DEVICES = """
+import jax, numpy as np
+from jax.sharding import Mesh
+import envs, tdmpc2_jax_mt as mt
+args = mt.Args(enc_dim=16, mlp_dim=16, latent_dim=16, num_q=2, task_dim=8, batch_size=16, teacher={teacher!r})
+tasks = {tasks!r}
+data, model = envs.load_dataset(tasks, {data_dir!r}), mt.make_model(args, tasks)
+
+def losses(devices, storage, shard):
+    mesh = Mesh(np.array(jax.devices()[:devices]), "devices")
+    constants = mt.on_devices(mt.make_tasks(args, tasks), mt.everywhere(mesh))
+    chosen = mt.dataclasses.replace(args, shard_params=shard)
+    source = mt.batch_shapes(args, model, mesh)
+    source = mt.data_shapes(data, args.storage_dtype, mesh) if storage == "device" else source
+    program, shapes = mt.compile_train(chosen, model, mesh, constants, source, mt.make_teacher(args, tasks))
+    state = jax.jit(lambda: mt.fresh_state(args, model), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+    held, rows = mt.to_devices(data, args.storage_dtype, mesh, args.horizon) if storage == "device" else data, []
+    for batch, _ in zip(mt.sources(args, held, mesh, 0), range(10)):
+        state, info = program(constants, state, batch)
+        rows.append([float(info[name]) for name in ("total_loss", "distillation_loss", "pi_loss", "grad_norm")])
+    return np.array(rows)
+
+for storage, shard in (("disk", "no"), ("device", "yes")):
+    one, eight = losses(1, storage, "no"), losses(8, storage, shard)
+    np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-6, err_msg=storage + shard)
+print("equal")
+"""
+
+
+def test_eight_devices_learn_from_a_teacher_what_one_learns(data_dir, teacher):
+    xla_flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    code = DEVICES.format(tasks=TASKS, data_dir=str(data_dir), teacher=str(teacher))
+    env = os.environ | {"XLA_FLAGS": xla_flags}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
+
+
+@pytest.mark.golden
+def test_teachers_that_do_not_fit_are_refused_in_one_sentence(refused, golden, flags, teacher, data_dir, monkeypatch):
+    def taught_by(path, *more):
+        return refused(*flags, "--teacher", path, *more)
+
+    assert "multitask.pt knows other tasks than --tasks names, or in another order" in taught_by(golden("multitask.pt"))
+    assert "knows other tasks" in taught_by(teacher, "--tasks", "pendulum-swingup,cartpole-balance")
+    assert "single.pt is a single-task agent" in taught_by(golden("single.pt"))
+    assert "nowhere.pt does not exist" in taught_by("nowhere.pt")
+    assert "nowhere does not exist" in taught_by("nowhere")
+    without = ("--tasks", ",".join(TASKS), "--data-dir", data_dir)
+    assert "--distill-coef goes with --teacher" in refused(*without, "--distill-coef", 0.4)
+    assert "--distill-coef must be a number that is not negative" in refused(*flags, "--distill-coef", -1)
+    tensors = pretrained.read_tensors(golden("multitask.pt"))
+    tensors["_task_emb.weight"] = tensors["_task_emb.weight"][:2]
+    monkeypatch.setattr(pretrained, "read_tensors", lambda path, in_place=False: tensors)
+    sizes = "it knows 24 observations and 6 actions, they have 5 and 1"
+    assert f"two.pt does not fit these tasks: {sizes}" in taught_by("two.pt")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("layout", ["", "_released_layout"])
+def test_of_an_original_teacher_only_what_predicts_rewards_is_read(golden, layout):
+    path = str(golden(f"multitask{layout}.pt"))
+    agent = pretrained.load_teacher(path, envs.TASK_SETS["mt30"])
+    assert agent.params.keys() == {"encoder", "reward", "task_emb"} and not agent.target_q
+    all_of_it = pretrained.load_multitask(path, ()).params
+    jax.tree.map(np.testing.assert_array_equal, agent.params, {name: all_of_it[name] for name in agent.params})
+    assert agent.args["num_bins"] == 101 and agent.args["mlp_dim"] == 24
