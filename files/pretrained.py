@@ -352,7 +352,7 @@ def write_quantized(
     params = agent.params | ({"target_q": agent.target_q} if target_q else {})
     tensors = quantize(params, variant) | {"q_scale": np.asarray(agent.q_scale, np.float32)}
     names = [*args][: [*args].index("exp_name")]
-    made = {name: args[name] for name in names if name not in ("data_dir", "teacher")}
+    made = {name: args[name] for name in names if name not in ("data_dir", "teacher", "distill_coef")}
     record = {"script": script, "variant": variant, "tasks": json.dumps(agent.tasks), "args": json.dumps(made)}
     write_safetensors(path, tensors, record)
 
