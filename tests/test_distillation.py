@@ -152,6 +152,7 @@ def write_agent(folder):
     args = mt.Args(
         enc_dim=24, num_enc_layers=3, mlp_dim=32, latent_dim=24, task_dim=12, num_q=3, vmin=-8.0, num_bins=51
     )
+    args = dataclasses.replace(args, teacher="its.pt", distill_coef=0.3)  # it was taught itself
     model, rng = mt.make_model(args, TASKS), np.random.default_rng(1)
     shapes = jax.eval_shape(partial(mt.fresh_state, args, model))
     numbers = partial(jax.tree.map, lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, jnp.float32))

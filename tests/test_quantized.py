@@ -34,7 +34,7 @@ def file(agent, tmp_path_factory):
     def write(variant, target_q=False):
         path = folder / f"{variant}-{target_q}.safetensors"
         if not path.exists():
-            args = dataclasses.asdict(mt.Args(data_dir="at/home", teacher="mine.pt"))
+            args = dataclasses.asdict(mt.Args(data_dir="at/home", teacher="mine.pt", distill_coef=0.3))
             pretrained.write_quantized(str(path), agent, variant, MT, args, target_q)
         return str(path)
 
@@ -228,7 +228,8 @@ def test_quantising_prints_what_each_component_costs(tmp_path, capsys):
         mt.main([*flags, str(tmp_path / "data")])
     said = ["--evaluate", "--checkpoint", str(other)]
     args = mt.arguments.parse(mt.Args, said, "", mt.arguments.set_folder, MT)
-    assert (args.vmin, args.num_bins, args.data_dir) == (-8, 51, None), "as the run was started"
+    assert (args.vmin, args.num_bins, args.data_dir, args.teacher) == (-8, 51, None, None), "as the run was started"
+    mt.check_args(args)
     assert mt.load_agent(args)[2].tasks == TASKS
 
 
