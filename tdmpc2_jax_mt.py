@@ -19,7 +19,6 @@ import dataclasses
 import signal
 from collections import deque
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -77,7 +76,7 @@ class Args:
     reward_coef: Weight = 0.1  # weight of the reward loss
     value_coef: Weight = 0.1  # weight of the value loss
     entropy_coef: Weight = 1e-4  # weight of the policy's entropy
-    teacher: str | None = None  # a trained agent of these tasks whose rewards are followed: a run, or an original .pt
+    teacher: str | None = None  # learn rewards from this agent of the same tasks, too: given like --checkpoint
     distill_coef: Weight = 0.45  # weight of the distance to the teacher's rewards
     discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
     discount_min: Share = 0.95  # lowest discount
@@ -100,10 +99,10 @@ class Args:
     seed: Natural = 1  # of the parameters, the batches and every random draw
     num_updates: Count = 10_000_000  # length of the run in gradient updates
     resume: bool = False  # continue the run of these tasks, name and seed from its last checkpoint, if it has one
-    checkpoint: str | None = None  # start from this agent: a run, a checkpoint, or an original multi-task .pt
+    checkpoint: str | None = None  # start from this agent: a run, a checkpoint, a quantised file, an original .pt
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table of tasks and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
-    quantize: Literal["float16", "int8", "mixed"] | None = None  # do not train: write --checkpoint small to --output
+    quantize: Literal["float16", "int8", "mixed"] | None = None  # do not train: write --checkpoint in these types
     output: NewFile | None = None  # with --quantize: the file; mixed is int8 with an encoder in float16
     keep_target_q: bool = False  # with --quantize: write the target Qs, too, which only learning needs
     eval_freq: Count = 100_000  # updates between evaluations (one more at the end)
@@ -860,20 +859,20 @@ def check_args(args: Args) -> None:
     arguments.check_bounds(args)
     tasks = environments.set_tasks(arguments.task_set(args.tasks))
     cluster, none = (args.coordinator, args.num_processes, args.process_id), (None, None, None)
-    flags = "--coordinator, --num-processes and --process-id"
+    flags, single = "--coordinator, --num-processes and --process-id", args.evaluate or args.quantize
     arguments.check_rules(
         (
             with_model_size(args, tasks).latent_dim % args.simnorm_dim == 0,
             "--latent-dim must be a multiple of --simnorm-dim",
         ),
-        (args.evaluate or args.quantize or args.data_dir, "training needs the dataset's folder: --data-dir"),
+        (single or args.data_dir, "training needs the dataset's folder: --data-dir"),
         (bool(args.quantize) == bool(args.output), "--quantize and --output go together"),
         (not args.output or not args.output.endswith(".pt"), "--output: .pt is the ending of PyTorch's files"),
-        (not args.output or not Path(args.output).exists(), f"{args.output} exists: choose another --output"),
+        (not (args.quantize and args.evaluate), "--quantize and --evaluate are two commands"),
         (args.teacher or args.distill_coef == Args.distill_coef, "--distill-coef goes with --teacher"),
         (args.distributed or cluster == none, f"{flags} go with --distributed"),
         (None not in cluster or cluster == none, f"{flags} go together"),
-        (not (args.evaluate and args.distributed), "--evaluate runs in one process: leave out --distributed"),
+        (not (single and args.distributed), "--evaluate and --quantize run in one process: leave out --distributed"),
     )
     for task in tasks if args.capture_video else ():
         environments.check_rendering(task)

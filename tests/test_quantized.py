@@ -251,6 +251,8 @@ def test_what_cannot_be_quantised_is_refused_in_one_sentence(refused, golden, fi
     assert "--quantize needs --checkpoint" in refused("--quantize", "int8", "--output", "a")
     assert "go together" in refused("--quantize", "int8", "--checkpoint", golden("multitask.pt"))
     assert "go together" in refused("--output", "a", "--data-dir", "x")
+    assert "are two commands" in quantise(golden("multitask.pt"), "--evaluate")
+    assert "leave out --distributed" in quantise(golden("multitask.pt"), "--distributed")
     shutil.copy(file("int8"), tmp_path / "cut")
     with open(tmp_path / "cut", "r+b") as cut:
         cut.truncate(1000)
