@@ -9,17 +9,19 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import signal
 import sys
 import typing
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from domains.tasks import UserError, task_spec
-from files.checkpoints import find_checkpoint, read_meta
+from domains.tasks import TASK_SETS, UserError, set_tasks, task_spec
+from files.pretrained import read_record
 
 
 class Bounds(NamedTuple):
@@ -100,9 +102,25 @@ def run_folder(args: Any) -> Path:
     return Path(args.runs_dir, task_spec(args.task).name.replace("/", "_"), args.exp_name, str(args.seed))
 
 
+def task_set(tasks: str | None) -> str | list[str]:
+    """--tasks of a multi-task script as `set_tasks` and `load_dataset` want it."""
+    tasks = tasks or "mt30"
+    return tasks if tasks in TASK_SETS or re.fullmatch(r"mt\d+", tasks) else tasks.split(",")
+
+
+def set_folder(args: Any) -> Path:
+    """The folder of a multi-task run, named after its task set, or its tasks if they are few; args has the fields
+    runs_dir, tasks, exp_name and seed."""
+    tasks = set_tasks(task_set(args.tasks))
+    known = [name for name, known in TASK_SETS.items() if known == tasks]
+    crc = zlib.crc32(",".join(tasks).encode())
+    name = known[0] if known else "+".join(tasks) if len(tasks) <= 4 else f"{tasks[0]}+{len(tasks) - 1}-{crc:08x}"
+    return Path(args.runs_dir, name, args.exp_name, str(args.seed))
+
+
 def parse(Args: type, argv: list[str] | None, description: str, folder_of: Callable[[Any], Path], *scripts: str):
     """The command line as an instance of the dataclass Args. What it leaves out is as in the run that --resume
-    continues or, of what makes the agent, as in the run of one of `scripts` that --evaluate names.
+    continues or, of what makes the agent, as in the run of one of `scripts` whose agent --evaluate or --quantize takes.
 
     Args has the fields evaluate, checkpoint, json, resume, runs_dir and exp_name; from exp_name on they keep the run,
     those before it make the agent. folder_of gives the run's folder.
@@ -110,14 +128,17 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     args = tyro.cli(Args, args=argv, description=description)
     names, record = [field.name for field in dataclasses.fields(Args)], {}
     check_rules((not args.evaluate or args.checkpoint, "--evaluate needs --checkpoint"))
+    check_rules((not getattr(args, "quantize", None) or args.checkpoint, "--quantize needs --checkpoint"))
     check_rules((not args.json or args.evaluate, "--json goes with --evaluate"))
     source_task = getattr(args, "source_task", None)
     check_rules((not source_task or args.checkpoint, "--source-task goes with --checkpoint"))
     if args.evaluate and source_task:
         record = {"task": source_task}
-    elif args.evaluate and not args.checkpoint.endswith(".pt"):
-        record = read_meta(find_checkpoint(args.checkpoint), *scripts)["args"]
-        record = {name: record[name] for name in names[: names.index("exp_name")] if name in record}
+    elif args.evaluate or getattr(args, "quantize", None):
+        record = read_record(args.checkpoint, *scripts)["args"]
+        record = {
+            name: record[name] for name in names[: names.index("exp_name")] if name in record and name != "data_dir"
+        }
     elif args.resume and (folder_of(args) / "args.json").exists():
         record = json.loads((folder_of(args) / "args.json").read_text())
         record = {name: value for name, value in record.items() if name in {*names} - {"resume", "runs_dir"}}

@@ -53,6 +53,13 @@ def test_blocks_of_the_algorithm_that_are_the_same_are_those_named_here_letter_f
     assert equal == {*COPIES[script]}
 
 
+def test_the_table_of_the_papers_equations_names_what_the_script_has():
+    text = (ROOT / "README.md").read_text()
+    rows = re.search(r"\| in the paper \|.*?\n\n", text, re.DOTALL)[0].strip().splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2])}
+    assert len(rows) > 10 and named <= blocks("tdmpc2_jax").keys()
+
+
 def test_the_first_version_has_its_blocks_in_the_order_of_the_second():
     original, copy = blocks("tdmpc2_jax"), blocks("tdmpc_jax")
     assert [name for name in original if name in copy] == [name for name in copy if name in original]

@@ -252,6 +252,8 @@ def test_several_environments_with_terminations_share_one_run(script, tmp_path, 
     folder = tmp_path / "runs" / "strange_envs:Falling-v0" / name / "1"
     meta = meta_of(folder, name)
     assert 400 <= meta["count"]["decisions"] < 404
+    termination = read_scalars(folder, "losses/termination_loss") if name == "tdmpc2_jax" else []
+    assert all(value > 0 for _, value in termination), "it has a termination head"
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert due - 4 <= meta["count"]["updates"] <= due
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
