@@ -102,7 +102,8 @@ def run_folder(args: Any) -> Path:
 
 def parse(Args: type, argv: list[str] | None, description: str, folder_of: Callable[[Any], Path], *scripts: str):
     """The command line as an instance of the dataclass Args. What it leaves out is as in the run that --resume
-    continues or, of what makes the agent, as in the run of one of `scripts` that --evaluate names.
+    continues or, of what makes the agent, as in the run of one of `scripts` that --evaluate names or, of what two
+    scripts share, as in the run that --world-model names.
 
     Args has the fields evaluate, checkpoint, json, resume, runs_dir and exp_name; from exp_name on they keep the run,
     those before it make the agent. folder_of gives the run's folder.
@@ -121,6 +122,9 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     elif args.resume and (folder_of(args) / "args.json").exists():
         record = json.loads((folder_of(args) / "args.json").read_text())
         record = {name: value for name, value in record.items() if name in {*names} - {"resume", "runs_dir"}}
+    elif getattr(args, "world_model", None) and not args.world_model.endswith(".pt"):
+        record = read_meta(find_checkpoint(args.world_model), "tdmpc2_jax")["args"]
+        record = {name: record[name] for name in names[: names.index("exp_name")] if name in record}
     return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
 
 

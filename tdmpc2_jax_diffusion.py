@@ -1,0 +1,1256 @@
+"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
+
+After D-MPC (Zhou et al., arXiv 2410.05364), moved into the latent space of TD-MPC2 (arXiv 2310.16828). Read
+tdmpc2_jax.py first: what is the same there stands here letter for letter. New are p_d, a diffusion model of the latent
+future that a sequence of actions leads to; rho, one that proposes such sequences; J, which estimates what a future is
+worth; and a plan that samples candidates, rolls them out, scores and ranks them (SSR) and may refine the best by MPPI.
+Letters, beside those of tdmpc2_jax.py: F steps of a plan and of a training window, N candidates, M draws of p_d for
+each, D width of a token, k one of 1000 noise levels, C size of the actions between two tokens, S scales.
+
+    python tdmpc2_jax.py --task walker-walk --save-episodes data                    # a world model and its episodes
+    python tdmpc2_jax_diffusion.py --world-model runs/walker-walk/tdmpc2_jax/1 --data-dir data
+    python tdmpc2_jax_diffusion.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_diffusion/1 \
+        --planner ssr,mppi,pi --scorer model,random --rollouts diffusion,onestep         # a table of all combinations
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import arguments
+import envs as environments
+from arguments import Bounds, Count, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from devices import shapes_on, use_compile_cache, use_huge_pages
+from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
+from files.pretrained import load_agent
+from files.reports import RETURNS_COLUMNS, evaluating, play, report_video, returns_head, write_atomically
+from runs import Run
+
+
+# ------------------------------------------------------------------------------------------------------------- Args
+def names(*known: str) -> Any:
+    """Type of an argument that is one of these names or, in the table of --evaluate, several of them with commas."""
+    return Annotated[str, Bounds(lambda x: {*x.split(",")} <= {*known}, f"one of {', '.join(known)}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
+    data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
+
+    # Diffusion
+    preset: Literal["small", "base", "paper"] = "small"  # sets the next thirteen where they are not given
+    width: Count | None = None  # width D of the tokens
+    heads: Count | None = None  # attention heads
+    dynamics_blocks: Count | None = None  # transformer blocks of p_d
+    proposal_blocks: Count | None = None  # transformer blocks of rho
+    objective_blocks: Count | None = None  # transformer blocks of J
+    future: Count | None = None  # steps F of a plan and of a training window
+    num_proposals: Natural | None = None  # candidates that rho draws
+    num_policy: Natural | None = None  # candidates that the policy prior rolls out, the first without noise
+    warm_start: bool | None = None  # one more candidate: the last plan, shifted
+    dynamics_steps: Count | None = None  # sampling steps of p_d
+    proposal_steps: Count | None = None  # sampling steps of rho
+    diffusion_batch_size: Count | None = None  # windows per update
+    diffusion_lr: Positive | None = None  # learning rate after 200 updates of warm-up; it falls to a tenth
+    anchor: Literal["onestep", "current", "none"] = "onestep"  # p_d diffuses what this guess of the future leaves open
+    prediction: Literal["x0", "v", "eps"] = "x0"  # what the outputs of p_d and rho mean
+    scales: Literal["1", "1,4"] = "1"  # steps between two tokens of p_d, learned side by side; plans use 1
+    beta: Weight = 0.0  # rho clones actions with weights exp(beta * standardised advantage); 0: all alike
+    num_updates: Count = 3_000  # length of the run: updates of the three networks
+
+    # Planning by diffusion
+    planner: names("ssr", "ssr_mppi", "mppi", "pi") = "ssr"  # rank candidates, or also refine the best; or do without
+    scorer: names("model", "J", "mix", "random") = "model"  # reward and value heads; J; sum of both ranks; a control
+    rollouts: names("diffusion", "onestep") = "diffusion"  # futures of the candidates: drawn from p_d, or d's
+    draws: Count = 1  # futures M that p_d draws for each candidate
+    eta: Share = 0.0  # fresh noise in every sampling step: 0 none (DDIM), 1 as much as DDPM
+    top: Count = 8  # best candidates that are refined
+    refine_iterations: Natural = 2  # iterations of MPPI that refine them
+    refine_samples: Count = 256  # action sequences of each
+    mppi_min_std: Weight = 0.05  # lower bound of the standard deviation with which refinement starts
+
+    # World model
+    model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters: sets the next five where they are not given
+    enc_dim: Count | None = None  # width of the encoder's hidden layers
+    mlp_dim: Count | None = None  # width of all other hidden layers
+    latent_dim: Count | None = None  # latent size Z
+    num_enc_layers: Count | None = None  # layers of the encoder
+    num_q: Several | None = None  # value heads
+    episodic: bool = True  # learn a termination head where episodes can terminate; --no-episodic plans as if not
+    num_bins: Several = 101  # bins K of the discrete regression of rewards and values
+    vmin: Number = -10.0  # lowest bin, in symlog space
+    vmax: Number = 10.0  # highest bin, in symlog space
+    simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
+    log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
+    log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
+    discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
+    discount_min: Share = 0.95  # lowest discount
+    discount_max: Share = 0.995  # highest discount
+
+    # Planning by MPPI
+    mpc: bool = True  # act by planning; --no-mpc acts with the policy alone
+    horizon: Count = 3  # steps H of a plan and of a training window
+    iterations: Count = 6  # iterations of MPPI (two more for 20 or more action dimensions)
+    num_samples: Count = 512  # action sequences N per iteration
+    num_elites: Count = 64  # sequences that the next distribution is fitted to
+    num_pi_trajs: Natural = 24  # sequences P proposed by the policy
+    min_std: Weight = 0.05  # lower bound of the planner's standard deviation
+    max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
+    temperature: Weight = 0.5  # inverse temperature of the elites' weights
+
+    # Run
+    exp_name: Name = "tdmpc2_jax_diffusion"  # name of this experiment: files go to RUNS_DIR/TASK/EXP_NAME/SEED
+    runs_dir: str = "runs"  # folder of all runs
+    seed: Natural = 1  # of the parameters, the environments and every random draw
+    resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
+    world_model: str | None = None  # a run of tdmpc2_jax.py, whose task and arguments are taken, or an original .pt
+    checkpoint: str | None = None  # with --evaluate: the run to evaluate
+    evaluate: bool = False  # do not train: evaluate --checkpoint, print the table and exit
+    json: NewFile | None = None  # with --evaluate: write the results to this file
+    eval_freq: Count = 1_000  # updates between evaluations (one more at the start and at the end)
+    eval_episodes: Count = 10  # episodes of an evaluation, run side by side
+    checkpoint_freq: Count = 500  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
+    log_freq: Count = 100  # updates between two points of the loss curves
+    capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
+    track: bool = False  # also send everything to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
+
+
+PRESETS = {
+    "small": (64, 4, 2, 2, 2, 8, 32, 16, True, 2, 8, 128, 1e-3),
+    "base": (128, 4, 3, 3, 3, 16, 64, 24, True, 4, 16, 256, 3e-4),
+    "paper": (256, 8, 5, 5, 10, 32, 64, 0, False, 10, 32, 256, 1e-4),
+}
+PRESET_FIELDS = (
+    "width", "heads", "dynamics_blocks", "proposal_blocks", "objective_blocks", "future", "num_proposals", "num_policy",
+    "warm_start", "dynamics_steps", "proposal_steps", "diffusion_batch_size", "diffusion_lr",
+)  # fmt: skip
+MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
+    1: (256, 384, 128, 2, 2),
+    5: (256, 512, 512, 2, 5),
+    19: (1024, 1024, 768, 3, 5),
+    48: (1792, 1792, 768, 4, 5),
+    317: (4096, 4096, 1376, 5, 8),
+}
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt")  # whose checkpoints this one starts from
+SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
+
+
+def with_model_size(args: Args) -> Args:
+    """Fills in the five sizes that were not given from the table of model sizes."""
+    sizes = dict(zip(SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True))
+    return dataclasses.replace(args, **{k: v for k, v in sizes.items() if getattr(args, k) is None})
+
+
+def with_preset(args: Args) -> Args:
+    """Fills in the fields of the preset that were not given."""
+    values = dict(zip(PRESET_FIELDS, PRESETS[args.preset], strict=True))
+    return dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+
+
+def scales_of(args: Args) -> tuple[int, ...]:
+    return tuple(map(int, args.scales.split(",")))
+
+
+def window_steps(args: Args) -> int:
+    """Steps L of a training window: F steps of the largest scale."""
+    return args.future * max(scales_of(args))
+
+
+def discount_of(args: Args, episode_length: int) -> float:
+    """Discount for episodes of this many decisions: a fifth of the episode is the time scale (appendix)."""
+    scale = episode_length / args.discount_denom
+    return float(np.clip((scale - 1) / scale, args.discount_min, args.discount_max))
+
+
+# ------------------------------------------------------------------------------------------------------------ Maths
+def symexp(x):
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def two_hot_inv(args: Args, logits: jax.Array) -> jax.Array:
+    """The scalars [...] that logits [..., K] stand for."""
+    bins = jnp.linspace(args.vmin, args.vmax, args.num_bins)
+    return symexp((jax.nn.softmax(logits) * bins).sum(-1))
+
+
+def mish(x):
+    """x * tanh(softplus(x)) by one exponential instead of three transcendentals: 2-4 times faster on a CPU."""
+    e = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20, mish(x) = x in float32, and e * e must not overflow
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def simnorm(x: jax.Array, group: int) -> jax.Array:
+    """Softmax within groups of `group` units."""
+    return jax.nn.softmax(x.reshape(*x.shape[:-1], -1, group)).reshape(x.shape)
+
+
+# --------------------------------------------------------------------------------------------------------- Networks
+class Linear(nn.Module):
+    """Affine layer on the concatenation of its inputs, which broadcast and are never written out side by side: what
+    all samples of a plan share (their first latent state) is multiplied once instead of N times."""
+
+    features: int
+    zero_init: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, *inputs):
+        sizes = [x.shape[-1] for x in inputs]
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (sum(sizes), self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
+        pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
+        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # the cast keeps gradients' products in dtype
+
+
+class MLP(nn.Module):
+    """Hidden layers Linear -> LayerNorm -> Mish, then Linear(out), followed by LayerNorm -> SimNorm if asked for."""
+
+    hidden: tuple[int, ...]
+    out: int
+    simnorm_dim: int = 0
+    zero_init: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, *inputs, dropout=None):
+        """Inputs [..., in_i] -> [..., out]; dropout [..., hidden[0]] multiplies the first Linear's output."""
+        for i, width in enumerate(self.hidden):
+            x = Linear(width, dtype=self.dtype, name=f"linear_{i}")(*inputs)
+            x = x if dropout is None or i > 0 else x * dropout
+            inputs = (mish(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x)),)
+        i = len(self.hidden)
+        x = Linear(self.out, self.zero_init, self.dtype, name=f"linear_{i}")(*inputs)
+        return simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim) if self.simnorm_dim else x
+
+
+class WorldModel(NamedTuple):
+    """The components of the model. Hashable and without parameters: a static argument of the jitted functions."""
+
+    encoder: MLP  # h(s) -> z
+    dynamics: MLP  # d(z, a) -> z'
+    reward: MLP  # R(z, a) -> K logits
+    pi: MLP  # p(z) -> mean and log std of A actions
+    q: MLP  # Q(z, a) -> K logits: one head; the ensemble is the same module over stacked parameters
+    termination: MLP | None  # logit of the probability that the episode ended on reaching z
+    num_q: int
+    obs_dim: int
+    action_dim: int
+
+
+def make_model(args: Args, obs_dim: int, action_dim: int, episodic: bool) -> WorldModel:
+    """The networks for O = obs_dim and A = action_dim; with a termination head if episodic."""
+    args = with_model_size(args)
+    mlp = partial(MLP, (args.mlp_dim, args.mlp_dim), dtype=args.compute_dtype)
+    enc_hidden = (args.enc_dim,) * max(args.num_enc_layers - 1, 1)
+    return WorldModel(
+        encoder=MLP(enc_hidden, args.latent_dim, args.simnorm_dim, dtype=args.compute_dtype),
+        dynamics=mlp(args.latent_dim, args.simnorm_dim),
+        reward=mlp(args.num_bins, zero_init=True),
+        pi=mlp(2 * action_dim),
+        q=mlp(args.num_bins, zero_init=True),
+        termination=mlp(1) if episodic else None,
+        num_q=args.num_q,
+        obs_dim=obs_dim,
+        action_dim=action_dim,
+    )
+
+
+def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters, one entry per component; those of `q` are stacked along a leading axis [num_q]."""
+    z, a, keys = jnp.zeros(with_model_size(args).latent_dim), jnp.zeros(model.action_dim), jax.random.split(key, 6)
+    params = {
+        "encoder": model.encoder.init(keys[0], jnp.zeros(model.obs_dim)),
+        "dynamics": model.dynamics.init(keys[1], z, a),
+        "reward": model.reward.init(keys[2], z, a),
+        "pi": model.pi.init(keys[3], z),
+        "q": jax.vmap(lambda k: model.q.init(k, z, a))(jax.random.split(keys[4], model.num_q)),
+    }
+    return params | ({"termination": model.termination.init(keys[5], z)} if model.termination else {})
+
+
+# ------------------------------------------------------------------------------------------------------ World model
+class PolicySample(NamedTuple):
+    action: jax.Array  # [..., A] in (-1, 1)
+    mean: jax.Array  # [..., A] the action without noise
+    log_std: jax.Array  # [..., A]
+    entropy: jax.Array  # [...] -log pi(action)
+    scaled_entropy: jax.Array  # [...] the entropy that the policy's loss rewards
+
+
+def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Array) -> PolicySample:
+    """Policy prior p(z), a squashed Gaussian: z [..., Z] and standard normal eps [..., A] -> sample and statistics."""
+    mean, log_std = jnp.split(model.pi.apply(pi_params, z), 2, axis=-1)
+    log_std = args.log_std_min + 0.5 * (args.log_std_max - args.log_std_min) * (jnp.tanh(log_std) + 1)
+    action = jnp.tanh(mean + eps * jnp.exp(log_std))
+    log_gauss = (-0.5 * eps**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+    log_pi = log_gauss - jnp.log(jax.nn.relu(1 - action**2) + 1e-6).sum(-1)
+    entropy_scale = model.action_dim * log_gauss / (log_pi + 1e-8)
+    return PolicySample(action, jnp.tanh(mean), log_std, -log_pi, -log_pi * entropy_scale)
+
+
+def q_logits(model: WorldModel, q_params, z: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
+    """All heads in q_params: z [..., Z], action [..., A] -> [q, ..., K]; dropout [q, ..., mlp_dim] or None."""
+    if dropout is None:
+        heads = (pick_heads(q_params, i) for i in range(len(jax.tree.leaves(q_params)[0])))
+        return jnp.stack([model.q.apply(p, z, action) for p in heads])  # on a CPU faster than batched products
+    return jax.vmap(lambda p, d: model.q.apply(p, z, action, dropout=d))(q_params, dropout)
+
+
+def pick_heads(q_params, heads: jax.Array):
+    """Parameters of the value heads with these indices only: where two Qs are needed, two are computed."""
+    return jax.tree.map(lambda p: p[heads], q_params)
+
+
+class World(NamedTuple):
+    """A trained world model and its task; nothing here changes it."""
+
+    params: dict[str, Any]
+    target_q: dict[str, Any]
+    mask: jax.Array  # [A] 1 where the task has this action
+    discount: jax.Array
+
+
+def follow(model: WorldModel, world: World, z: jax.Array, actions: jax.Array) -> jax.Array:
+    """Latent states [L, Z] that d predicts step by step from z [Z] under actions [L, A]."""
+
+    def step(z, action):
+        z = model.dynamics.apply(world.params["dynamics"], z, action)
+        return z, z
+
+    return jax.lax.scan(step, z, actions)[1]
+
+
+def value(args: Args, model: WorldModel, world: World, z: jax.Array) -> jax.Array:
+    """V(z) [...]: mean of the target Qs at z [..., Z] and the policy's action without noise."""
+    mean = policy(args, model, world.params["pi"], z, jnp.zeros((*z.shape[:-1], model.action_dim))).mean
+    return two_hot_inv(args, q_logits(model, world.target_q, z, mean * world.mask)).mean(0)
+
+
+# ------------------------------------------------------------------------------------------- Planning without diffusion
+class PlanNoise(NamedTuple):
+    """Every random draw of one plan in n environments. All are made up front, so that `plan` is a plain function of
+    arrays: given the draws that another program has recorded, it must return that program's plan."""
+
+    pi: jax.Array  # [n, H, P, A] normal: the policy's sequences
+    sample: jax.Array  # [n, iterations, H, N-P, A] normal: the sampled sequences
+    terminal: jax.Array  # [n, iterations, N, A] normal: the policy's action after the horizon
+    gumbel: jax.Array  # [n, num_elites]: choice of the elite
+    exploration: jax.Array  # [n, A] normal: added to the action
+
+
+def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
+    """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
+    them use, so that their parameters are gathered once."""
+    H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
+    iterations = args.iterations + 2 * (A >= 20)
+    keys = jax.random.split(key, 6)
+    noise = PlanNoise(
+        pi=jax.random.normal(keys[0], (n, H, P, A)),
+        sample=jax.random.normal(keys[1], (n, iterations, H, N - P, A)),
+        terminal=jax.random.normal(keys[2], (n, iterations, N, A)),
+        gumbel=jax.random.gumbel(keys[4], (n, args.num_elites)),
+        exploration=jax.random.normal(keys[5], (n, A)),
+    )
+    return noise, jax.vmap(lambda k: two_heads(model, k))(jax.random.split(keys[3], iterations))
+
+
+def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
+    """Indices [2] of two different value heads, drawn at random: any first one, then any step to another."""
+    head, step = jax.random.randint(key, (2,), jnp.array([0, 1]), model.num_q)
+    return jnp.stack([head, (head + step) % model.num_q])
+
+
+def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, heads, eps) -> jax.Array:
+    """Value [N] of action sequences [H, N, A] from z [1, Z]: rewards over the horizon, then the mean of two Qs."""
+    value, alive = 0.0, 1.0  # alive: 0 after a predicted termination
+    for t in range(args.horizon):
+        reward = two_hot_inv(args, model.reward.apply(params["reward"], z, actions[t]))
+        value = value + discount**t * alive * reward
+        z = model.dynamics.apply(params["dynamics"], z, actions[t])
+        if model.termination:
+            alive = alive * (model.termination.apply(params["termination"], z)[..., 0] <= 0)
+    action = policy(args, model, params["pi"], z, eps).action
+    q = two_hot_inv(args, q_logits(model, pick_heads(params["q"], heads), z, action)).mean(0)
+    return jnp.nan_to_num(value + discount**args.horizon * alive * q, nan=0.0)
+
+
+def plan(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore):
+    """Model predictive path integral control (MPPI) in n environments at once.
+    obs [n, O]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an episode;
+    discount, a scalar; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
+    [n, A] in [-1, 1] and the new means [n, H, A].
+    """
+    n, H, A = len(obs), args.horizon, model.action_dim
+    chex.assert_shape([obs, prev_mean, first], [(n, model.obs_dim), (n, H, A), (n,)])
+
+    def plan_one(env):
+        env_obs, last_mean, starts, draws = env
+        z = model.encoder.apply(params["encoder"], env_obs)[None]  # [1, Z]
+        pi_actions, pi_z = [], z
+        for t in range(H):
+            pi_actions.append(policy(args, model, params["pi"], pi_z, draws.pi[t]).action)
+            pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t]) if t < H - 1 else None
+        pi_actions = jnp.stack(pi_actions)  # [H, P, A]
+
+        def iterate(distribution, draw):
+            (mean, std), (sample_noise, terminal_noise, two) = distribution, draw
+            sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1)
+            actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
+            values = estimate_value(args, model, params, z, actions, discount, two, terminal_noise)
+            elite_values, elite_indices = jax.lax.top_k(values, args.num_elites)
+            elites = actions[:, elite_indices]  # [H, E, A]
+            weights = jax.nn.softmax(args.temperature * elite_values)  # [E]
+            mean = jnp.einsum("e,hea->ha", weights, elites)
+            variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
+            std = jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std)
+            return (mean, std), (elites[0], weights)
+
+        mean = jnp.where(starts, 0.0, jnp.roll(last_mean, -1, axis=0).at[-1].set(0.0))
+        distribution = (mean, jnp.full((H, A), args.max_std))
+        iterations = (draws.sample, draws.terminal, heads)
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
+        action = elite_actions[-1, jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)]  # [A] of one elite, drawn by weight
+        action = action + std[0] * draws.exploration if explore else action
+        return jnp.clip(action, -1, 1), mean
+
+    # Side by side, but on a CPU only as many as leave a layer in the cache, the others after them: 30 of them side
+    # by side take 1.8 times as long as six times five.
+    at_once = max(1, (2**22 if jax.default_backend() == "cpu" else 2**29) // (4 * args.num_samples * model.q.hidden[0]))
+    envs = (obs, prev_mean, first, noise)
+    return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
+
+
+@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
+def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, key, explore: bool, random=False):
+    """Actions [n, A] for obs [n, O] by `plan`, by the policy (--no-mpc) or random; the planner's means; a new key."""
+    key, noise_key = jax.random.split(key)
+    if random:
+        return jax.random.uniform(noise_key, (len(obs), model.action_dim), minval=-1, maxval=1), prev_mean, key
+    if args.mpc:
+        noise, heads = plan_noise(args, model, noise_key, len(obs))
+        return *plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore), key
+    eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
+    sample = policy(args, model, params["pi"], model.encoder.apply(params["encoder"], obs), eps)
+    return sample.action if explore else sample.mean, prev_mean, key
+
+
+# ----------------------------------------------------------------------------------------------------- Transformers
+def waves(angle: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def time_waves(future: int) -> jax.Array:
+    """Sines and cosines [F+1, 32] of the times 0 .. F at 16 frequencies, the last of which alternates."""
+    return waves(jnp.pi * jnp.arange(future + 1)[:, None] / (future + 1) * jnp.linspace(1, (future + 1) / 2, 16))
+
+
+def level_waves(k: jax.Array, width: int) -> jax.Array:
+    """Sines and cosines [D] of a noise level k."""
+    return waves(k * 1e4 ** (-jnp.arange(width // 2) / (width // 2)))
+
+
+class Block(nn.Module):
+    """Transformer block, LayerNorm first: every token sees all others, then goes through a wide layer by itself."""
+
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        """Tokens [T, D] -> [T, D]."""
+        (T, D), dense = x.shape, partial(nn.Dense, dtype=self.dtype)
+        qkv = dense(3 * D, name="qkv")(nn.LayerNorm(name="norm_0")(x))
+        q, k, v = jnp.moveaxis(qkv.reshape(T, 3, self.heads, D // self.heads), 1, 0)  # each [T, heads, D/heads]
+        logits = jnp.einsum("qhc,khc->hqk", q, k).astype(jnp.float32) * (D // self.heads) ** -0.5
+        seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(v.dtype), v).reshape(T, D)
+        x = x + dense(D, name="seen")(seen).astype(jnp.float32)
+        wide = nn.gelu(dense(4 * D, name="wide")(nn.LayerNorm(name="norm_1")(x)))
+        return x + dense(D, name="narrow")(wide).astype(jnp.float32)
+
+
+class Transformer(nn.Module):
+    """Blocks of full attention without dropout, then a LayerNorm."""
+
+    blocks: int
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        """Tokens [T, D] -> [T, D]."""
+        for i in range(self.blocks):
+            x = Block(self.heads, self.dtype, name=f"block_{i}")(x)
+        return nn.LayerNorm(name="norm")(x)
+
+
+class Denoiser(nn.Module):
+    """p_d and rho: tokens are the latent state now and F noisy things of size `out` to come."""
+
+    out: int
+    width: int
+    blocks: int
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, z, x, k, chunk=None, scale=0):
+        """n(z_t) [Z], x [F, out] at noise level k, for p_d the actions chunk [F, C] that lead from token to token and
+        the index of the scale -> [F, out], of which --prediction says what it means."""
+        dense, table = partial(nn.Dense, self.width, dtype=self.dtype), nn.initializers.normal(0.02)
+        kinds = self.param("kinds", table, (2, self.width))
+        level = nn.Dense(4 * self.width, dtype=self.dtype, name="level_0")(level_waves(k, self.width))
+        level = dense(name="level_1")(nn.silu(level)) + self.param("scales", table, (2, self.width))[scale]
+        tokens = jnp.concatenate([dense(name="now")(z)[None] + kinds[0], dense(name="x")(x) + kinds[1]])
+        tokens = tokens if chunk is None else tokens.at[1:].add(dense(name="chunk")(chunk))
+        tokens = tokens + dense(name="time")(time_waves(len(x))) + level  # [F+1, D]
+        tokens = Transformer(self.blocks, self.heads, self.dtype, name="transformer")(tokens)
+        return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="head")(tokens[1:])
+
+
+class Objective(nn.Module):
+    """J: how much better than V(z_t) a latent future and its actions are, read from a token of its own."""
+
+    width: int
+    blocks: int
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, zs, actions):
+        """n(z_t), ..., n(z_{t+F}) [F+1, Z] and actions [F, A] -> standardised advantage, a scalar."""
+        dense = partial(nn.Dense, self.width, dtype=self.dtype)
+        tokens = dense(name="z")(zs) + dense(name="time")(time_waves(len(actions)))
+        tokens = tokens.at[:-1].add(dense(name="action")(actions))
+        readout = self.param("readout", nn.initializers.normal(0.02), (1, self.width))
+        tokens = jnp.concatenate([readout, tokens])  # [F+2, D]
+        tokens = Transformer(self.blocks, self.heads, self.dtype, name="transformer")(tokens)
+        return nn.Dense(1, kernel_init=nn.initializers.zeros, name="head")(tokens[0])[0]
+
+
+class Nets(NamedTuple):
+    """The three networks, for one sequence: `vmap` makes batches."""
+
+    dynamics: Denoiser  # p_d
+    proposal: Denoiser  # rho
+    objective: Objective  # J
+
+
+def make_nets(args: Args, model: WorldModel) -> Nets:
+    sizes = {"width": args.width, "heads": args.heads, "dtype": args.compute_dtype}
+    return Nets(
+        dynamics=Denoiser(out=model.dynamics.out, blocks=args.dynamics_blocks, **sizes),
+        proposal=Denoiser(out=model.action_dim, blocks=args.proposal_blocks, **sizes),
+        objective=Objective(blocks=args.objective_blocks, **sizes),
+    )
+
+
+def init_nets(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of the three networks."""
+    nets, keys = make_nets(args, model), jax.random.split(key, 3)
+    zs, actions = jnp.zeros((args.future + 1, model.dynamics.out)), jnp.zeros((args.future, model.action_dim))
+    return {
+        "dynamics": nets.dynamics.init(keys[0], zs[0], zs[1:], 0, chunks(args, actions, 1)),
+        "proposal": nets.proposal.init(keys[1], zs[0], actions, 0),
+        "objective": nets.objective.init(keys[2], zs, actions),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- Diffusion
+LEVELS = 1000  # from 0, almost clean, to pure noise
+LATENT_CLIP = 6.0  # bound on standardised latents: clipping true ones there costs an NMSE of 2e-5, at 4 already 2e-3
+
+
+def signal_powers() -> np.ndarray:
+    """abar [1000] of the cosine schedule: noisy x = sqrt(abar) x0 + sqrt(1 - abar) noise."""
+    f = np.cos((np.arange(LEVELS + 1) / LEVELS + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 1e-4, 0.9999))
+
+
+def sampling_levels(steps: int, prediction: str) -> np.ndarray:
+    """Levels [steps] from noisy to clean. Of the noisiest ones nobody can tell x0 from eps: it is divided by abar."""
+    if prediction == "eps":
+        return np.arange(steps)[::-1] * (LEVELS // steps)
+    return np.round(np.linspace(LEVELS - 1, 0, steps + 1)).astype(int)[:-1]
+
+
+def target_of(prediction: str, x0: jax.Array, noise: jax.Array, abar) -> jax.Array:
+    """What a network should answer to sqrt(abar) x0 + sqrt(1 - abar) noise."""
+    return {"x0": x0, "eps": noise, "v": jnp.sqrt(abar) * noise - jnp.sqrt(1 - abar) * x0}[prediction]
+
+
+def clean(prediction: str, output: jax.Array, x: jax.Array, abar) -> jax.Array:
+    """The x0 that a network's answer to x means."""
+    if prediction == "v":
+        return jnp.sqrt(abar) * x - jnp.sqrt(1 - abar) * output
+    return output if prediction == "x0" else (x - jnp.sqrt(1 - abar) * output) / jnp.sqrt(abar)
+
+
+def sample_ddim(denoise, key: jax.Array, shape, steps: int, clip: float, prediction="x0", eta=0.0, mask=1.0):
+    """Samples of this shape. denoise(x, k) is the network's answer; clip bounds x0; mask multiplies all that is drawn.
+    A step goes from signal power abar to that of the next level, after, which behind the last is exactly 1: x0."""
+    start_key, key = jax.random.split(key)
+    levels = sampling_levels(steps, prediction)
+    abars = signal_powers()[levels]
+    after = np.append(abars[1:], 1.0)
+    std = eta * np.sqrt((1 - after) / (1 - abars) * (1 - abars / after))  # of the fresh noise
+
+    def step(x, inputs):
+        k, abar, after, std, key = inputs
+        x0 = jnp.clip(clean(prediction, denoise(x, k), x, abar), -clip, clip) * mask
+        noise = (x - jnp.sqrt(abar) * x0) / jnp.sqrt(1 - abar)
+        x = jnp.sqrt(after) * x0 + jnp.sqrt(jnp.maximum(1 - after - std**2, 0)) * noise
+        return (x + std * jax.random.normal(key, shape) * mask if eta else x), None
+
+    inputs = jax.tree.map(jnp.float32, (levels, abars, after, std))
+    return jax.lax.scan(step, jax.random.normal(start_key, shape) * mask, (*inputs, jax.random.split(key, steps)))[0]
+
+
+# -------------------------------------------------------------------------------------- Windows and what is diffused
+class Windows(NamedTuple):
+    """L+1 consecutive entries of an episode each; action[j] and reward[j] lead from z[j] to z[j+1]. `Windows` of one
+    window, without B, are what the functions below take."""
+
+    z: jax.Array  # [B, L+1, Z]
+    action: jax.Array  # [B, L, A]
+    reward: jax.Array  # [B, L]
+    terminated: jax.Array  # [B, L]
+
+
+class Stats(NamedTuple):
+    """What the networks' inputs and outputs are standardised by, from training windows."""
+
+    mean: jax.Array  # [Z] of latent states
+    std: jax.Array  # [Z]
+    mu: jax.Array  # [S, F, Z] of what p_d diffuses
+    sigma: jax.Array  # [S, F, Z]
+    adv_mean: jax.Array  # of advantages y - V(z_t)
+    adv_std: jax.Array
+
+
+def normalise(stats: Stats, z: jax.Array) -> jax.Array:
+    """n(z): latent states vary by about 0.1, so that unit noise would drown them."""
+    return (z - stats.mean) / stats.std
+
+
+def denormalise(args: Args, stats: Stats, x: jax.Array) -> jax.Array:
+    """The latent states [..., Z] for n(z) = x, each group back on the simplex on which SimNorm has put it."""
+    z = jnp.maximum(x * stats.std + stats.mean, 1e-6).reshape(*x.shape[:-1], -1, args.simnorm_dim)
+    return (z / z.sum(-1, keepdims=True)).reshape(x.shape)
+
+
+def chunks(args: Args, actions: jax.Array, scale) -> jax.Array:
+    """Actions [L, A] as chunks [F, C] that lead from token to token at this scale: single actions if 1 is the only one,
+    else as many as the largest has, with bits that tell which of them are used."""
+    largest, A = max(scales_of(args)), actions.shape[-1]
+    slot = jnp.arange(largest)
+    index = jnp.arange(args.future)[:, None] * scale + slot  # [F, largest]
+    used = jnp.broadcast_to((slot < scale).astype(jnp.float32), index.shape)
+    chunk = (actions[jnp.minimum(index, len(actions) - 1)] * used[..., None]).reshape(-1, largest * A)
+    return jnp.concatenate([chunk, used], axis=-1) if largest > 1 else chunk
+
+
+def anchors(args: Args, model: WorldModel, world: World, stats: Stats, z, actions, scale) -> jax.Array:
+    """First guess [F, Z] of n(z) at the tokens behind z [Z], under actions [L, A]. What it leaves open is a small part
+    of the whole, and so is an error in it: the error of whole latent states has a floor far above d's."""
+    if args.anchor == "none":
+        return jnp.zeros((args.future, len(z)))
+    if args.anchor == "current":
+        return jnp.tile(normalise(stats, z), (args.future, 1))
+    return normalise(stats, follow(model, world, z, actions)[(jnp.arange(args.future) + 1) * scale - 1])
+
+
+def rest_of(args: Args, model: WorldModel, world: World, stats: Stats, window: Windows, scale) -> jax.Array:
+    """What the anchors leave open of one window's future [F, Z]: standardised, it is what p_d diffuses."""
+    future = normalise(stats, window.z[(jnp.arange(args.future) + 1) * scale])
+    return future - anchors(args, model, world, stats, window.z[0], window.action, scale)
+
+
+def advantage(args: Args, model: WorldModel, world: World, window: Windows) -> jax.Array:
+    """y - V(z_t) of one window; y is its F rewards and the value behind them, unless the episode has terminated."""
+    F = args.future
+    now, last = value(args, model, world, window.z[jnp.array([0, F])])
+    rewards = (world.discount ** jnp.arange(F) * window.reward[:F]).sum()
+    return rewards + world.discount**F * (1 - window.terminated[F - 1]) * last - now
+
+
+@partial(jax.jit, static_argnames=("args", "model"))
+def statistics(args: Args, model: WorldModel, world: World, windows: Windows) -> Stats:
+    """Means and standard deviations over windows [B, ...]."""
+    z = windows.z.reshape(-1, model.dynamics.out)
+    stats = Stats(z.mean(0), jnp.maximum(z.std(0), 1e-2), *[None] * 4)
+    each = jax.vmap(partial(rest_of, args, model, world, stats), (0, None))
+    rest = jnp.stack([each(windows, scale) for scale in scales_of(args)])  # [S, B, F, Z]
+    mu, sigma = rest.mean(1), jnp.maximum(rest.std(1), 0.02)
+    if args.anchor == "none":  # as the original does it
+        mu, sigma = jnp.zeros_like(mu), jnp.ones_like(sigma)
+    adv = jax.vmap(partial(advantage, args, model, world))(windows)
+    return stats._replace(mu=mu, sigma=sigma, adv_mean=adv.mean(), adv_std=jnp.maximum(adv.std(), 1e-3))
+
+
+# --------------------------------------------------------------------------------------------------------- Learning
+class DiffusionState(NamedTuple):
+    """All that learning changes, and what it is standardised by."""
+
+    params: dict[str, Any]  # dynamics, proposal, objective
+    ema: dict[str, Any]  # slow copy of params, which plans
+    opt: dict[str, optax.OptState]
+    stats: Stats
+    key: jax.Array
+    updates: jax.Array  # number of updates made
+
+
+class DiffusionNoise(NamedTuple):
+    """Every random draw of one update, made up front."""
+
+    scale: jax.Array  # [B] index of the scale
+    level: jax.Array  # [B] noise levels of p_d
+    proposal_level: jax.Array  # [B] and of rho
+    latents: jax.Array  # [B, F, Z] normal
+    actions: jax.Array  # [B, F, A] normal
+
+
+def diffusion_noise(args: Args, model: WorldModel, key: jax.Array, batch_size: int) -> DiffusionNoise:
+    """Draws what one update needs."""
+    keys, B, F = jax.random.split(key, 5), batch_size, args.future
+    return DiffusionNoise(
+        scale=jax.random.randint(keys[0], (B,), 0, len(scales_of(args))),
+        level=jax.random.randint(keys[1], (B,), 0, LEVELS),
+        proposal_level=jax.random.randint(keys[2], (B,), 0, LEVELS),
+        latents=jax.random.normal(keys[3], (B, F, model.dynamics.out)),
+        actions=jax.random.normal(keys[4], (B, F, model.action_dim)),
+    )
+
+
+def denoising_loss(args: Args, denoise, x0: jax.Array, k: jax.Array, noise: jax.Array, mask=1.0) -> jax.Array:
+    """Squared errors [F, out] of one window: of what denoise(x, k) says of x0 [F, out] at level k."""
+    abar = jnp.asarray(signal_powers(), jnp.float32)[k]
+    x = (jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise) * mask
+    return ((denoise(x, k) - target_of(args.prediction, x0, noise, abar)) * mask) ** 2
+
+
+def dynamics_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
+    """p_d's loss on one window: it is told n(z_t) and the actions, and guesses the rest of the future."""
+    scale = jnp.array(scales_of(args))[noise.scale]
+    x0 = (rest_of(args, model, world, stats, window, scale) - stats.mu[noise.scale]) / stats.sigma[noise.scale]
+    chunk, now = chunks(args, window.action, scale), normalise(stats, window.z[0])
+    net = make_nets(args, model).dynamics
+    denoise = partial(lambda x, k: net.apply(params["dynamics"], now, x, k, chunk, noise.scale))
+    return denoising_loss(args, denoise, x0, noise.level, noise.latents).mean()
+
+
+def proposal_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
+    """rho's loss on one window: it is told n(z_t) and guesses the actions. Actions that the task lacks do not count."""
+    net, now = make_nets(args, model).proposal, normalise(stats, window.z[0])
+    denoise = partial(net.apply, params["proposal"], now)
+    errors = denoising_loss(
+        args, denoise, window.action[: args.future], noise.proposal_level, noise.actions, world.mask
+    )
+    return errors.mean() / world.mask.mean()
+
+
+def objective_loss(args: Args, model: WorldModel, params, stats: Stats, window: Windows, adv: jax.Array):
+    """J's loss on one window of standardised advantage adv."""
+    zs, actions = normalise(stats, window.z[: args.future + 1]), window.action[: args.future]
+    return (make_nets(args, model).objective.apply(params["objective"], zs, actions) - adv) ** 2
+
+
+def diffusion_losses(args: Args, model: WorldModel, params, stats: Stats, world: World, windows: Windows, noise):
+    """The three losses on windows [B, ...]."""
+    adv = (jax.vmap(partial(advantage, args, model, world))(windows) - stats.adv_mean) / stats.adv_std  # [B]
+    weight = jnp.minimum(jnp.exp(args.beta * adv), 20.0)
+    dynamics = jax.vmap(partial(dynamics_loss, args, model, params, stats, world))(windows, noise)
+    proposal = jax.vmap(partial(proposal_loss, args, model, params, stats, world))(windows, noise)
+    objective = jax.vmap(partial(objective_loss, args, model, params, stats))(windows, adv)
+    proposal = weight / weight.mean() * proposal
+    return {"dynamics": dynamics.mean(), "proposal": proposal.mean(), "objective": objective.mean()}
+
+
+def diffusion_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam behind a clip, for each network its own; a linear warm-up, then a cosine down to a tenth."""
+    lr = args.diffusion_lr
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(args.num_updates, 201), lr / 10)
+    return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
+
+
+@partial(jax.jit, static_argnames=("args", "model"))
+def init_diffusion(args: Args, model: WorldModel, stats: Stats, key: jax.Array) -> DiffusionState:
+    """Learning state at the start of a run."""
+    init_key, key = jax.random.split(key)
+    params = init_nets(args, model, init_key)
+    opt = {name: diffusion_optimizer(args).init(p) for name, p in params.items()}
+    return DiffusionState(params, jax.tree.map(jnp.copy, params), opt, stats, key, jnp.zeros((), jnp.int32))
+
+
+def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world: World, windows: Windows, noise):
+    """One gradient step of each network; the world model gets none. Returns the new state and scalars for the log."""
+    B, L, optimizer = len(windows.z), window_steps(args), diffusion_optimizer(args)
+    chex.assert_shape(list(windows), [(B, L + 1, model.dynamics.out), (B, L, model.action_dim), (B, L), (B, L)])
+
+    def loss(params):
+        losses = diffusion_losses(args, model, params, state.stats, world, windows, noise)
+        return sum(losses.values()), losses  # each depends on the parameters of its own network only
+
+    grads, losses = jax.grad(loss, has_aux=True)(state.params)
+    steps = {name: optimizer.update(grads[name], state.opt[name]) for name in grads}
+    params = {name: optax.apply_updates(state.params[name], change) for name, (change, _) in steps.items()}
+    opt = {name: opt for name, (_, opt) in steps.items()}
+    decay = jnp.minimum(0.995, (1 + state.updates) / (10 + state.updates))
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    info = {f"{name}_loss": loss for name, loss in losses.items()}
+    info |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
+    return DiffusionState(params, ema, opt, state.stats, state.key, state.updates + 1), info
+
+
+# ------------------------------------------------------------------------------------------------------------- Data
+class Data(NamedTuple):
+    """Recorded entries, one episode after the other, encoded once. An entry is a latent state, the action that led to
+    it and the reward it brought; action and reward of an episode's first entry are never read."""
+
+    z: jax.Array  # [entries, Z]
+    action: jax.Array  # [entries, A]
+    reward: jax.Array  # [entries]
+    starts: jax.Array  # [W] entries at which training windows start
+    held_out: jax.Array  # [V] and those of episodes from which nothing is learned
+
+
+def window_starts(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entries at which windows of L+1 entries start, in episodes of these lengths, one after the other: those to learn
+    from, and those of every tenth episode, or of the middle one of fewer, which are held out.
+
+    Raises:
+        UserError: there are not both.
+    """
+    L, count, firsts = window_steps(args), len(lengths), np.cumsum(lengths) - lengths
+    held = np.arange(count) % 10 == min(5, count // 2)
+    inside = [np.arange(first, first + max(length - L, 0)) for first, length in zip(firsts, lengths, strict=True)]
+    starts, held_out = (np.concatenate([*itertools.compress(inside, some), []]).astype(int) for some in (~held, held))
+    few = f"{count} episode(s) of at most {lengths.max()} entries: windows of {L + 1} entries are needed in two of them"
+    arguments.check_rules((len(starts) and len(held_out), few))
+    return starts, held_out
+
+
+def encode_data(args: Args, model: WorldModel, world: World, data: environments.Dataset) -> Data:
+    """The episodes on the device, with the latent states of all observations."""
+    lengths = np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks])
+    starts, held_out = window_starts(args, lengths)
+    entries = data.read(0, data.num_entries)
+    obs, action, reward = (jnp.asarray(entries[name], jnp.float32) for name in ("obs", "action", "reward"))
+    encode = jax.jit(lambda params, obs: jax.lax.map(partial(model.encoder.apply, params), obs, batch_size=4096))
+    return Data(encode(world.params["encoder"], obs), action, reward, jnp.asarray(starts), jnp.asarray(held_out))
+
+
+def windows_at(args: Args, data: Data, starts: jax.Array) -> Windows:
+    """The windows that start at these entries [B]. Recorded episodes are whole, so that none of them terminates."""
+    rows = starts[:, None] + jnp.arange(window_steps(args) + 1)  # [B, L+1]
+    reward = data.reward[rows[:, 1:]]
+    return Windows(data.z[rows], data.action[rows[:, 1:]], reward, jnp.zeros_like(reward))
+
+
+def spread(starts: jax.Array, number: int) -> jax.Array:
+    """At most so many of them, evenly spread."""
+    return starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)]
+
+
+@partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
+def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data: Data, num_updates: int):
+    """`num_updates` updates on windows drawn uniformly, in one dispatch. Returns the new state and means of scalars."""
+
+    def one(state, _):
+        key, window_key, noise_key = jax.random.split(state.key, 3)
+        B = args.diffusion_batch_size
+        windows = windows_at(args, data, data.starts[jax.random.randint(window_key, (B,), 0, len(data.starts))])
+        noise = diffusion_noise(args, model, noise_key, B)
+        return diffusion_update(args, model, state._replace(key=key), world, windows, noise)
+
+    state, infos = jax.lax.scan(one, state, None, length=num_updates)
+    return state, jax.tree.map(jnp.mean, infos)
+
+
+# -------------------------------------------------------------------------------------------- Sample, score and rank
+class Planner(NamedTuple):
+    """What a plan is made with."""
+
+    nets: dict[str, Any]  # slow copies of the parameters of p_d, rho and J
+    stats: Stats
+    world: World
+
+
+def planner_of(state: DiffusionState, world: World) -> Planner:
+    return Planner(state.ema, state.stats, world)
+
+
+def propose(args: Args, model: WorldModel, planner: Planner, z, best, first, key) -> jax.Array:
+    """Candidates [N, F, A] at z [Z]: drawn from rho; rolled out by the policy prior through d, one without noise; and
+    the last plan best [F, A] shifted by one (at an episode's start, first, candidate 0 once more)."""
+    rho_key, pi_key = jax.random.split(key)
+    F, A, world, candidates = args.future, model.action_dim, planner.world, []
+    if args.num_proposals:
+        net, now = make_nets(args, model).proposal, normalise(planner.stats, z)
+        denoise = jax.vmap(lambda x, k: net.apply(planner.nets["proposal"], now, x, k), (0, None))
+        shape, how = (args.num_proposals, F, A), (args.prediction, args.eta, world.mask)
+        candidates.append(sample_ddim(denoise, rho_key, shape, args.proposal_steps, 1.0, *how))
+    if args.num_policy:
+
+        def step(z, eps):
+            action = policy(args, model, world.params["pi"], z, eps).action * world.mask
+            return model.dynamics.apply(world.params["dynamics"], z, action), action
+
+        eps = jax.random.normal(pi_key, (F, args.num_policy, A)).at[:, 0].set(0.0)
+        actions = jax.lax.scan(step, jnp.tile(z, (args.num_policy, 1)), eps)[1]  # [F, N_pi, A]
+        candidates.append(actions.swapaxes(0, 1))
+    if args.warm_start:
+        shifted = jnp.concatenate([best[1:], best[-1:]])[None]
+        candidates.append(jnp.where(first, candidates[0][:1], shifted))
+    return jnp.concatenate(candidates)
+
+
+def rollout(args: Args, model: WorldModel, planner: Planner, z, actions, key, scale: int = 0) -> jax.Array:
+    """Latent futures [M, N, F+1, Z] of z [Z] under actions [N, L, A]: drawn from p_d, or those of d. scale is an index;
+    at scale s the tokens are s steps apart."""
+    (nets, stats, world), s = planner, scales_of(args)[scale]
+    N, F, M, Z = len(actions), args.future, args.draws, len(z)
+    if args.rollouts == "onestep":
+        future = jax.vmap(partial(follow, model, world, z))(actions)[None, :, (np.arange(F) + 1) * s - 1]
+    else:
+        net, now = make_nets(args, model).dynamics, normalise(stats, z)
+        chunk = jnp.tile(jax.vmap(lambda a: chunks(args, a, s))(actions), (M, 1, 1))  # [M * N, F, C]
+        each = jax.vmap(lambda x, k, c: net.apply(nets["dynamics"], now, x, k, c, scale), (0, None, 0))
+        how = (args.dynamics_steps, LATENT_CLIP, args.prediction, args.eta)
+        rest = sample_ddim(lambda x, k: each(x, k, chunk), key, (M * N, F, Z), *how).reshape(M, N, F, Z)
+        guess = jax.vmap(lambda a: anchors(args, model, world, stats, z, a, s))(actions)
+        future = denormalise(args, stats, guess + rest * stats.sigma[scale] + stats.mu[scale])
+    return jnp.concatenate([jnp.broadcast_to(z, (*future.shape[:2], 1, Z)), future], axis=2)
+
+
+def score_by_model(args: Args, model: WorldModel, world: World, zs: jax.Array, actions: jax.Array) -> jax.Array:
+    """Discounted rewards and the value behind them [...] of futures zs [..., F+1, Z] under actions [..., F, A]."""
+    rewards = two_hot_inv(args, model.reward.apply(world.params["reward"], zs[..., :-1, :], actions))
+    alive = jnp.ones((*rewards.shape[:-1], args.future + 1))  # 0 after a predicted termination
+    if model.termination:
+        ended = model.termination.apply(world.params["termination"], zs[..., 1:, :])[..., 0] > 0
+        alive = alive.at[..., 1:].set(jnp.cumprod(~ended, axis=-1))
+    parts = jnp.concatenate([rewards, value(args, model, world, zs[..., -1, :])[..., None]], axis=-1)
+    return (world.discount ** jnp.arange(args.future + 1) * alive * parts).sum(-1)
+
+
+def score_by_objective(args: Args, model: WorldModel, planner: Planner, zs: jax.Array, actions: jax.Array):
+    """J's advantage [N] of futures zs [N, F+1, Z] under actions [N, F, A], in the unit of rewards."""
+    net, stats = make_nets(args, model).objective, planner.stats
+    adv = jax.vmap(partial(net.apply, planner.nets["objective"]))(normalise(stats, zs), actions)
+    return adv * stats.adv_std + stats.adv_mean
+
+
+def score(args: Args, model: WorldModel, planner: Planner, zs: jax.Array, actions: jax.Array, key) -> jax.Array:
+    """Scores [N], means over draws, of futures zs [M, N, F+1, Z] under actions [N, F, A]; no number: -inf."""
+    scorers = {
+        "model": lambda: jax.vmap(lambda z: score_by_model(args, model, planner.world, z, actions))(zs).mean(0),
+        "J": lambda: jax.vmap(lambda z: score_by_objective(args, model, planner, z, actions))(zs).mean(0),
+        "mix": lambda: ranks(scorers["model"]()) + ranks(scorers["J"]()),
+        "random": lambda: jax.random.uniform(key, (len(actions),)) + 0.0 * actions.sum((1, 2)),
+    }
+    scores = scorers[args.scorer]()
+    return jnp.where(jnp.isfinite(scores), scores, -jnp.inf)
+
+
+def ranks(x: jax.Array) -> jax.Array:
+    """Place of every number [N] in ascending order; what is no number has none."""
+    return jnp.where(jnp.isnan(x), jnp.nan, jnp.argsort(jnp.argsort(x)))
+
+
+def refine(args: Args, model: WorldModel, world: World, z, candidates, key) -> jax.Array:
+    """Mean [H, A] of MPPI's distribution, which starts at the best candidates [top, F, A] and is fitted to the elites
+    among them and fresh samples."""
+    H, A, samples = args.horizon, model.action_dim, args.refine_samples
+    best = candidates[:, :H].swapaxes(0, 1)  # [H, top, A]
+
+    def iterate(distribution, key):
+        (mean, std), (sample_key, eps_key, head_key) = distribution, jax.random.split(key, 3)
+        sampled = jnp.clip(mean[:, None] + std[:, None] * jax.random.normal(sample_key, (H, samples, A)), -1, 1)
+        actions = jnp.concatenate([best, sampled * world.mask], axis=1)
+        eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), two_heads(model, head_key)
+        values = estimate_value(args, model, world.params, z[None], actions, world.discount, heads, eps)
+        elite_values, elite_indices = jax.lax.top_k(values, min(args.num_elites, len(values)))
+        elites, weights = actions[:, elite_indices], jax.nn.softmax(args.temperature * elite_values)
+        mean = jnp.einsum("e,hea->ha", weights, elites)
+        variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
+        return (mean, jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std)), None
+
+    start = (best.mean(1), jnp.clip(best.std(1), args.mppi_min_std, args.max_std))
+    return jax.lax.scan(iterate, start, jax.random.split(key, args.refine_iterations))[0][0]
+
+
+def plan_by_diffusion(args: Args, model: WorldModel, planner: Planner, obs, best, first, key):
+    """Sample, score and rank in one environment: obs [O], the last plan best [F, A], first (an episode begins) ->
+    action [A], this plan [F, A], and whether no candidate could be scored, so that the policy prior acts."""
+    chex.assert_shape([obs, best], [(model.obs_dim,), (args.future, model.action_dim)])
+    world, keys = planner.world, jax.random.split(key, 4)
+    z = model.encoder.apply(world.params["encoder"], obs)
+    candidates = propose(args, model, planner, z, best, first, keys[0])
+    zs = rollout(args, model, planner, z, candidates, keys[1])
+    scores, order = jax.lax.top_k(score(args, model, planner, zs, candidates, keys[2]), min(args.top, len(candidates)))
+    best = candidates[order[0]]
+    if args.planner == "ssr_mppi":
+        best = best.at[: args.horizon].set(refine(args, model, world, z, candidates[order], keys[3]))
+    failed = ~jnp.isfinite(scores[0]) | ~jnp.isfinite(z).all()
+    pi = policy(args, model, world.params["pi"], z, jnp.zeros(model.action_dim)).mean
+    action = jnp.where(failed, jnp.nan_to_num(pi), best[0])
+    return jnp.clip(action, -1, 1) * world.mask, jnp.where(failed, 0.0, best), failed
+
+
+@partial(jax.jit, static_argnames=("args", "model"))
+def act_by(args: Args, model: WorldModel, planner: Planner, obs, best, first, key):
+    """Actions [n, A] of --planner for obs [n, O]; best [n, F, A], the last plans; first [n], true where episodes begin.
+    Returns the actions, the plans, whether they failed [n] (see `plan_by_diffusion`) and a new key."""
+    if args.planner in ("ssr", "ssr_mppi"):
+        key, plan_key = jax.random.split(key)
+        plan_one = partial(plan_by_diffusion, args, model, planner)
+        return *jax.vmap(plan_one)(obs, best, first, jax.random.split(plan_key, len(obs))), key
+    args, world, H = dataclasses.replace(args, mpc=args.planner == "mppi"), planner.world, args.horizon
+    action, mean, key = act(args, model, world.params, obs, best[:, :H], first, world.discount, key, explore=False)
+    return action, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
+
+
+# ------------------------------------------------------------------------------------------------------- Evaluation
+def evaluate(args: Args, model: WorldModel, planner: Planner, envs, seed: tuple[int, ...], go_on=lambda: True):
+    """One episode in each of E environments: what `play` returns. Says how many plans failed, if any did."""
+    memory, failures = (jnp.zeros((envs.num_envs, args.future, model.action_dim)), jax.random.key(args.seed)), [0]
+    memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act_by: it compiles once
+
+    def decide(obs, first, best, key):
+        action, best, failed, key = act_by(args, model, planner, obs, best, first, key)
+        failures[0] += failed.sum()
+        return action, best, key
+
+    result = play(envs, seed, decide, memory, go_on, args.capture_video)
+    if failures[0]:
+        print(f"in {failures[0]} plans no candidate could be scored: the policy has acted", file=sys.stderr)
+    return result
+
+
+def nmse(stats: Stats, guess: jax.Array, z: jax.Array) -> jax.Array:
+    """Squared error [F] of futures [B, F, Z], in units of the latent states' own spread."""
+    return ((guess - z) ** 2).sum(-1).mean(0) / ((z - stats.mean) ** 2).sum(-1).mean(0)
+
+
+def agreement(guess: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:
+    """R2 and rank correlation (Spearman) of guesses [B]."""
+    unexplained = ((guess - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
+    return {"r2": 1 - unexplained, "spearman": jnp.corrcoef(ranks(guess), ranks(truth))[0, 1]}
+
+
+def spread_of(actions: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Standard deviation and correlation of neighbours in time of action sequences [B, F, A]."""
+    centred = (actions - actions.mean((0, 1))) * mask
+    variance = (centred**2).mean() / mask.mean()
+    lag_1 = (centred[:, 1:] * centred[:, :-1]).mean() / mask.mean()
+    return {"std": jnp.sqrt(variance), "correlation": lag_1 / variance}
+
+
+@partial(jax.jit, static_argnames=("args", "model"))
+def measure(args: Args, model: WorldModel, planner: Planner, windows: Windows, key) -> dict[str, Any]:
+    """How well the networks do on windows [B, ...] from which they have not learned: NMSE [F] of p_d's, d's and unmoved
+    latent states, the first two also under another window's actions; for scores on true, p_d's and d's latent states,
+    agreement with the true advantage; the spread of rho's and of recorded actions."""
+    F, B, world, result = args.future, len(windows.z), planner.world, {}
+    keys, shuffled = jax.random.split(key, B), jnp.roll(windows.action, B // 2, axis=0)
+
+    def futures(rollouts, actions, scale):  # [B, F+1, Z]
+        how = dataclasses.replace(args, rollouts=rollouts, draws=1)
+        one = partial(rollout, how, model, planner)
+        return jax.vmap(lambda z, a, key: one(z, a[None], key, scale)[0, 0])(windows.z[:, 0], actions, keys)
+
+    for scale, s in reversed([*enumerate(scales_of(args))]):  # scale 1 last: its futures are scored below
+        z = windows.z[:, : F * s + 1 : s]
+        found = {"p_d": futures("diffusion", windows.action, scale), "d": futures("onestep", windows.action, scale)}
+        rows = found | {"p_d_shuffled": futures("diffusion", shuffled, scale)}
+        rows |= {"d_shuffled": futures("onestep", shuffled, scale), "copy": jnp.broadcast_to(z[:, :1], z.shape)}
+        result |= {f"nmse_{s}": {name: nmse(planner.stats, guess[:, 1:], z[:, 1:]) for name, guess in rows.items()}}
+    actions, truth = windows.action[:, :F], jax.vmap(partial(advantage, args, model, world))(windows)
+    for name, zs in ({"true": windows.z[:, : F + 1]} | found).items():
+        by_model = score_by_model(args, model, world, zs, actions) - value(args, model, world, zs[:, 0])
+        guesses = {"model": by_model, "J": score_by_objective(args, model, planner, zs, actions)}
+        result |= {f"{scorer}_on_{name}": agreement(guess, truth) for scorer, guess in guesses.items()}
+    alone = dataclasses.replace(args, num_proposals=1, num_policy=0, warm_start=False)
+    drawn = jax.vmap(lambda z, key: propose(alone, model, planner, z, None, None, key)[0])(windows.z[:, 0], keys)
+    return result | {"rho": spread_of(drawn, world.mask), "recorded": spread_of(actions, world.mask)}
+
+
+def setup(args: Args, enter):
+    """Environments to evaluate in, which are to be closed by `enter`, the networks and the discount."""
+    spec, render_mode = environments.task_spec(args.task), "rgb_array" if args.capture_video else None
+    envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), render_mode=render_mode))
+    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
+    return envs, model, jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), jax.devices()[0])
+
+
+def table_rows(args: Args):
+    """The arguments of every row of the table: all combinations, but for parts that a planner or scorer ignores."""
+    seen = set()
+    for planner, scorer, rollouts in itertools.product(
+        *(x.split(",") for x in (args.planner, args.scorer, args.rollouts))
+    ):
+        scorer = "-" if planner in ("mppi", "pi") else scorer
+        rollouts = "-" if scorer in ("-", "random") else rollouts
+        if (planner, scorer, rollouts) not in seen:
+            seen.add((planner, scorer, rollouts))
+            yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
+
+
+def report_measures(found: dict[str, Any], future: int) -> None:
+    """Prints what `measure` found."""
+    print(f"\n{'NMSE at token':<24}" + "".join(f"{h:>9}" for h in (1, 2, 4, 8, 16, 32) if h <= future))
+    for name, rows in found.items():
+        if name.startswith("nmse"):
+            for row, values in rows.items():
+                label = f"{row}, scale {name[5:]}"
+                print(f"{label:<24}" + "".join(f"{values[h - 1]:>9.4f}" for h in (1, 2, 4, 8, 16, 32) if h <= future))
+    for name, row in found.items():
+        if not name.startswith("nmse"):
+            print(f"{name:<24}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """--evaluate: prints a table of planners, scorers and roll-outs over the same episodes, and what the networks know
+    of held-out ones; writes them to --json."""
+    spec, rows, table, film = environments.task_spec(args.task), [*table_rows(args)], [], None
+    with evaluating(spec.episode_length * len(rows)) as (enter, go_on):
+        envs, model, _ = setup(args, enter)
+        checkpoint = find_checkpoint(args.checkpoint)
+        shapes = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
+        found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **shapes)
+        planner = planner_of(found["state"], found["world"])
+        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8}{'± std':>8}  {spec.name}")
+        for row in rows:
+            result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
+            film = film or result
+            returns, names = result.returns, (row.planner, row.scorer, row.rollouts)
+            print("{:<10}{:<8}{:<11}".format(*names) + f"{returns.mean():>8.1f}{returns.std():>8.1f}", flush=True)
+            table.append(
+                dict(zip(("planner", "scorer", "rollouts"), names, strict=True)) | {"returns": returns.tolist()}
+            )
+    data = encode_data(args, model, planner.world, open_dataset(args))
+    windows = windows_at(args, data, spread(data.held_out, 256))
+    measures = jax.tree.map(
+        np.ndarray.tolist, jax.device_get(measure(args, model, planner, windows, jax.random.key(0)))
+    )
+    report_measures(measures, args.future)
+    if args.json:
+        results = {"task": spec.name, "checkpoint": args.checkpoint, "seed": args.seed, "table": table}
+        write_atomically(Path(args.json), json.dumps(results | {"held_out": measures}, indent=2) + "\n")
+    report_video(args.checkpoint, film.frames, film.fps)
+
+
+# -------------------------------------------------------------------------------------------------------------- Run
+def open_dataset(args: Args) -> environments.Dataset:
+    """The task's recorded episodes; UserError if there are none, or too few."""
+    data = environments.load_dataset([environments.task_spec(args.task).name], args.data_dir)
+    window_starts(args, np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks]))
+    return data
+
+
+def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
+    """What a checkpoint holds; of the world model and of what comes from data only the shapes mean something."""
+    params, (S, F, Z) = (
+        init_params(args, model, jax.random.key(0)),
+        (len(scales_of(args)), args.future, model.dynamics.out),
+    )
+    stats = Stats(*jnp.zeros((2, Z)), *jnp.zeros((2, S, F, Z)), *jnp.zeros(2))
+    world = World(params, params["q"], jnp.ones(model.action_dim), jnp.float32(0))
+    return {"world": world, "state": init_diffusion(args, model, stats, jax.random.key(0))}
+
+
+def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tuple[World, DiffusionState, Data]:
+    """World model and learning state of the run's last checkpoint, or of --world-model and anew; and the recorded
+    episodes in the latent states of that model."""
+    here, dataset = jax.sharding.SingleDeviceSharding(jax.devices()[0]), open_dataset(args)
+    if restored := keeper.restore(**shapes_on(here, partial(fresh, args, model))):
+        world, state = restored[1]["world"], restored[1]["state"]
+        return world, state, encode_data(args, model, world, dataset)
+    agent = load_agent(args.world_model, None, partial(init_params, args, model), *SCRIPTS)
+    world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
+    data = encode_data(args, model, world, dataset)
+    stats = statistics(args, model, world, windows_at(args, data, spread(data.starts, 8192)))
+    return world, jax.device_put(init_diffusion(args, model, stats, jax.random.key(args.seed)), here), data
+
+
+def run(args: Args) -> None:
+    """Trains the three networks on recorded episodes, and keeps the run's files."""
+    spec, burst = environments.task_spec(args.task), 20  # updates per dispatch
+    free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
+    said = dataclasses.asdict(args)
+    with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", RETURNS_COLUMNS, "update", free=free) as keeper:
+        envs, model, discount = setup(args, keeper.enter)
+        world, state, data = start_or_resume(args, model, discount, keeper)
+        count, step, info = keeper.count, keeper.count["updates"], {}
+        title = f"{spec.name}: {len(data.z)} entries, {len(data.starts)} windows to learn from"
+        keeper.begin(title, returns_head(spec), state.params, step, args.num_updates)
+        while True:
+            # Evaluate and save
+            finished, planner = step >= args.num_updates, planner_of(state, world)
+            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
+                keeper.record_returns(step, spec, partial(evaluate, args, model, planner, envs))
+            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
+                keeper.save(step, info, world=world, state=state)
+            if finished or keeper.stop:
+                break
+
+            # Learn
+            state, info = train(args, model, state, world, data, num_updates=min(burst, args.num_updates - step))
+            step = count["updates"] = step + min(burst, args.num_updates - step)
+            jax.block_until_ready(info)  # so that a signal is answered soon
+
+            # Log
+            if keeper.due(step, keeper.logged, args.log_freq, False):
+                keeper.log_losses(step, info, "charts/updates_per_second")
+            keeper.advance(step)
+
+
+def check_args(args: Args) -> None:
+    """Refuses arguments that cannot work, before anything starts."""
+    arguments.check_bounds(with_model_size(args))
+    choices = [name for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
+    arguments.check_rules(
+        (args.evaluate or args.world_model, "training needs a world model: --world-model"),
+        (args.data_dir, "the folder of the episodes is missing: --data-dir"),
+        (args.evaluate or not choices, f"several names of --{choices[0]} go with --evaluate" if choices else ""),
+        (args.width % (2 * args.heads) == 0, "--width must be a multiple of twice --heads"),
+        (args.horizon <= args.future, "--horizon must be at most --future"),
+        (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
+        (args.num_proposals + args.num_policy, "--num-proposals and --num-policy leave no candidate"),
+    )
+    if args.capture_video:
+        environments.check_rendering(args.task)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with arguments.one_sentence():
+        args = arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion")
+        args = with_preset(args)
+        check_args(args)
+        use_compile_cache(args.compile_cache)
+        evaluate_checkpoint(args) if args.evaluate else run(args)
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    main()
