@@ -120,7 +120,7 @@ class Args:
     checkpoint: str | None = None  # with --evaluate: the run to evaluate
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
-    eval_freq: Count = 1_000  # updates between evaluations (one more at the start and at the end)
+    eval_freq: Count = 1_000  # updates between evaluations (one more at the end)
     eval_episodes: Count = 10  # episodes of an evaluation, run side by side
     checkpoint_freq: Count = 500  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
     log_freq: Count = 100  # updates between two points of the loss curves
@@ -1186,6 +1186,7 @@ def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tup
     if restored := keeper.restore(**shapes_on(here, partial(fresh, args, model))):
         world, state = restored[1]["world"], restored[1]["state"]
         return world, state, encode_data(args, model, world, dataset)
+    keeper.count["evaluated"] = 0  # not before the first update
     agent = load_agent(args.world_model, None, partial(init_params, args, model), *SCRIPTS)
     world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
     data = encode_data(args, model, world, dataset)
