@@ -34,6 +34,7 @@ from arguments import Bounds, Count, Name, Natural, NewFile, Number, Positive, S
 from devices import shapes_on, use_compile_cache, use_huge_pages
 from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
 from files.pretrained import load_agent
+from files.recorded import Recorded, measures, print_measures, read_recorded, spread_out
 from files.reports import RETURNS_COLUMNS, evaluating, play, report_video, returns_head, write_atomically
 from runs import Run
 
@@ -147,7 +148,8 @@ MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_en
     48: (1792, 1792, 768, 4, 5),
     317: (4096, 4096, 1376, 5, 8),
 }
-SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt")  # whose checkpoints this one starts from
+
+
 SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
 
 
@@ -165,11 +167,6 @@ def with_preset(args: Args) -> Args:
 
 def scales_of(args: Args) -> tuple[int, ...]:
     return tuple(map(int, args.scales.split(",")))
-
-
-def window_steps(args: Args) -> int:
-    """Steps L of a training window: F steps of the largest scale."""
-    return args.future * max(scales_of(args))
 
 
 def discount_of(args: Args, episode_length: int) -> float:
@@ -321,7 +318,7 @@ def pick_heads(q_params, heads: jax.Array):
 
 
 class World(NamedTuple):
-    """A trained world model and its task; nothing here changes it."""
+    """A trained world model and its task: nothing here changes it."""
 
     params: dict[str, Any]
     target_q: dict[str, Any]
@@ -330,13 +327,9 @@ class World(NamedTuple):
 
 
 def follow(model: WorldModel, world: World, z: jax.Array, actions: jax.Array) -> jax.Array:
-    """Latent states [L, Z] that d predicts step by step from z [Z] under actions [L, A]."""
-
-    def step(z, action):
-        z = model.dynamics.apply(world.params["dynamics"], z, action)
-        return z, z
-
-    return jax.lax.scan(step, z, actions)[1]
+    """Latent states [L, Z] that d predicts, step by step, from z [Z] under actions [L, A]."""
+    predict = partial(model.dynamics.apply, world.params["dynamics"])
+    return jax.lax.scan(lambda z, action: (predict(z, action),) * 2, z, actions)[1]
 
 
 def value(args: Args, model: WorldModel, world: World, z: jax.Array) -> jax.Array:
@@ -345,7 +338,7 @@ def value(args: Args, model: WorldModel, world: World, z: jax.Array) -> jax.Arra
     return two_hot_inv(args, q_logits(model, world.target_q, z, mean * world.mask)).mean(0)
 
 
-# ------------------------------------------------------------------------------------------- Planning without diffusion
+# ------------------------------------------------------------------------------------------ Planning without diffusion
 class PlanNoise(NamedTuple):
     """Every random draw of one plan in n environments. All are made up front, so that `plan` is a plain function of
     arrays: given the draws that another program has recorded, it must return that program's plan."""
@@ -454,42 +447,22 @@ def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, 
 
 
 # ----------------------------------------------------------------------------------------------------- Transformers
-def waves(angle: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
 def time_waves(future: int) -> jax.Array:
     """Sines and cosines [F+1, 32] of the times 0 .. F at 16 frequencies, the last of which alternates."""
-    return waves(jnp.pi * jnp.arange(future + 1)[:, None] / (future + 1) * jnp.linspace(1, (future + 1) / 2, 16))
+    angle = jnp.pi * jnp.arange(future + 1)[:, None] / (future + 1) * jnp.linspace(1, (future + 1) / 2, 16)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def level_waves(k: jax.Array, width: int) -> jax.Array:
     """Sines and cosines [D] of a noise level k."""
-    return waves(k * 1e4 ** (-jnp.arange(width // 2) / (width // 2)))
-
-
-class Block(nn.Module):
-    """Transformer block, LayerNorm first: every token sees all others, then goes through a wide layer by itself."""
-
-    heads: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x):
-        """Tokens [T, D] -> [T, D]."""
-        (T, D), dense = x.shape, partial(nn.Dense, dtype=self.dtype)
-        qkv = dense(3 * D, name="qkv")(nn.LayerNorm(name="norm_0")(x))
-        q, k, v = jnp.moveaxis(qkv.reshape(T, 3, self.heads, D // self.heads), 1, 0)  # each [T, heads, D/heads]
-        logits = jnp.einsum("qhc,khc->hqk", q, k).astype(jnp.float32) * (D // self.heads) ** -0.5
-        seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(v.dtype), v).reshape(T, D)
-        x = x + dense(D, name="seen")(seen).astype(jnp.float32)
-        wide = nn.gelu(dense(4 * D, name="wide")(nn.LayerNorm(name="norm_1")(x)))
-        return x + dense(D, name="narrow")(wide).astype(jnp.float32)
+    angle = k * 1e4 ** (-jnp.arange(width // 2) / (width // 2))
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
 
 
 class Transformer(nn.Module):
-    """Blocks of full attention without dropout, then a LayerNorm."""
+    """Blocks in which every token sees all others and then goes through a wide layer by itself, without dropout."""
 
+    width: int  # D
     blocks: int
     heads: int
     dtype: str
@@ -497,8 +470,14 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Tokens [T, D] -> [T, D]."""
+        T, D, h, dense = len(x), self.width, self.heads, partial(nn.Dense, dtype=self.dtype)
         for i in range(self.blocks):
-            x = Block(self.heads, self.dtype, name=f"block_{i}")(x)
+            qkv = dense(3 * D, name=f"qkv_{i}")(nn.LayerNorm(name=f"norm_{i}_0")(x)).reshape(T, 3, h, D // h)
+            logits = jnp.einsum("qhc,khc->hqk", qkv[:, 0], qkv[:, 1]).astype(jnp.float32) * (D // h) ** -0.5
+            seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(qkv.dtype), qkv[:, 2]).reshape(T, D)
+            x = x + dense(D, name=f"seen_{i}")(seen).astype(jnp.float32)
+            wide = nn.gelu(dense(4 * D, name=f"wide_{i}")(nn.LayerNorm(name=f"norm_{i}_1")(x)))
+            x = x + dense(D, name=f"narrow_{i}")(wide).astype(jnp.float32)
         return nn.LayerNorm(name="norm")(x)
 
 
@@ -506,72 +485,55 @@ class Denoiser(nn.Module):
     """p_d and rho: tokens are the latent state now and F noisy things of size `out` to come."""
 
     out: int
-    width: int
-    blocks: int
-    heads: int
-    dtype: str
+    body: Transformer
 
     @nn.compact
     def __call__(self, z, x, k, chunk=None, scale=0):
         """n(z_t) [Z], x [F, out] at noise level k, for p_d the actions chunk [F, C] that lead from token to token and
         the index of the scale -> [F, out], of which --prediction says what it means."""
-        dense, table = partial(nn.Dense, self.width, dtype=self.dtype), nn.initializers.normal(0.02)
-        kinds = self.param("kinds", table, (2, self.width))
-        level = nn.Dense(4 * self.width, dtype=self.dtype, name="level_0")(level_waves(k, self.width))
-        level = dense(name="level_1")(nn.silu(level)) + self.param("scales", table, (2, self.width))[scale]
+        D, dtype, table = self.body.width, self.body.dtype, nn.initializers.normal(0.02)
+        dense, kinds = partial(nn.Dense, D, dtype=dtype), self.param("kinds", table, (2, D))
+        level = nn.silu(nn.Dense(4 * D, dtype=dtype, name="level_0")(level_waves(k, D)))
+        level = dense(name="level_1")(level) + self.param("scales", table, (2, D))[scale]
         tokens = jnp.concatenate([dense(name="now")(z)[None] + kinds[0], dense(name="x")(x) + kinds[1]])
         tokens = tokens if chunk is None else tokens.at[1:].add(dense(name="chunk")(chunk))
-        tokens = tokens + dense(name="time")(time_waves(len(x))) + level  # [F+1, D]
-        tokens = Transformer(self.blocks, self.heads, self.dtype, name="transformer")(tokens)
+        tokens = self.body(tokens + dense(name="time")(time_waves(len(x))) + level)  # [F+1, D]
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="head")(tokens[1:])
 
 
 class Objective(nn.Module):
     """J: how much better than V(z_t) a latent future and its actions are, read from a token of its own."""
 
-    width: int
-    blocks: int
-    heads: int
-    dtype: str
+    body: Transformer
 
     @nn.compact
     def __call__(self, zs, actions):
         """n(z_t), ..., n(z_{t+F}) [F+1, Z] and actions [F, A] -> standardised advantage, a scalar."""
-        dense = partial(nn.Dense, self.width, dtype=self.dtype)
+        dense = partial(nn.Dense, self.body.width, dtype=self.body.dtype)
         tokens = dense(name="z")(zs) + dense(name="time")(time_waves(len(actions)))
         tokens = tokens.at[:-1].add(dense(name="action")(actions))
-        readout = self.param("readout", nn.initializers.normal(0.02), (1, self.width))
-        tokens = jnp.concatenate([readout, tokens])  # [F+2, D]
-        tokens = Transformer(self.blocks, self.heads, self.dtype, name="transformer")(tokens)
+        readout = self.param("readout", nn.initializers.normal(0.02), (1, self.body.width))
+        tokens = self.body(jnp.concatenate([readout, tokens]))  # [F+2, D]
         return nn.Dense(1, kernel_init=nn.initializers.zeros, name="head")(tokens[0])[0]
 
 
-class Nets(NamedTuple):
-    """The three networks, for one sequence: `vmap` makes batches."""
-
-    dynamics: Denoiser  # p_d
-    proposal: Denoiser  # rho
-    objective: Objective  # J
-
-
-def make_nets(args: Args, model: WorldModel) -> Nets:
-    sizes = {"width": args.width, "heads": args.heads, "dtype": args.compute_dtype}
-    return Nets(
-        dynamics=Denoiser(out=model.dynamics.out, blocks=args.dynamics_blocks, **sizes),
-        proposal=Denoiser(out=model.action_dim, blocks=args.proposal_blocks, **sizes),
-        objective=Objective(blocks=args.objective_blocks, **sizes),
-    )
+def make_nets(args: Args, model: WorldModel) -> dict[str, nn.Module]:
+    """p_d, rho and J for one sequence: `vmap` makes batches."""
+    body = partial(Transformer, args.width, heads=args.heads, dtype=args.compute_dtype)
+    return {
+        "dynamics": Denoiser(model.dynamics.out, body(args.dynamics_blocks)),
+        "proposal": Denoiser(model.action_dim, body(args.proposal_blocks)),
+        "objective": Objective(body(args.objective_blocks)),
+    }
 
 
 def init_nets(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters of the three networks."""
-    nets, keys = make_nets(args, model), jax.random.split(key, 3)
     zs, actions = jnp.zeros((args.future + 1, model.dynamics.out)), jnp.zeros((args.future, model.action_dim))
-    return {
-        "dynamics": nets.dynamics.init(keys[0], zs[0], zs[1:], 0, chunks(args, actions, 1)),
-        "proposal": nets.proposal.init(keys[1], zs[0], actions, 0),
-        "objective": nets.objective.init(keys[2], zs, actions),
-    }
+    inputs = {"dynamics": (zs[0], zs[1:], 0, chunks(args, actions, 1)), "proposal": (zs[0], actions, 0)}
+    inputs |= {"objective": (zs, actions)}
+    keys = dict(zip(inputs, jax.random.split(key, 3), strict=True))
+    return {name: net.init(keys[name], *inputs[name]) for name, net in make_nets(args, model).items()}
 
 
 # -------------------------------------------------------------------------------------------------------- Diffusion
@@ -586,7 +548,7 @@ def signal_powers() -> np.ndarray:
 
 
 def sampling_levels(steps: int, prediction: str) -> np.ndarray:
-    """Levels [steps] from noisy to clean. Of the noisiest ones nobody can tell x0 from eps: it is divided by abar."""
+    """Levels [steps] from noisy to clean. At the noisiest ones eps does not tell x0, as it is divided by abar."""
     if prediction == "eps":
         return np.arange(steps)[::-1] * (LEVELS // steps)
     return np.round(np.linspace(LEVELS - 1, 0, steps + 1)).astype(int)[:-1]
@@ -626,8 +588,8 @@ def sample_ddim(denoise, key: jax.Array, shape, steps: int, clip: float, predict
 
 # -------------------------------------------------------------------------------------- Windows and what is diffused
 class Windows(NamedTuple):
-    """L+1 consecutive entries of an episode each; action[j] and reward[j] lead from z[j] to z[j+1]. `Windows` of one
-    window, without B, are what the functions below take."""
+    """B windows of L+1 consecutive entries; action[j] and reward[j] lead from z[j] to z[j+1]. L is F of the largest
+    scale. Functions of a single window take it without B."""
 
     z: jax.Array  # [B, L+1, Z]
     action: jax.Array  # [B, L, A]
@@ -636,7 +598,7 @@ class Windows(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What the networks' inputs and outputs are standardised by, from training windows."""
+    """What the networks' inputs and outputs are standardised by, from windows to learn from."""
 
     mean: jax.Array  # [Z] of latent states
     std: jax.Array  # [Z]
@@ -671,11 +633,9 @@ def chunks(args: Args, actions: jax.Array, scale) -> jax.Array:
 def anchors(args: Args, model: WorldModel, world: World, stats: Stats, z, actions, scale) -> jax.Array:
     """First guess [F, Z] of n(z) at the tokens behind z [Z], under actions [L, A]. What it leaves open is a small part
     of the whole, and so is an error in it: the error of whole latent states has a floor far above d's."""
-    if args.anchor == "none":
-        return jnp.zeros((args.future, len(z)))
-    if args.anchor == "current":
-        return jnp.tile(normalise(stats, z), (args.future, 1))
-    return normalise(stats, follow(model, world, z, actions)[(jnp.arange(args.future) + 1) * scale - 1])
+    if args.anchor == "onestep":
+        return normalise(stats, follow(model, world, z, actions)[(jnp.arange(args.future) + 1) * scale - 1])
+    return jnp.tile(normalise(stats, z) if args.anchor == "current" else jnp.zeros(len(z)), (args.future, 1))
 
 
 def rest_of(args: Args, model: WorldModel, world: World, stats: Stats, window: Windows, scale) -> jax.Array:
@@ -699,10 +659,9 @@ def statistics(args: Args, model: WorldModel, world: World, windows: Windows) ->
     stats = Stats(z.mean(0), jnp.maximum(z.std(0), 1e-2), *[None] * 4)
     each = jax.vmap(partial(rest_of, args, model, world, stats), (0, None))
     rest = jnp.stack([each(windows, scale) for scale in scales_of(args)])  # [S, B, F, Z]
-    mu, sigma = rest.mean(1), jnp.maximum(rest.std(1), 0.02)
-    if args.anchor == "none":  # as the original does it
-        mu, sigma = jnp.zeros_like(mu), jnp.ones_like(sigma)
+    keep = 0.0 if args.anchor == "none" else 1.0  # the original standardises nothing
     adv = jax.vmap(partial(advantage, args, model, world))(windows)
+    mu, sigma = rest.mean(1) * keep, jnp.maximum(rest.std(1), 0.02) ** keep
     return stats._replace(mu=mu, sigma=sigma, adv_mean=adv.mean(), adv_std=jnp.maximum(adv.std(), 1e-3))
 
 
@@ -741,40 +700,36 @@ def diffusion_noise(args: Args, model: WorldModel, key: jax.Array, batch_size: i
 
 
 def denoising_loss(args: Args, denoise, x0: jax.Array, k: jax.Array, noise: jax.Array, mask=1.0) -> jax.Array:
-    """Squared errors [F, out] of one window: of what denoise(x, k) says of x0 [F, out] at level k."""
+    """Squared errors [F, out] of what denoise(x, k) answers to x0 [F, out] at level k."""
     abar = jnp.asarray(signal_powers(), jnp.float32)[k]
     x = (jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise) * mask
     return ((denoise(x, k) - target_of(args.prediction, x0, noise, abar)) * mask) ** 2
 
 
 def dynamics_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
-    """p_d's loss on one window: it is told n(z_t) and the actions, and guesses the rest of the future."""
-    scale = jnp.array(scales_of(args))[noise.scale]
-    x0 = (rest_of(args, model, world, stats, window, scale) - stats.mu[noise.scale]) / stats.sigma[noise.scale]
-    chunk, now = chunks(args, window.action, scale), normalise(stats, window.z[0])
-    net = make_nets(args, model).dynamics
-    denoise = partial(lambda x, k: net.apply(params["dynamics"], now, x, k, chunk, noise.scale))
+    """p_d's loss on one window: it is told n(z_t) and the actions, and guesses what the anchors leave open."""
+    net, now, scale = make_nets(args, model)["dynamics"], normalise(stats, window.z[0]), noise.scale
+    steps = jnp.array(scales_of(args))[scale]
+    x0 = (rest_of(args, model, world, stats, window, steps) - stats.mu[scale]) / stats.sigma[scale]
+    denoise = partial(net.apply, params["dynamics"], now, chunk=chunks(args, window.action, steps), scale=scale)
     return denoising_loss(args, denoise, x0, noise.level, noise.latents).mean()
 
 
 def proposal_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
-    """rho's loss on one window: it is told n(z_t) and guesses the actions. Actions that the task lacks do not count."""
-    net, now = make_nets(args, model).proposal, normalise(stats, window.z[0])
-    denoise = partial(net.apply, params["proposal"], now)
-    errors = denoising_loss(
-        args, denoise, window.action[: args.future], noise.proposal_level, noise.actions, world.mask
-    )
-    return errors.mean() / world.mask.mean()
+    """rho's loss on one window: it is told n(z_t) and guesses the actions. Those that the task lacks do not count."""
+    denoise = partial(make_nets(args, model)["proposal"].apply, params["proposal"], normalise(stats, window.z[0]))
+    level, x0 = noise.proposal_level, window.action[: args.future]
+    return denoising_loss(args, denoise, x0, level, noise.actions, world.mask).mean() / world.mask.mean()
 
 
 def objective_loss(args: Args, model: WorldModel, params, stats: Stats, window: Windows, adv: jax.Array):
     """J's loss on one window of standardised advantage adv."""
     zs, actions = normalise(stats, window.z[: args.future + 1]), window.action[: args.future]
-    return (make_nets(args, model).objective.apply(params["objective"], zs, actions) - adv) ** 2
+    return (make_nets(args, model)["objective"].apply(params["objective"], zs, actions) - adv) ** 2
 
 
 def diffusion_losses(args: Args, model: WorldModel, params, stats: Stats, world: World, windows: Windows, noise):
-    """The three losses on windows [B, ...]."""
+    """The three losses on windows [B, ...]; each depends on the parameters of its own network only."""
     adv = (jax.vmap(partial(advantage, args, model, world))(windows) - stats.adv_mean) / stats.adv_std  # [B]
     weight = jnp.minimum(jnp.exp(args.beta * adv), 20.0)
     dynamics = jax.vmap(partial(dynamics_loss, args, model, params, stats, world))(windows, noise)
@@ -802,76 +757,32 @@ def init_diffusion(args: Args, model: WorldModel, stats: Stats, key: jax.Array) 
 
 def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world: World, windows: Windows, noise):
     """One gradient step of each network; the world model gets none. Returns the new state and scalars for the log."""
-    B, L, optimizer = len(windows.z), window_steps(args), diffusion_optimizer(args)
-    chex.assert_shape(list(windows), [(B, L + 1, model.dynamics.out), (B, L, model.action_dim), (B, L), (B, L)])
+    B, L, Z = len(windows.z), args.future * max(scales_of(args)), model.dynamics.out
+    chex.assert_shape(list(windows), [(B, L + 1, Z), (B, L, model.action_dim), (B, L), (B, L)])
 
     def loss(params):
         losses = diffusion_losses(args, model, params, state.stats, world, windows, noise)
-        return sum(losses.values()), losses  # each depends on the parameters of its own network only
+        return sum(losses.values()), losses
 
     grads, losses = jax.grad(loss, has_aux=True)(state.params)
-    steps = {name: optimizer.update(grads[name], state.opt[name]) for name in grads}
+    steps = {name: diffusion_optimizer(args).update(grads[name], state.opt[name]) for name in grads}
     params = {name: optax.apply_updates(state.params[name], change) for name, (change, _) in steps.items()}
-    opt = {name: opt for name, (_, opt) in steps.items()}
     decay = jnp.minimum(0.995, (1 + state.updates) / (10 + state.updates))
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema, opt = optax.incremental_update(params, state.ema, 1 - decay), {name: opt for name, (_, opt) in steps.items()}
     info = {f"{name}_loss": loss for name, loss in losses.items()}
     info |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
     return DiffusionState(params, ema, opt, state.stats, state.key, state.updates + 1), info
 
 
-# ------------------------------------------------------------------------------------------------------------- Data
-class Data(NamedTuple):
-    """Recorded entries, one episode after the other, encoded once. An entry is a latent state, the action that led to
-    it and the reward it brought; action and reward of an episode's first entry are never read."""
-
-    z: jax.Array  # [entries, Z]
-    action: jax.Array  # [entries, A]
-    reward: jax.Array  # [entries]
-    starts: jax.Array  # [W] entries at which training windows start
-    held_out: jax.Array  # [V] and those of episodes from which nothing is learned
-
-
-def window_starts(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries at which windows of L+1 entries start, in episodes of these lengths, one after the other: those to learn
-    from, and those of every tenth episode, or of the middle one of fewer, which are held out.
-
-    Raises:
-        UserError: there are not both.
-    """
-    L, count, firsts = window_steps(args), len(lengths), np.cumsum(lengths) - lengths
-    held = np.arange(count) % 10 == min(5, count // 2)
-    inside = [np.arange(first, first + max(length - L, 0)) for first, length in zip(firsts, lengths, strict=True)]
-    starts, held_out = (np.concatenate([*itertools.compress(inside, some), []]).astype(int) for some in (~held, held))
-    few = f"{count} episode(s) of at most {lengths.max()} entries: windows of {L + 1} entries are needed in two of them"
-    arguments.check_rules((len(starts) and len(held_out), few))
-    return starts, held_out
-
-
-def encode_data(args: Args, model: WorldModel, world: World, data: environments.Dataset) -> Data:
-    """The episodes on the device, with the latent states of all observations."""
-    lengths = np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks])
-    starts, held_out = window_starts(args, lengths)
-    entries = data.read(0, data.num_entries)
-    obs, action, reward = (jnp.asarray(entries[name], jnp.float32) for name in ("obs", "action", "reward"))
-    encode = jax.jit(lambda params, obs: jax.lax.map(partial(model.encoder.apply, params), obs, batch_size=4096))
-    return Data(encode(world.params["encoder"], obs), action, reward, jnp.asarray(starts), jnp.asarray(held_out))
-
-
-def windows_at(args: Args, data: Data, starts: jax.Array) -> Windows:
-    """The windows that start at these entries [B]. Recorded episodes are whole, so that none of them terminates."""
-    rows = starts[:, None] + jnp.arange(window_steps(args) + 1)  # [B, L+1]
+def windows_at(args: Args, data: Recorded, starts: jax.Array) -> Windows:
+    """The windows that start at these entries [B] of `encoded` data. Recorded episodes are whole: none terminates."""
+    rows = starts[:, None] + jnp.arange(args.future * max(scales_of(args)) + 1)  # [B, L+1]
     reward = data.reward[rows[:, 1:]]
-    return Windows(data.z[rows], data.action[rows[:, 1:]], reward, jnp.zeros_like(reward))
-
-
-def spread(starts: jax.Array, number: int) -> jax.Array:
-    """At most so many of them, evenly spread."""
-    return starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)]
+    return Windows(data.obs[rows], data.action[rows[:, 1:]], reward, jnp.zeros_like(reward))
 
 
 @partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
-def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data: Data, num_updates: int):
+def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data: Recorded, num_updates: int):
     """`num_updates` updates on windows drawn uniformly, in one dispatch. Returns the new state and means of scalars."""
 
     def one(state, _):
@@ -887,39 +798,34 @@ def train(args: Args, model: WorldModel, state: DiffusionState, world: World, da
 
 # -------------------------------------------------------------------------------------------- Sample, score and rank
 class Planner(NamedTuple):
-    """What a plan is made with."""
+    """What plans are made with."""
 
     nets: dict[str, Any]  # slow copies of the parameters of p_d, rho and J
     stats: Stats
     world: World
 
 
-def planner_of(state: DiffusionState, world: World) -> Planner:
-    return Planner(state.ema, state.stats, world)
-
-
 def propose(args: Args, model: WorldModel, planner: Planner, z, best, first, key) -> jax.Array:
     """Candidates [N, F, A] at z [Z]: drawn from rho; rolled out by the policy prior through d, one without noise; and
     the last plan best [F, A] shifted by one (at an episode's start, first, candidate 0 once more)."""
-    rho_key, pi_key = jax.random.split(key)
-    F, A, world, candidates = args.future, model.action_dim, planner.world, []
+    (nets, stats, world), (rho_key, pi_key), candidates = planner, jax.random.split(key), []
+    F, A, N_pi = args.future, model.action_dim, args.num_policy
     if args.num_proposals:
-        net, now = make_nets(args, model).proposal, normalise(planner.stats, z)
-        denoise = jax.vmap(lambda x, k: net.apply(planner.nets["proposal"], now, x, k), (0, None))
+        apply = partial(make_nets(args, model)["proposal"].apply, nets["proposal"], normalise(stats, z))
         shape, how = (args.num_proposals, F, A), (args.prediction, args.eta, world.mask)
-        candidates.append(sample_ddim(denoise, rho_key, shape, args.proposal_steps, 1.0, *how))
-    if args.num_policy:
+        candidates.append(sample_ddim(jax.vmap(apply, (0, None)), rho_key, shape, args.proposal_steps, 1.0, *how))
+    if N_pi:
 
         def step(z, eps):
             action = policy(args, model, world.params["pi"], z, eps).action * world.mask
             return model.dynamics.apply(world.params["dynamics"], z, action), action
 
-        eps = jax.random.normal(pi_key, (F, args.num_policy, A)).at[:, 0].set(0.0)
-        actions = jax.lax.scan(step, jnp.tile(z, (args.num_policy, 1)), eps)[1]  # [F, N_pi, A]
+        eps = jax.random.normal(pi_key, (F, N_pi, A)).at[:, 0].set(0.0)
+        actions = jax.lax.scan(step, jnp.tile(z, (N_pi, 1)), eps)[1]  # [F, N_pi, A]
         candidates.append(actions.swapaxes(0, 1))
     if args.warm_start:
-        shifted = jnp.concatenate([best[1:], best[-1:]])[None]
-        candidates.append(jnp.where(first, candidates[0][:1], shifted))
+        shifted = jnp.concatenate([best[1:], best[-1:]])
+        candidates.append(jnp.where(first, candidates[0][0], shifted)[None])
     return jnp.concatenate(candidates)
 
 
@@ -931,11 +837,11 @@ def rollout(args: Args, model: WorldModel, planner: Planner, z, actions, key, sc
     if args.rollouts == "onestep":
         future = jax.vmap(partial(follow, model, world, z))(actions)[None, :, (np.arange(F) + 1) * s - 1]
     else:
-        net, now = make_nets(args, model).dynamics, normalise(stats, z)
+        apply = partial(make_nets(args, model)["dynamics"].apply, nets["dynamics"], normalise(stats, z))
         chunk = jnp.tile(jax.vmap(lambda a: chunks(args, a, s))(actions), (M, 1, 1))  # [M * N, F, C]
-        each = jax.vmap(lambda x, k, c: net.apply(nets["dynamics"], now, x, k, c, scale), (0, None, 0))
+        denoise = lambda x, k: jax.vmap(apply, (0, None, 0, None))(x, k, chunk, scale)  # noqa: E731
         how = (args.dynamics_steps, LATENT_CLIP, args.prediction, args.eta)
-        rest = sample_ddim(lambda x, k: each(x, k, chunk), key, (M * N, F, Z), *how).reshape(M, N, F, Z)
+        rest = sample_ddim(denoise, key, (M * N, F, Z), *how).reshape(M, N, F, Z)
         guess = jax.vmap(lambda a: anchors(args, model, world, stats, z, a, s))(actions)
         future = denormalise(args, stats, guess + rest * stats.sigma[scale] + stats.mu[scale])
     return jnp.concatenate([jnp.broadcast_to(z, (*future.shape[:2], 1, Z)), future], axis=2)
@@ -954,8 +860,8 @@ def score_by_model(args: Args, model: WorldModel, world: World, zs: jax.Array, a
 
 def score_by_objective(args: Args, model: WorldModel, planner: Planner, zs: jax.Array, actions: jax.Array):
     """J's advantage [N] of futures zs [N, F+1, Z] under actions [N, F, A], in the unit of rewards."""
-    net, stats = make_nets(args, model).objective, planner.stats
-    adv = jax.vmap(partial(net.apply, planner.nets["objective"]))(normalise(stats, zs), actions)
+    apply, stats = make_nets(args, model)["objective"].apply, planner.stats
+    adv = jax.vmap(partial(apply, planner.nets["objective"]))(normalise(stats, zs), actions)
     return adv * stats.adv_std + stats.adv_mean
 
 
@@ -1046,52 +952,29 @@ def evaluate(args: Args, model: WorldModel, planner: Planner, envs, seed: tuple[
     return result
 
 
-def nmse(stats: Stats, guess: jax.Array, z: jax.Array) -> jax.Array:
-    """Squared error [F] of futures [B, F, Z], in units of the latent states' own spread."""
-    return ((guess - z) ** 2).sum(-1).mean(0) / ((z - stats.mean) ** 2).sum(-1).mean(0)
-
-
-def agreement(guess: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:
-    """R2 and rank correlation (Spearman) of guesses [B]."""
-    unexplained = ((guess - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
-    return {"r2": 1 - unexplained, "spearman": jnp.corrcoef(ranks(guess), ranks(truth))[0, 1]}
-
-
-def spread_of(actions: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Standard deviation and correlation of neighbours in time of action sequences [B, F, A]."""
-    centred = (actions - actions.mean((0, 1))) * mask
-    variance = (centred**2).mean() / mask.mean()
-    lag_1 = (centred[:, 1:] * centred[:, :-1]).mean() / mask.mean()
-    return {"std": jnp.sqrt(variance), "correlation": lag_1 / variance}
-
-
 @partial(jax.jit, static_argnames=("args", "model"))
-def measure(args: Args, model: WorldModel, planner: Planner, windows: Windows, key) -> dict[str, Any]:
-    """How well the networks do on windows [B, ...] from which they have not learned: NMSE [F] of p_d's, d's and unmoved
-    latent states, the first two also under another window's actions; for scores on true, p_d's and d's latent states,
-    agreement with the true advantage; the spread of rho's and of recorded actions."""
-    F, B, world, result = args.future, len(windows.z), planner.world, {}
-    keys, shuffled = jax.random.split(key, B), jnp.roll(windows.action, B // 2, axis=0)
-
-    def futures(rollouts, actions, scale):  # [B, F+1, Z]
-        how = dataclasses.replace(args, rollouts=rollouts, draws=1)
-        one = partial(rollout, how, model, planner)
-        return jax.vmap(lambda z, a, key: one(z, a[None], key, scale)[0, 0])(windows.z[:, 0], actions, keys)
-
+def answers(args: Args, model: WorldModel, planner: Planner, windows: Windows, key) -> dict[str, Any]:
+    """What the networks say of windows [B, ...], for `measures`: futures of p_d and of d under the actions and under
+    those of another window, and of a latent state that stays; advantages by the world model's heads and by J, of true,
+    p_d's and d's futures; actions of rho and of the record."""
+    F, B, world = args.future, len(windows.z), planner.world
+    keys, shuffled, futures = jax.random.split(key, B), jnp.roll(windows.action, B // 2, axis=0), {}
     for scale, s in reversed([*enumerate(scales_of(args))]):  # scale 1 last: its futures are scored below
         z = windows.z[:, : F * s + 1 : s]
-        found = {"p_d": futures("diffusion", windows.action, scale), "d": futures("onestep", windows.action, scale)}
-        rows = found | {"p_d_shuffled": futures("diffusion", shuffled, scale)}
-        rows |= {"d_shuffled": futures("onestep", shuffled, scale), "copy": jnp.broadcast_to(z[:, :1], z.shape)}
-        result |= {f"nmse_{s}": {name: nmse(planner.stats, guess[:, 1:], z[:, 1:]) for name, guess in rows.items()}}
-    actions, truth = windows.action[:, :F], jax.vmap(partial(advantage, args, model, world))(windows)
-    for name, zs in ({"true": windows.z[:, : F + 1]} | found).items():
-        by_model = score_by_model(args, model, world, zs, actions) - value(args, model, world, zs[:, 0])
-        guesses = {"model": by_model, "J": score_by_objective(args, model, planner, zs, actions)}
-        result |= {f"{scorer}_on_{name}": agreement(guess, truth) for scorer, guess in guesses.items()}
+        found = {"true": z, "copy": jnp.broadcast_to(z[:, :1], z.shape)}
+        for name, rollouts in (("p_d", "diffusion"), ("d", "onestep")):
+            one = partial(rollout, dataclasses.replace(args, rollouts=rollouts, draws=1), model, planner, scale=scale)
+            each = jax.vmap(lambda z, a, key, one=one: one(z, a[None], key)[0, 0])
+            found |= {name: each(z[:, 0], windows.action, keys), f"{name} shuffled": each(z[:, 0], shuffled, keys)}
+        futures[str(s)] = {name: zs[:, 1:] for name, zs in found.items()}
+    actions, advantages = windows.action[:, :F], {"true": jax.vmap(partial(advantage, args, model, world))(windows)}
+    for name in ("true", "p_d", "d"):
+        by_model = score_by_model(args, model, world, found[name], actions) - value(args, model, world, z[:, 0])
+        by_objective = score_by_objective(args, model, planner, found[name], actions)
+        advantages |= {f"model on {name}": by_model, f"J on {name}": by_objective}
     alone = dataclasses.replace(args, num_proposals=1, num_policy=0, warm_start=False)
-    drawn = jax.vmap(lambda z, key: propose(alone, model, planner, z, None, None, key)[0])(windows.z[:, 0], keys)
-    return result | {"rho": spread_of(drawn, world.mask), "recorded": spread_of(actions, world.mask)}
+    drawn = jax.vmap(lambda z, key: propose(alone, model, planner, z, None, None, key)[0])(z[:, 0], keys)
+    return {"futures": futures, "advantages": advantages, "actions": {"rho": drawn, "recorded": actions}}
 
 
 def setup(args: Args, enter):
@@ -1106,109 +989,90 @@ def setup(args: Args, enter):
 def table_rows(args: Args):
     """The arguments of every row of the table: all combinations, but for parts that a planner or scorer ignores."""
     seen = set()
-    for planner, scorer, rollouts in itertools.product(
-        *(x.split(",") for x in (args.planner, args.scorer, args.rollouts))
-    ):
-        scorer = "-" if planner in ("mppi", "pi") else scorer
-        rollouts = "-" if scorer in ("-", "random") else rollouts
+    for row in itertools.product(*(text.split(",") for text in (args.planner, args.scorer, args.rollouts))):
+        planner, scorer, rollouts = (row[0], "-", "-") if row[0] in ("mppi", "pi") else row
+        rollouts = "-" if scorer == "random" else rollouts
         if (planner, scorer, rollouts) not in seen:
             seen.add((planner, scorer, rollouts))
             yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
 
 
-def report_measures(found: dict[str, Any], future: int) -> None:
-    """Prints what `measure` found."""
-    print(f"\n{'NMSE at token':<24}" + "".join(f"{h:>9}" for h in (1, 2, 4, 8, 16, 32) if h <= future))
-    for name, rows in found.items():
-        if name.startswith("nmse"):
-            for row, values in rows.items():
-                label = f"{row}, scale {name[5:]}"
-                print(f"{label:<24}" + "".join(f"{values[h - 1]:>9.4f}" for h in (1, 2, 4, 8, 16, 32) if h <= future))
-    for name, row in found.items():
-        if not name.startswith("nmse"):
-            print(f"{name:<24}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-
-
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints a table of planners, scorers and roll-outs over the same episodes, and what the networks know
     of held-out ones; writes them to --json."""
-    spec, rows, table, film = environments.task_spec(args.task), [*table_rows(args)], [], None
+    spec, rows, table = environments.task_spec(args.task), [*table_rows(args)], []
     with evaluating(spec.episode_length * len(rows)) as (enter, go_on):
         envs, model, _ = setup(args, enter)
         checkpoint = find_checkpoint(args.checkpoint)
-        shapes = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
-        found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **shapes)
-        planner = planner_of(found["state"], found["world"])
-        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8}{'± std':>8}  {spec.name}")
+        like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
+        found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **like)
+        planner = Planner(found["state"].ema, found["state"].stats, found["world"])
+        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}  of {spec.name}")
         for row in rows:
             result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
-            film = film or result
-            returns, names = result.returns, (row.planner, row.scorer, row.rollouts)
-            print("{:<10}{:<8}{:<11}".format(*names) + f"{returns.mean():>8.1f}{returns.std():>8.1f}", flush=True)
-            table.append(
-                dict(zip(("planner", "scorer", "rollouts"), names, strict=True)) | {"returns": returns.tolist()}
-            )
-    data = encode_data(args, model, planner.world, open_dataset(args))
-    windows = windows_at(args, data, spread(data.held_out, 256))
-    measures = jax.tree.map(
-        np.ndarray.tolist, jax.device_get(measure(args, model, planner, windows, jax.random.key(0)))
-    )
-    report_measures(measures, args.future)
+            how = {name: getattr(row, name) for name in ("planner", "scorer", "rollouts")}
+            mean, std = result.returns.mean(), result.returns.std()
+            print("{planner:<10}{scorer:<8}{rollouts:<11}".format(**how) + f"{mean:>8.1f} {std:>8.1f}", flush=True)
+            table.append(how | {"returns": result.returns.tolist()})
+    data = encoded(args, model, planner.world)
+    windows = windows_at(args, data, spread_out(data.held_out, 256))
+    known = measures(answers(args, model, planner, windows, jax.random.key(args.seed)))
+    print_measures(known)
     if args.json:
         results = {"task": spec.name, "checkpoint": args.checkpoint, "seed": args.seed, "table": table}
-        write_atomically(Path(args.json), json.dumps(results | {"held_out": measures}, indent=2) + "\n")
-    report_video(args.checkpoint, film.frames, film.fps)
+        write_atomically(Path(args.json), json.dumps(results | {"held_out": known}, indent=2) + "\n")
+    report_video(args.checkpoint, result.frames, result.fps)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-def open_dataset(args: Args) -> environments.Dataset:
-    """The task's recorded episodes; UserError if there are none, or too few."""
-    data = environments.load_dataset([environments.task_spec(args.task).name], args.data_dir)
-    window_starts(args, np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks]))
-    return data
+def encoded(args: Args, model: WorldModel, world: World) -> Recorded:
+    """The recorded episodes of --data-dir, with latent states as observations."""
+    data = read_recorded(args.task, args.data_dir, args.future * max(scales_of(args)))
+    encode = jax.jit(
+        lambda obs: jax.lax.map(partial(model.encoder.apply, world.params["encoder"]), obs, batch_size=4096)
+    )
+    return data._replace(obs=encode(data.obs))
 
 
 def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
-    """What a checkpoint holds; of the world model and of what comes from data only the shapes mean something."""
-    params, (S, F, Z) = (
-        init_params(args, model, jax.random.key(0)),
-        (len(scales_of(args)), args.future, model.dynamics.out),
-    )
+    """What a checkpoint holds: of the world model, and of what comes from data, only shapes are meant."""
+    S, F, Z = len(scales_of(args)), args.future, model.dynamics.out
     stats = Stats(*jnp.zeros((2, Z)), *jnp.zeros((2, S, F, Z)), *jnp.zeros(2))
+    params = init_params(args, model, jax.random.key(0))
     world = World(params, params["q"], jnp.ones(model.action_dim), jnp.float32(0))
     return {"world": world, "state": init_diffusion(args, model, stats, jax.random.key(0))}
 
 
-def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tuple[World, DiffusionState, Data]:
+def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tuple[World, DiffusionState, Recorded]:
     """World model and learning state of the run's last checkpoint, or of --world-model and anew; and the recorded
     episodes in the latent states of that model."""
-    here, dataset = jax.sharding.SingleDeviceSharding(jax.devices()[0]), open_dataset(args)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if restored := keeper.restore(**shapes_on(here, partial(fresh, args, model))):
-        world, state = restored[1]["world"], restored[1]["state"]
-        return world, state, encode_data(args, model, world, dataset)
+        world, state = (restored[1][name] for name in ("world", "state"))
+        return world, state, encoded(args, model, world)
     keeper.count["evaluated"] = 0  # not before the first update
-    agent = load_agent(args.world_model, None, partial(init_params, args, model), *SCRIPTS)
+    agent = load_agent(args.world_model, None, partial(init_params, args, model), "tdmpc2_jax")
     world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
-    data = encode_data(args, model, world, dataset)
-    stats = statistics(args, model, world, windows_at(args, data, spread(data.starts, 8192)))
+    data = encoded(args, model, world)
+    stats = statistics(args, model, world, windows_at(args, data, spread_out(data.starts, 8192)))
     return world, jax.device_put(init_diffusion(args, model, stats, jax.random.key(args.seed)), here), data
 
 
 def run(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
-    spec, burst = environments.task_spec(args.task), 20  # updates per dispatch
+    spec, said, burst = environments.task_spec(args.task), dataclasses.asdict(args), 20  # updates per dispatch
     free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
-    said = dataclasses.asdict(args)
     with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", RETURNS_COLUMNS, "update", free=free) as keeper:
         envs, model, discount = setup(args, keeper.enter)
         world, state, data = start_or_resume(args, model, discount, keeper)
         count, step, info = keeper.count, keeper.count["updates"], {}
-        title = f"{spec.name}: {len(data.z)} entries, {len(data.starts)} windows to learn from"
+        title = f"{spec.name}: {len(data.obs)} entries, {len(data.starts)} windows to learn from"
         keeper.begin(title, returns_head(spec), state.params, step, args.num_updates)
         while True:
             # Evaluate and save
-            finished, planner = step >= args.num_updates, planner_of(state, world)
+            finished, count["updates"] = step >= args.num_updates, step
             if keeper.due(step, count["evaluated"], args.eval_freq, finished):
+                planner = Planner(state.ema, state.stats, world)
                 keeper.record_returns(step, spec, partial(evaluate, args, model, planner, envs))
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
                 keeper.save(step, info, world=world, state=state)
@@ -1216,9 +1080,10 @@ def run(args: Args) -> None:
                 break
 
             # Learn
-            state, info = train(args, model, state, world, data, num_updates=min(burst, args.num_updates - step))
-            step = count["updates"] = step + min(burst, args.num_updates - step)
-            jax.block_until_ready(info)  # so that a signal is answered soon
+            number = min(burst, args.num_updates - step)
+            state, info = train(args, model, state, world, data, num_updates=number)
+            jax.block_until_ready(info)  # a signal should be answered soon
+            step += number
 
             # Log
             if keeper.due(step, keeper.logged, args.log_freq, False):
@@ -1229,11 +1094,11 @@ def run(args: Args) -> None:
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     arguments.check_bounds(with_model_size(args))
-    choices = [name for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
+    several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
     arguments.check_rules(
         (args.evaluate or args.world_model, "training needs a world model: --world-model"),
         (args.data_dir, "the folder of the episodes is missing: --data-dir"),
-        (args.evaluate or not choices, f"several names of --{choices[0]} go with --evaluate" if choices else ""),
+        (args.evaluate or not several, f"several names for {' and '.join(several)} go with --evaluate"),
         (args.width % (2 * args.heads) == 0, "--width must be a multiple of twice --heads"),
         (args.horizon <= args.future, "--horizon must be at most --future"),
         (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
