@@ -1,6 +1,8 @@
 """Latent diffusion MPC: schedule, sampler, losses and planner, and runs as a user sees them."""
 
 import dataclasses
+import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,11 +13,19 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import meta_of
 from scipy.stats import spearmanr
+from test_runs import wait_for
 
 import envs
 import tdmpc2_jax as first_script
 import tdmpc2_jax_diffusion as td
-from files.checkpoints import find_checkpoint, read_checkpoint, write_checkpoint
+from files.checkpoints import (
+    complete_checkpoints,
+    find_checkpoint,
+    read_agent,
+    read_checkpoint,
+    read_meta,
+    write_checkpoint,
+)
 from files.recorded import agreement, nmse, read_recorded, spread_out, variety, window_starts
 
 SCRIPT = td
@@ -196,7 +206,7 @@ def make_dataset(episodes=12, length=40, seed=0):
         obs[:, i, :4] = 0.9 * obs[:, i - 1, :4] + 0.1 * action[:, i]
         reward[:, i] = 2 * obs[:, i - 1, 0] + action[:, i, 0]
     action[:, 0] = np.nan
-    task = np.zeros((episodes, length), np.int32)
+    task = np.zeros((episodes, length), np.int64)
     chunk = envs.Chunk(Path("chunk_0.pt"), obs, action.astype(np.float32), reward, task, np.zeros(1, int))
     return envs.Dataset(("cartpole-swingup",), [chunk])
 
@@ -588,14 +598,88 @@ def files(tmp_path_factory):
 
 
 TINY = """--width 16 --heads 2 --dynamics-blocks 1 --proposal-blocks 1 --objective-blocks 1 --future 4 --num-proposals 2
---num-policy 1 --diffusion-batch-size 8 --num-updates 80 --checkpoint-freq 20 --eval-freq 1000 --eval-episodes 1
+--num-policy 1 --diffusion-batch-size 8 --num-updates 400 --checkpoint-freq 100 --eval-freq 1000 --eval-episodes 1
 --log-freq 20 --no-compile-cache""".split()
+NAME = "cartpole-swingup/tdmpc2_jax_diffusion/1"
 
 
 def final(folder):
+    """The learning state in a run's last checkpoint, and what it says of itself."""
     checkpoint = find_checkpoint(folder)
-    args = td.Args(**meta_of(folder, "tdmpc2_jax_diffusion")["args"])
-    args = td.with_preset(args)
-    model = td.make_model(args, 5, 1, episodic=False)
-    like = jax.eval_shape(lambda: td.fresh(args, model))
-    return args, model, read_checkpoint(checkpoint, meta_of(folder, "tdmpc2_jax_diffusion"), **like)
+    meta = meta_of(folder, "tdmpc2_jax_diffusion")
+    args = td.with_preset(td.Args(**meta["args"]))
+    like = jax.eval_shape(lambda: td.fresh(args, td.make_model(args, 5, 1, episodic=False)))
+    return read_checkpoint(checkpoint, meta, **like), meta
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """Folder of a run that was not interrupted."""
+    runs = tmp_path_factory.mktemp("finished")
+    td.main([*files, *TINY, "--runs-dir", str(runs)])
+    return runs / NAME
+
+
+def test_a_run_takes_task_and_sizes_from_its_world_model_and_leaves_curve_and_checkpoint(finished, files):
+    found, meta = final(finished)
+    assert meta["count"]["updates"] == 400 == int(found["state"].updates)
+    assert (meta["args"]["task"], meta["args"]["mlp_dim"]) == ("cartpole-swingup", 16)
+    assert (finished / "eval.csv").read_text().startswith("step,reward,success,seed\n400,")
+    theirs = read_agent(find_checkpoint(files[1]), read_meta(find_checkpoint(files[1]), "tdmpc2_jax"))
+    jax.tree.map(np.testing.assert_array_equal, found["world"].params, theirs["params"])
+    assert float(found["world"].discount) == pytest.approx(0.99)
+
+
+def test_the_table_has_a_row_for_each_combination_and_what_the_networks_know(finished, tmp_path, capsys):
+    flags = "--planner ssr,pi --scorer random --eval-episodes 1 --no-compile-cache".split()
+    td.main(["--evaluate", "--checkpoint", str(finished), *flags, "--json", str(tmp_path / "x.json")])
+    out, results = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
+    assert [(row["planner"], row["scorer"], len(row["returns"])) for row in results["table"]] == [
+        ("ssr", "random", 1),
+        ("pi", "-", 1),
+    ]
+    assert f"{results['table'][1]['returns'][0]:.1f}" in out and "p_d shuffled, scale 1" in out
+    assert {*results["held_out"]["nmse"]["1"]} == {"copy", "p_d", "p_d shuffled", "d", "d shuffled"}
+    assert {*results["held_out"]["advantages"]} == {f"{s} on {z}" for s in ("model", "J") for z in ("true", "p_d", "d")}
+    assert {*results["held_out"]["actions"]} == {"rho", "recorded"}
+
+
+def test_a_killed_run_ends_where_the_uninterrupted_one_does(finished, files, start, tmp_path):
+    child = start(*files, *TINY, small=False, name="tdmpc2_jax_diffusion.py")
+    folder = tmp_path / "runs" / NAME
+    wait_for(lambda: complete_checkpoints(folder), child)
+    child.kill()
+    child.wait()
+    assert 100 <= meta_of(folder, "tdmpc2_jax_diffusion")["count"]["updates"] < 400
+    td.main([*files, *TINY, "--runs-dir", str(tmp_path / "runs"), "--resume"])
+    one, other = final(folder)[0]["state"], final(finished)[0]["state"]
+    assert jax.random.key_data(one.key).tolist() == jax.random.key_data(other.key).tolist()
+    close = partial(np.testing.assert_allclose, atol=1e-5)  # the child's programs are compiled in less time
+    jax.tree.map(close, one._replace(key=0), other._replace(key=0))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--world-model", "nowhere"], ["nowhere", "does not exist"]),
+        (["--data-dir", "nowhere"], ["nowhere", "chunk_0.pt"]),
+        (["--mlp-dim", 24], ["does not fit", "--mlp-dim 16"]),
+        (["--future", 40], ["4 episode(s) of at most 30 entries", "windows of 41 entries"]),
+        (["--scorer", "modell"], ["--scorer", "model, J, mix, random", "modell"]),
+        (["--planner", "ssr,pi"], ["--planner", "--evaluate"]),
+        (["--width", 10, "--heads", 2], ["--width", "--heads"]),
+        (["--future", 2], ["--horizon", "--future"]),
+        (["--num-proposals", 0, "--num-policy", 0], ["no candidate"]),
+        (["--proposal-steps", 1001], ["1000"]),
+        (["--diffusion-lr", "nan"], ["--diffusion-lr"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(refused, files, flags, words):
+    sentence = refused(*files, *flags)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_training_needs_a_world_model_and_episodes(refused, files):
+    assert "--world-model" in refused("--task", "cartpole-swingup", *files[2:])
+    assert "--data-dir" in refused(*files[:2])
