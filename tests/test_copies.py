@@ -27,6 +27,14 @@ COPIES = {
         TrainState optimizers init_state td_target policy_loss
         fresh_state
     """.split(),
+    "world_model": """
+        MODEL_SIZES SIZE_FIELDS with_model_size discount_of
+        symexp two_hot_inv mish simnorm
+        Linear MLP WorldModel make_model init_params
+        PolicySample policy q_logits pick_heads
+        PlanNoise plan_noise two_heads estimate_value plan act
+    """.split(),
+    "tdmpc2_jax_diffusion": ["setup"],
 }
 
 
@@ -65,6 +73,8 @@ MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_mt": "exp_name seed resume checkpoint_freq log_freq eval_freq eval_episodes capture_video evaluate "
     "checkpoint model_size batch_size",
     "tdmpc2_jax_rgb": "task exp_name checkpoint model_size mlp_dim latent_dim buffer_size",
+    "world_model": "",
+    "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq",
 }
 
 
@@ -89,7 +99,7 @@ def test_a_room_imports_only_rooms_below_it(path):
     floor = {"domains", "files"}
     below = {
         "arguments": floor, "devices": {"domains"}, "convolution": set(), "runs": floor | {"arguments", "devices"},
-        "envs": floor,
+        "envs": floor, "world_model": {"arguments"},
     }  # fmt: skip
     room = path.stem if path.parent == ROOT else path.parent.name
     allowed = {"domains": {"domains"}, "files": {"files", "devices", "domains.tasks"}} | below
