@@ -52,7 +52,7 @@ from world_model import (
     two_heads,
     two_hot_inv,
     with_model_size,
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -515,9 +515,14 @@ def train(args: Args, model: WorldModel, state: DiffusionState, world: World, da
 class Planner(NamedTuple):
     """What plans are made with."""
 
-    nets: dict[str, Any]  # slow copies of the parameters of p_d, rho and J
+    nets: dict[str, Any]  # parameters of p_d, rho and J
     stats: Stats
     world: World
+
+
+def planner_of(state: DiffusionState, world: World) -> Planner:
+    """The planner with the slow copies."""
+    return Planner(state.ema, state.stats, world)
 
 
 def propose(args: Args, model: WorldModel, planner: Planner, z, best, first, key) -> jax.Array:
@@ -721,7 +726,7 @@ def evaluate_checkpoint(args: Args) -> None:
         checkpoint = find_checkpoint(args.checkpoint)
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
         found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **like)
-        planner = Planner(found["state"].ema, found["state"].stats, found["world"])
+        planner = planner_of(found["state"], found["world"])
         print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}  of {spec.name}")
         for row in rows:
             result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
@@ -787,8 +792,7 @@ def run(args: Args) -> None:
             # Evaluate and save
             finished, count["updates"] = step >= args.num_updates, step
             if keeper.due(step, count["evaluated"], args.eval_freq, finished):
-                planner = Planner(state.ema, state.stats, world)
-                keeper.record_returns(step, spec, partial(evaluate, args, model, planner, envs))
+                keeper.record_returns(step, spec, partial(evaluate, args, model, planner_of(state, world), envs))
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
                 keeper.save(step, info, world=world, state=state)
             if finished or keeper.stop:

@@ -5,6 +5,11 @@
 
 Every part is a command of tdmpc2_jax_diffusion.py, printed before it runs; a part that has been finished is not run
 again. All act in the same episodes.
+
+    python benchmarks/diffusion.py --checkpoint ... --folder diffusion --parts "" --speed speed.json
+
+times plans for one environment, and an update of the three networks, as benchmarks/speed.py does: in turn with a 2048^3
+product, beside the matrix products of each alone.
 """
 
 import dataclasses
@@ -24,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs as environments
 import tdmpc2_jax_diffusion as td
+from benchmarks.speed import UNIT, count_products, interleave, products_alone, square_product, total_gflop
 from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +62,8 @@ class Args:
     """episodes of each row"""
     seed: int = 100
     """of the episodes"""
+    speed: str | None = None
+    """time plans and an update, and write the figures to this file"""
 
 
 def evaluation(args: Args, part: str) -> dict:
@@ -69,16 +77,21 @@ def evaluation(args: Args, part: str) -> dict:
     return json.loads(path.read_text())
 
 
-def imagined(checkpoint: str, number: int) -> dict[str, np.ndarray]:
-    """Rewards [B, F] and values [B, F] that the world model's heads see in held-out futures: true ones, p_d's, d's."""
+def load(checkpoint: str):
+    """Arguments, networks of the world model, planner, learning state and recorded episodes of a run."""
     found = find_checkpoint(checkpoint)
     meta = read_meta(found, "tdmpc2_jax_diffusion")
     args = td.with_preset(td.Args(**meta["args"]))
     spec, sizes = environments.task_spec(args.task), environments.set_sizes([args.task])
     model = td.make_model(args, *sizes, args.episodic and spec.can_terminate)
     items = read_checkpoint(found, meta, **jax.eval_shape(partial(td.fresh, args, model)))
-    planner = td.Planner(items["state"].ema, items["state"].stats, items["world"])
-    data = td.encoded(args, model, planner.world)
+    data = td.encoded(args, model, items["world"])
+    return args, model, td.planner_of(items["state"], items["world"]), items["state"], data
+
+
+def imagined(checkpoint: str, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rewards [B, F] and values [B, F+1] that the world model's heads see in held-out futures: true, p_d's, d's."""
+    args, model, planner, _, data = load(checkpoint)
     windows = td.windows_at(args, data, td.spread_out(data.held_out, number))
     futures = td.answers(args, model, planner, windows, jax.random.key(0))["futures"]["1"]
     decoded = {}
@@ -87,6 +100,50 @@ def imagined(checkpoint: str, number: int) -> dict[str, np.ndarray]:
         logits = model.reward.apply(planner.world.params["reward"], zs[:, :-1], windows.action[:, : args.future])
         decoded[name] = np.asarray(td.two_hot_inv(args, logits)), np.asarray(td.value(args, model, planner.world, zs))
     return decoded
+
+
+VARIANTS = {  # plans to be timed
+    "ssr, random": {"scorer": "random"},
+    "ssr, model on d": {"rollouts": "onestep"},
+    "ssr, model on p_d, 1 step": {"dynamics_steps": 1},
+    "ssr, model on p_d, 2 steps": {"dynamics_steps": 2},
+    "ssr, model on p_d, 10 steps": {"dynamics_steps": 10},
+    "ssr, J on p_d": {"scorer": "J"},
+    "ssr_mppi, model on p_d": {"planner": "ssr_mppi"},
+    "mppi": {"planner": "mppi"},
+}
+
+
+def speed(checkpoint: str) -> list[dict]:
+    """Of each plan and of an update: milliseconds, units of a 2048^3 product, GFLOP, share of the unit's rate, and the
+    share of the time that the products alone take."""
+    args, model, planner, state, data = load(checkpoint)
+    obs, best = jnp.ones((1, model.obs_dim)), jnp.zeros((1, args.future, model.action_dim))
+    inputs = planner, obs, best, jnp.zeros(1, bool), jax.random.key(0)
+    functions, products = {"unit": square_product(UNIT, "float32")}, {}
+    for name, fields in VARIANTS.items():
+        row = dataclasses.replace(args, **fields)
+        products[name] = count_products(td.act_by.trace(row, model, *inputs).jaxpr)
+        functions[name] = partial(td.act_by, row, model, *inputs)
+    held = [state]
+
+    def update():
+        held[0], info = td.train(args, model, held[0], planner.world, data, num_updates=1)
+        return info
+
+    traced = td.train.trace(args, model, state, planner.world, data, num_updates=1)
+    products["update"], functions["update"] = count_products(traced.jaxpr), update
+    functions |= {f"{name}, alone": products_alone(counted) for name, counted in products.items()}
+    times = interleave(functions, 20, limit_s=150)
+    rate, rows = 2 * UNIT**3 / 1e6 / np.median(times["unit"]), []  # GFLOP/s
+    for name, counted in products.items():
+        ms, gflop = float(np.median(times[name])), total_gflop(counted)
+        row = {"what": name, "ms": ms, "units": float(np.median(times[name] / times["unit"])), "gflop": gflop}
+        row |= {"share_of_peak": gflop / ms * 1e3 / rate}
+        rows.append(row | {"products_share": float(np.median(times[f"{name}, alone"] / times[name]))})
+        print("{what:<30}{ms:>8.2f} ms {units:>8.3f} units {gflop:>8.3f} GFLOP".format(**rows[-1]), end="  ")
+        print("{share_of_peak:.1%} of peak, products alone {products_share:.0%}".format(**rows[-1]), flush=True)
+    return rows
 
 
 def draw(results: dict, decoded: dict, path: str) -> None:
@@ -121,17 +178,20 @@ def draw(results: dict, decoded: dict, path: str) -> None:
 def main(args: Args) -> None:
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     results = {"table": []}
-    for part in args.parts.split(","):
+    for part in filter(None, args.parts.split(",")):
         found = evaluation(args, part)
         results = {"task": found["task"], "held_out": results.get("held_out", found["held_out"])} | results
         results["table"] += [{"part": part} | row for row in found["table"]]
-        results.setdefault("held_out_of", {})[part] = found["held_out"]
+        if "p_d" in part:
+            results.setdefault("nmse", {})[part] = found["held_out"]["nmse"]["1"]["p_d"]
     print(f"\n{'part':<28}{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± error':>8}")
     for row in results["table"]:
         mean, error = np.mean(row["returns"]), np.std(row["returns"]) / np.sqrt(len(row["returns"]))
         print("{part:<28}{planner:<10}{scorer:<8}{rollouts:<11}".format(**row) + f"{mean:>8.1f} {error:>8.1f}")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    if args.speed:
+        Path(args.speed).write_text(json.dumps(speed(args.checkpoint), indent=1) + "\n")
     if args.picture:
         draw(results, imagined(args.checkpoint, 3), args.picture)
 

@@ -58,10 +58,6 @@ SMALL = td.with_preset(
 MODEL = td.make_model(SMALL, 5, A, episodic=False)
 
 
-def planner_of(state, world):
-    return td.Planner(state.ema, state.stats, world)
-
-
 def changed(**fields):
     return dataclasses.replace(SMALL, **fields)
 
@@ -89,7 +85,7 @@ def made():
     stats = td.statistics(SMALL, MODEL, world, make_windows(64))
     state = parts["state"]._replace(stats=stats, params=jitter(parts["state"].params, 0.1))
     state = state._replace(ema=jitter(parts["state"].params, 0.1, 2))
-    return td.Planner(state.ema, state.stats, world), state
+    return td.planner_of(state, world), state
 
 
 # ------------------------------------------------------------------------------------------- Schedule and sampler
@@ -434,7 +430,7 @@ def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays(made)
     state, info = td.train(args, MODEL, state, planner.world, data, num_updates=1200)
     jax.tree.map(np.testing.assert_array_equal, before, planner.world)
     assert int(state.updates) == 1200 and all(np.isfinite(x) for x in info.values())
-    planner = planner_of(state, planner.world)
+    planner = td.planner_of(state, planner.world)
 
     def samples(window, key):
         alone = dataclasses.replace(args, num_proposals=1, num_policy=0, warm_start=False)
@@ -465,10 +461,10 @@ def test_plans_depend_on_the_key_and_on_the_slow_copies_alone(made):
     action, best, failed, _ = call(planner, args)
     assert action.shape == (3, A) and best.shape == (3, F, A) and not failed.any()
     np.testing.assert_array_equal(action, best[:, 0])
-    same = call(planner_of(state._replace(params=jitter(state.params, 1.0)), planner.world), args)
+    same = call(td.planner_of(state._replace(params=jitter(state.params, 1.0)), planner.world), args)
     np.testing.assert_array_equal(same[0], action)
     assert not np.array_equal(call(planner, args, key=1)[0], action)
-    ema = planner_of(state._replace(ema=jitter(state.ema, 0.3)), planner.world)
+    ema = td.planner_of(state._replace(ema=jitter(state.ema, 0.3)), planner.world)
     assert not np.array_equal(call(ema, args)[0], action)
 
 
@@ -632,7 +628,9 @@ def test_a_run_takes_task_and_sizes_from_its_world_model_and_leaves_curve_and_ch
 
 def test_the_table_has_a_row_for_each_combination_and_what_the_networks_know(finished, tmp_path, capsys):
     flags = "--planner ssr,pi --scorer random --eval-episodes 1 --no-compile-cache".split()
+    programs = td.act_by._cache_size()
     td.main(["--evaluate", "--checkpoint", str(finished), *flags, "--json", str(tmp_path / "x.json")])
+    assert td.act_by._cache_size() == programs + 2, "one program a row, compiled once"
     out, results = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
     assert [(row["planner"], row["scorer"], len(row["returns"])) for row in results["table"]] == [
         ("ssr", "random", 1),
