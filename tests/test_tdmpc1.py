@@ -11,6 +11,7 @@ from test_runs import read_scalars
 
 import envs
 import tdmpc_jax as td
+from benchmarks.speed_tdmpc1 import apart
 from files import pretrained
 
 H = 3  # of the replay tests
@@ -75,7 +76,8 @@ def check_update(agent, state, recording, name, inputs, weight, tolerance=1e-5):
     batch = td.Batch(obs, action, reward[..., 0], jnp.zeros(action.shape[:2]), jnp.asarray(weight))
     draws = jnp.stack(draws_of(recording, name))
     noise = td.UpdateNoise(draws[: args.horizon], draws[args.horizon :])
-    close(td.td_target(args, model, state, batch, noise), recording[f"{name}_td_target"], tolerance)
+    target = jax.jit(td.td_target, static_argnums=(0, 1))(args, model, state, batch, noise)
+    close(target, recording[f"{name}_td_target"], tolerance)
     state, priority, info = jax.jit(td.update, static_argnums=(0, 1))(args, model, state, batch, noise)
     close(priority, recording[f"{name}_priorities"] + 1e-6, tolerance)
     recorded = {k.removeprefix(f"{name}_info_"): v for k, v in recording.items() if k.startswith(f"{name}_info_")}
@@ -274,45 +276,42 @@ SMALL = {"enc_dim": 8, "mlp_dim": 16, "latent_dim": 8, "batch_size": 8, "lr": 1e
 SMALL |= {"num_samples": 32, "num_elites": 8, "num_pi_trajs": 4}
 
 
-def test_an_update_changes_the_priorities_of_its_own_windows_only():
+def test_an_update_changes_the_priorities_of_its_own_windows_only(monkeypatch):
+    def update(args, model, state, batch, noise):
+        return state, jnp.arange(1.0, args.batch_size + 1), {"smallest": batch.weight.min()}
+
+    monkeypatch.setattr(td, "update", update)
     args = td.Args(**SMALL, horizon=H)
-    model = td.make_model(args, 3, 1)
     replay, _ = write_episodes(td, seed=3, capacity=60, num_envs=2, steps=100)
-    state = td.fresh_state(args, model)["train"]
-    before = leaves(replay).ravel()
-    _, sample_key, noise_key = jax.random.split(state.key, 3)
-    drawn = td.draw(replay.tree, sample_key, args.batch_size)
-    batch = td.windows(replay, drawn, H, args.per_beta)
-    assert batch.terminated.shape == (H, args.batch_size)
-    update = jax.jit(td.update, static_argnums=(0, 1))
-    _, priority, _ = update(args, model, state, batch, td.update_noise(args, model, noise_key))
+    state, before = td.TrainState({}, {}, (), (), jax.random.key(0), 0), leaves(replay).ravel()
+    drawn = np.asarray(td.draw(replay.tree, jax.random.split(state.key, 3)[1], args.batch_size))
+    train = jax.jit(td.train.__wrapped__, static_argnums=(0, 1, 4))  # not kept with this update
+    _, replay, info = train(args, td.make_model(args, 3, 1), state, replay, 1)
     expected = before.copy()
     expected[drawn] = 0.0
-    np.maximum.at(expected, np.asarray(drawn), np.asarray(priority) ** 0.6)
-    state, replay, _ = td.train(args, model, state, replay, num_updates=1)
-    after = leaves(replay).ravel()
-    np.testing.assert_allclose(after, expected, rtol=1e-5)
-    untouched = np.setdiff1d(np.arange(len(before)), drawn)
-    np.testing.assert_array_equal(after[untouched], before[untouched])
-    assert len(set(np.asarray(drawn).tolist())) > 1 and (after[drawn] != before[drawn]).all()
+    np.maximum.at(expected, drawn, np.arange(1.0, 9.0) ** 0.6)
+    np.testing.assert_allclose(leaves(replay).ravel(), expected, rtol=1e-5)
+    assert len(set(drawn.tolist())) > 1 and info["smallest"] == 1
     check_tree(replay.tree)
 
 
 def test_no_value_lies_behind_a_termination():
     args = td.Args(**SMALL, horizon=H)
     model = td.make_model(args, 3, 1)
-    state = td.fresh_state(args, model)["train"]
+    state = jax.jit(td.fresh_state, static_argnums=(0, 1))(args, model)["train"]
     state = state._replace(target=jax.tree.map(lambda x: x + 0.1, state.target))
     reward, terminated = jnp.arange(24.0).reshape(H, 8), jnp.zeros((H, 8)).at[1, ::2].set(1.0)
     batch = td.Batch(jnp.ones((H + 1, 8, 3)), jnp.ones((H, 8, 1)), reward, terminated, jnp.ones(8))
-    target = td.td_target(args, model, state, batch, td.update_noise(args, model, jax.random.key(0)))
+    noise = td.update_noise(args, model, jax.random.key(0))
+    target = jax.jit(td.td_target, static_argnums=(0, 1))(args, model, state, batch, noise)
     np.testing.assert_array_equal(target == reward, terminated == 1)
 
 
 def test_environments_that_are_planned_for_together_get_what_each_gets_alone_whatever_its_horizon():
     args = td.Args(**SMALL)
     model = td.make_model(args, 3, 2)
-    params = jax.tree.map(lambda x: x + 0.1, td.init_params(args, model, jax.random.key(0)))
+    params = jax.jit(td.init_params, static_argnums=(0, 1))(args, model, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1, params)
     noise, obs = td.plan_noise(args, model, jax.random.key(1), 3), jax.random.normal(jax.random.key(2), (3, 3))
     mean, first = 0.3 * jnp.ones((3, args.horizon, 2)), np.array([False, True, False])
     limits, plan = td.Schedule(np.array([1, 3, 5], np.int32), 0.1), jax.jit(td.plan, static_argnums=(0, 1, 8))
@@ -323,6 +322,22 @@ def test_environments_that_are_planned_for_together_get_what_each_gets_alone_wha
         np.testing.assert_allclose(together[0][i], alone[0][0], atol=1e-5)
         h = limits.horizon[i]
         np.testing.assert_allclose(together[1][i, :h], alone[1][0, :h], atol=1e-5)
+
+
+def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step():
+    args = td.Args(**SMALL)
+    model = td.make_model(args, 3, 2)
+    params = jax.jit(td.init_params, static_argnums=(0, 1))(args, model, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    actions, eps = (
+        jax.random.normal(jax.random.key(1), (args.horizon, 9, 2)),
+        jax.random.normal(jax.random.key(2), (9, 2)),
+    )
+    loop = jax.jit(td.estimate_value, static_argnums=(0, 1))
+    for horizon in (1, 3):
+        inputs = args, model, params, jnp.ones((1, 8)), actions, jnp.int32(horizon), eps
+        written_out = jax.jit(apart(args, horizon), static_argnums=(0, 1))(*inputs)
+        np.testing.assert_allclose(loop(*inputs), written_out, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
