@@ -11,16 +11,14 @@ discrete regression, n environments, q an ensemble of value heads, T tasks, E si
     python tdmpc2_jax_mt.py --tasks mt30 --data-dir data/mt30                # train; a killed run goes on with --resume
     python tdmpc2_jax_mt.py --evaluate --checkpoint mt80-48M.pt --eval-episodes 1
     python tdmpc2_jax_mt.py --tasks walker-walk,cheetah-run --data-dir data  # what --save-episodes data has collected
+    python tdmpc2_jax_mt.py --data-dir data/mt30 --model-size 1 --teacher mt30-317M.pt         # distil a large agent
 """
 
 import contextlib
 import dataclasses
-import re
 import signal
-import zlib
 from collections import deque
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -32,24 +30,15 @@ import optax
 from jax.sharding import Mesh
 
 import arguments
+import devices
 import envs as environments
 from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
-from devices import (
-    agree,
-    any_process,
-    available_everywhere,
-    bytes_of,
-    everywhere,
-    local_copy,
-    on_devices,
-    split,
-    start_distributed,
-    use_compile_cache,
-    use_huge_pages,
-)  # fmt: skip
-from files.device_data import DeviceData, choose_storage, data_shapes, to_devices
-from files.pretrained import Agent, check_shapes, load_multitask, sizes_of
-from files.reports import SetEvaluation, evaluating, grid, headline, report_scores, summary
+from devices import available_everywhere, bytes_of, everywhere, local_copy, on_devices, split
+from files.checkpoints import checksums
+from files.device_data import DeviceData, choose_storage, data_shapes, describe, to_devices
+from files.pretrained import Agent, check_shapes, load_multitask, load_teacher, sizes_of, write_quantized
+from files.quantized import Visited, compare, print_comparison
+from files.reports import SetEvaluation, evaluating, grid, record_scores, report_scores
 from runs import Run
 
 
@@ -87,6 +76,8 @@ class Args:
     reward_coef: Weight = 0.1  # weight of the reward loss
     value_coef: Weight = 0.1  # weight of the value loss
     entropy_coef: Weight = 1e-4  # weight of the policy's entropy
+    teacher: str | None = None  # learn rewards from this agent of the same tasks, too: given like --checkpoint
+    distill_coef: Weight = 0.45  # weight of the distance to the teacher's rewards
     discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
     discount_min: Share = 0.95  # lowest discount
     discount_max: Share = 0.995  # highest discount
@@ -108,9 +99,12 @@ class Args:
     seed: Natural = 1  # of the parameters, the batches and every random draw
     num_updates: Count = 10_000_000  # length of the run in gradient updates
     resume: bool = False  # continue the run of these tasks, name and seed from its last checkpoint, if it has one
-    checkpoint: str | None = None  # start from this agent: a run, a checkpoint, or an original multi-task .pt
+    checkpoint: str | None = None  # start from this agent: a run, a checkpoint, a quantised file, an original .pt
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table of tasks and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
+    quantize: Literal["float16", "int8", "mixed"] | None = None  # do not train: write --checkpoint in these types
+    output: NewFile | None = None  # with --quantize: the file; mixed is int8 with an encoder in float16
+    keep_target_q: bool = False  # with --quantize: write the target Qs, too, which only learning needs
     eval_freq: Count = 100_000  # updates between evaluations (one more at the end)
     eval_episodes: Count = 10  # of each task in an evaluation; all run side by side (10-40 MB of memory each)
     checkpoint_freq: Count = 50_000  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
@@ -561,9 +555,17 @@ def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: B
     return batch.reward + task.discount * q.min(0)
 
 
-def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target, noise):
-    """World-model objective (eq. 3) on latent rollouts from the windows' first observations. Returns the total loss,
-    and the rollouts [H+1, B, Z] and the parts of the loss."""
+def predict_reward(args: Args, model: WorldModel, params, obs, action, task) -> jax.Array:
+    """Rewards [B] that a trained agent of these arguments expects of actions [B, A] in states [B, O] of tasks [B]."""
+    emb = embed(params["task_emb"], task)
+    z = model.encoder.apply(params["encoder"], obs, emb)
+    return two_hot_inv(args, model.reward.apply(params["reward"], z, emb, action))
+
+
+def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target, noise, teacher_reward=None):
+    """World-model objective (eq. 3) on latent rollouts from the windows' first observations, with a teacher's rewards
+    [B] of their first steps also the distance to these (TD-MPC-Opt, arXiv 2507.01823): in units of reward, after
+    decoding. Returns the total loss, and the rollouts [H+1, B, Z] and the parts of the loss."""
     rho = args.rho ** jnp.arange(args.horizon)  # [H]
     emb = params["task_emb"][batch.task]  # [B, E]
     zs = [model.encoder.apply(params["encoder"], batch.obs[0], emb)]
@@ -577,8 +579,11 @@ def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, targ
     reward = (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean()
     value = (rho * soft_ce(args, value_logits, target).mean(2)).mean()
     total = args.consistency_coef * consistency + args.reward_coef * reward + args.value_coef * value
-    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value, "total_loss": total}
-    return total, (zs, info)
+    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
+    if teacher_reward is not None:
+        info["distillation_loss"] = ((two_hot_inv(args, reward_logits[0]) - teacher_reward) ** 2).mean()
+        total += args.distill_coef * info["distillation_loss"]
+    return total, (zs, info | {"total_loss": total})
 
 
 def policy_loss(
@@ -597,9 +602,12 @@ def policy_loss(
     return loss, (q_scale, info | {"pi_loss": loss})
 
 
-def update(args: Args, model: WorldModel, tasks: Tasks, state: TrainState, batch: Batch, noise: UpdateNoise):
+def update(
+    args: Args, model: WorldModel, tasks: Tasks, state: TrainState, batch: Batch, noise: UpdateNoise, teacher=None
+):
     """One gradient step on the world model and the task embedding, then one on the policy, then one of the target
-    values. Returns the new state and a dict of scalars for the log.
+    values. Returns the new state and a dict of scalars for the log. The teacher (as `make_teacher` gives it) is only
+    asked if its weight is not 0.
 
     The policy's loss depends on the embedding, too. Like the original, which does not clear that gradient, the model's
     next step adds it to its own.
@@ -613,7 +621,10 @@ def update(args: Args, model: WorldModel, tasks: Tasks, state: TrainState, batch
     next_z = model.encoder.apply(params["encoder"], batch.obs[1:], task.emb)  # [H, B, Z]
     target = td_target(args, model, state, next_z, batch, task, noise)  # [H, B]
     model_params = {k: v for k, v in params.items() if k != "pi"}
+    distilled = teacher is not None and args.distill_coef > 0
+    teacher_reward = teacher(batch.obs[0], batch.action[0], batch.task) if distilled else None  # [B]
     loss = partial(model_loss, args, model, batch=batch, next_z=next_z, target=target, noise=noise)
+    loss = partial(loss, teacher_reward=teacher_reward)
     grads, (zs, info) = jax.grad(loss, has_aux=True)(model_params)
     grads["task_emb"] += state.emb_grad
     change, model_opt = model_tx.update(grads, state.model_opt)
@@ -660,49 +671,51 @@ def batch_shapes(args: Args, model: WorldModel, mesh: Mesh) -> Batch:
     return Batch(*map(lambda s, t, p: jax.ShapeDtypeStruct(s, t, sharding=p), shapes, types, batch_shardings(mesh)))
 
 
-def state_shapes(args: Args, model: WorldModel, mesh: Mesh, shard: bool) -> TrainState:
-    """Shapes, types and places of the learning state: a copy on every device or, if `shard`, each array split over the
-    devices along its longest axis that can be."""
+def placed(shapes, mesh: Mesh, shard: bool):
+    """The same shapes and types with places: a copy on every device or, if `shard`, each array split over the devices
+    along its longest axis that can be."""
 
     def place(x):
         axes = [i for i in range(x.ndim) if x.shape[i] % mesh.size == 0] if shard else []
         sharding = split(mesh, max(axes, key=lambda i: x.shape[i])) if axes else everywhere(mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(place, jax.eval_shape(partial(fresh_state, args, model)))
+    return jax.tree.map(place, shapes)
 
 
-def train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, state: TrainState, source: DeviceData | Batch):
+def train(
+    args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, state: TrainState, source: DeviceData | Batch, teacher=None
+):
     """One update, on a batch drawn here from device memory or drawn before. Every device computes on its share of the
     batch; the sums over it, and so the gradients, are those of one device. Returns the new state and scalars."""
     key, sample_key, noise_key = jax.random.split(state.key, 3)
     batch = source if isinstance(source, Batch) else sample(source, sample_key, args.batch_size, args.horizon)
     batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
     noise = update_noise(args, model, noise_key)
-    return update(args, model, tasks, state._replace(key=key), batch, noise)
+    return update(args, model, tasks, state._replace(key=key), batch, noise, teacher)
 
 
-def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, source):
+def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, source, teacher=None):
     """Compiles `train` for a source of these shapes, says what memory it takes and refuses what cannot fit.
 
-    Returns the program and the shapes of the learning state, which is split over the devices if --shard-params says so
-    or, by default, if copies of it would take more than half of each.
+    Returns the program, with the teacher on the devices bound to it, and the shapes of the learning state. These two
+    are split over the devices if --shard-params says so or, by default, if copies would take more than half of each.
     """
     free = available_everywhere()
-    shard = args.shard_params == "yes"
-    state = state_shapes(args, model, mesh, shard)
-    if args.shard_params == "auto" and mesh.size > 1 and 2 * bytes_of(state) > free:
-        state = state_shapes(args, model, mesh, True)
+    shapes = jax.eval_shape(partial(fresh_state, args, model)), teacher
+    state, its = placed(shapes, mesh, args.shard_params == "yes")
+    if args.shard_params == "auto" and mesh.size > 1 and 2 * bytes_of((state, its)) > free:
+        state, its = placed(shapes, mesh, True)
     parts = {
         "parameters": bytes_of((state.params, state.target_q)),
         "optimiser": bytes_of((state.model_opt, state.pi_opt)),
         "data": bytes_of(source) if isinstance(source, DeviceData) else 0,
-    }
+    } | ({"teacher": bytes_of(its)} if teacher else {})
     program = None
     if sum(parts.values()) <= free:  # compiling takes its time
-        places = jax.tree.map(lambda x: x.sharding, state)
+        places, its_places = jax.tree.map(lambda x: x.sharding, (state, its))
         compute = jax.jit(train, static_argnums=(0, 1, 2), donate_argnums=4, out_shardings=(places, everywhere(mesh)))
-        program = compute.lower(args, model, mesh, tasks, state, source).compile()
+        program = compute.lower(args, model, mesh, tasks, state, source, its).compile()
         parts["activations"] = program.memory_analysis().temp_size_in_bytes
     text = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
     if jax.process_index() == 0:
@@ -710,7 +723,8 @@ def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, sourc
     if program is None or sum(parts.values()) > free:
         ways = "a smaller --model-size or --batch-size, more devices, --shard-params yes or --storage disk"
         raise environments.UserError(f"{sum(parts.values()) / 1e9:.2f} GB do not fit into {free / 1e9:.2f} GB ({ways})")
-    return program, state
+    teacher = jax.jit(lambda x: x, out_shardings=its_places)(teacher)
+    return lambda tasks, state, source: program(tasks, state, source, teacher), state
 
 
 def sources(args: Args, data, mesh: Mesh, first: int):
@@ -758,26 +772,60 @@ def evaluate(
     return SetEvaluation(names, returns.reshape(-1, each), successes.reshape(-1, each), frames)
 
 
-def evaluate_checkpoint(args: Args) -> None:
-    """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
-    args, model, agent = load_agent(args)
-    names = environments.set_tasks(task_set(args.tasks)) if args.tasks else agent.tasks
-    unknown = [name for name in names if name not in agent.tasks]
-    arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
+def play_tasks(args: Args, model: WorldModel, agent: Agent, names: tuple[str, ...], wrap=lambda envs: envs):
+    """Evaluates an agent in environments of its tasks `names`; returns the result, and the environments as `wrap` has
+    wrapped them."""
     ids = np.array([agent.tasks.index(name) for name in names])
     steps = max(environments.task_spec(name).episode_length for name in names)
     with evaluating(steps) as (enter, go_on):
-        envs = enter(make_eval_envs(args, names, agent.tasks))
-        tasks = make_tasks(args, agent.tasks)
-        result = evaluate(args, model, tasks, agent.params, names, ids, envs, (args.seed, 1), go_on)
-    report_scores(args, result)
+        envs, tasks = enter(wrap(make_eval_envs(args, names, agent.tasks))), make_tasks(args, agent.tasks)
+        return evaluate(args, model, tasks, agent.params, names, ids, envs, (args.seed, 1), go_on), envs
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
+    args, model, agent = load_agent(args)
+    names = environments.set_tasks(arguments.task_set(args.tasks)) if args.tasks else agent.tasks
+    unknown = [name for name in names if name not in agent.tasks]
+    arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
+    report_scores(args, play_tasks(args, model, agent, names)[0])
+
+
+def outputs(args: Args, model: WorldModel, tasks: Tasks, params, obs, action, task) -> dict[str, jax.Array]:
+    """What the networks make of states [B, O] and the actions [H, B, A] after them, each of its own latent states."""
+    task = task_input(tasks, embed(params["task_emb"], task), task)
+    z = later = model.encoder.apply(params["encoder"], obs, task.emb)
+    for a in action:
+        later = model.dynamics.apply(params["dynamics"], later, task.emb, a)
+    reward = two_hot_inv(args, model.reward.apply(params["reward"], z, task.emb, action[0]))
+    q = two_hot_inv(args, q_logits(model, params["q"], z, task.emb, action[0]))
+    pi = policy(args, model, params["pi"], z, task, jnp.zeros_like(action[0]))
+    return {"z": z, f"z{len(action)}": later, "reward": reward, "Q": q, "action": pi.mean}
+
+
+def quantize_checkpoint(args: Args) -> None:
+    """--quantize: writes the agent to --output, and prints what that changes: on states of --data-dir or, without it,
+    on those that the agent visits by its policy."""
+    args, model, agent = load_agent(args)
+    write_quantized(args.output, agent, args.quantize, "tdmpc2_jax_mt", dataclasses.asdict(args), args.keep_target_q)
+    count, rng = 200 * len(agent.tasks), np.random.default_rng(args.seed)
+    if args.data_dir:
+        data = environments.load_dataset(agent.tasks, args.data_dir).sample(rng, count, args.horizon)
+        seen, where = (data["obs"][0], data["action"], data["task"]), f"of {args.data_dir}"
+    else:
+        acting = dataclasses.replace(args, mpc=False, eval_episodes=1, capture_video=False)
+        _, envs = play_tasks(acting, model, agent, agent.tasks, Visited)
+        seen, where = envs.windows(count, args.horizon), "that its policy visits"
+    compute = jax.jit(partial(outputs, args, model, make_tasks(args, agent.tasks)))
+    rows = compare(args.output, agent.params, lambda params: compute(params, *seen))
+    print_comparison(rows, f"on {count} states {where}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- Run
 def load_agent(args: Args) -> tuple[Args, WorldModel, Agent]:
     """The agent of --checkpoint, the arguments completed by its sizes, and its networks; the task embeddings are among
     its parameters."""
-    named = environments.set_tasks(task_set(args.tasks)) if args.tasks else ()
+    named = environments.set_tasks(arguments.task_set(args.tasks)) if args.tasks else ()
     agent = load_multitask(args.checkpoint, named, *SCRIPTS)
     unsaid = {name: size for name, size in sizes_of(agent.params).items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unsaid)
@@ -787,10 +835,17 @@ def load_agent(args: Args) -> tuple[Args, WorldModel, Agent]:
     return args, model, agent
 
 
-def task_set(tasks: str | None) -> str | list[str]:
-    """--tasks as `environments.load_dataset` wants it."""
-    tasks = tasks or "mt30"
-    return tasks if tasks in environments.TASK_SETS or re.fullmatch(r"mt\d+", tasks) else tasks.split(",")
+def make_teacher(args: Args, names: tuple[str, ...]) -> jax.tree_util.Partial | None:
+    """The agent of --teacher as a function of states [B, O], actions [B, A] and tasks [B] that gives rewards [B]. It is
+    a pytree of its parameters, in this process's memory, with kernels in the type in which they are multiplied."""
+    if not args.teacher:
+        return None
+    agent = load_teacher(args.teacher, names, *SCRIPTS)
+    its_args = Args(**agent.args, compute_dtype=args.compute_dtype)
+    model, networks = make_model(its_args, names), {name: agent.params[name] for name in ("encoder", "reward")}
+    networks = jax.tree.map(lambda x: np.asarray(x, args.compute_dtype if x.ndim == 2 else x.dtype), networks)
+    params = networks | {"task_emb": np.asarray(agent.params["task_emb"])}
+    return jax.tree_util.Partial(partial(predict_reward, its_args, model), params)
 
 
 def make_eval_envs(args: Args, names: tuple[str, ...], known: tuple[str, ...]):
@@ -799,50 +854,49 @@ def make_eval_envs(args: Args, names: tuple[str, ...], known: tuple[str, ...]):
     return environments.make_envs(names, args.eval_episodes, (args.seed, 1), render_mode=render_mode, sizes=sizes)
 
 
-def run_folder(args: Args) -> Path:
-    """The folder of a run: named after its task set, or its tasks if they are few."""
-    tasks = environments.set_tasks(task_set(args.tasks))
-    known = [name for name, known in environments.TASK_SETS.items() if known == tasks]
-    crc = zlib.crc32(",".join(tasks).encode())
-    name = known[0] if known else "+".join(tasks) if len(tasks) <= 4 else f"{tasks[0]}+{len(tasks) - 1}-{crc:08x}"
-    return Path(args.runs_dir, name, args.exp_name, str(args.seed))
-
-
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     arguments.check_bounds(args)
-    tasks = environments.set_tasks(task_set(args.tasks))
+    tasks = environments.set_tasks(arguments.task_set(args.tasks))
     cluster, none = (args.coordinator, args.num_processes, args.process_id), (None, None, None)
-    flags = "--coordinator, --num-processes and --process-id"
+    flags, single = "--coordinator, --num-processes and --process-id", args.evaluate or args.quantize
     arguments.check_rules(
         (
             with_model_size(args, tasks).latent_dim % args.simnorm_dim == 0,
             "--latent-dim must be a multiple of --simnorm-dim",
         ),
-        (args.evaluate or args.data_dir, "training needs the dataset's folder: --data-dir"),
+        (single or args.data_dir, "training needs the dataset's folder: --data-dir"),
+        (bool(args.quantize) == bool(args.output), "--quantize and --output go together"),
+        (not args.output or not args.output.endswith(".pt"), "--output: .pt is the ending of PyTorch's files"),
+        (not (args.quantize and args.evaluate), "--quantize and --evaluate are two commands"),
+        (args.teacher or args.distill_coef == Args.distill_coef, "--distill-coef goes with --teacher"),
         (args.distributed or cluster == none, f"{flags} go with --distributed"),
         (None not in cluster or cluster == none, f"{flags} go together"),
-        (not (args.evaluate and args.distributed), "--evaluate runs in one process: leave out --distributed"),
+        (not (single and args.distributed), "--evaluate and --quantize run in one process: leave out --distributed"),
     )
     for task in tasks if args.capture_video else ():
         environments.check_rendering(task)
 
 
 def prepare(args: Args, names: tuple[str, ...], keeper: Run):
-    """Opens what may be refused: the dataset, the run's folder, the agent to start from. Returns the arguments with the
-    sizes of the agent that goes on learning, the dataset, and the agent of --checkpoint."""
-    data = environments.load_dataset(task_set(args.tasks), args.data_dir)
+    """Opens what may be refused: the dataset, the run's folder, the agents. Returns the arguments with the sizes of the
+    agent that goes on learning, what its checkpoints say of it, the dataset, the agent of --checkpoint, the teacher."""
+    data = environments.load_dataset(arguments.task_set(args.tasks), args.data_dir)
     data.window_table(args.horizon)
-    devices = f"--batch-size {args.batch_size} cannot be split over {jax.device_count()} devices evenly"
-    arguments.check_rules((args.batch_size % jax.device_count() == 0, devices))
-    its_args, agent = with_model_size(args, names), None
+    uneven = f"--batch-size {args.batch_size} cannot be split over {jax.device_count()} devices evenly"
+    arguments.check_rules((args.batch_size % jax.device_count() == 0, uneven))
+    its_args, agent, teacher = with_model_size(args, names), None, make_teacher(args, names)
+    mark = sum(checksums({"teacher": teacher}).values())
     if meta := keeper.read_meta():
+        other = f"{args.teacher} is another agent than the one that has taught this run"
+        arguments.check_rules((meta.get("teacher", 0) == mark, other))
         its_args = Args(**{name: meta["args"].get(name) for name in SIZE_FIELDS})
     elif args.checkpoint:
         its_args, _, agent = load_agent(args)
         same = f"{args.checkpoint} knows other tasks than --tasks names, or in another order"
         arguments.check_rules((agent.tasks == names, same))
-    return dataclasses.replace(args, **{name: getattr(its_args, name) for name in SIZE_FIELDS}), data, agent
+    args = dataclasses.replace(args, **{name: getattr(its_args, name) for name in SIZE_FIELDS})
+    return args, {"args": dataclasses.asdict(args), "tasks": names, "teacher": mark}, data, agent, teacher
 
 
 def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainState, agent: Agent | None) -> TrainState:
@@ -858,24 +912,6 @@ def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainSta
     return jax.jit(lambda *parts: init_state(args, *parts, key), out_shardings=places)(*parts)
 
 
-def record_evaluation(keeper: Run, step: int, minutes: float, result: SetEvaluation) -> None:
-    """Adds an evaluation to the table, to eval.csv and to the trackers; its film to the folder and the trackers."""
-    results, rows = summary(result), []
-    scalars = {"eval/normalized_score": results["normalized_score"]}
-    for task, returns, successes in zip(*result[:3], strict=True):
-        rows.append([step, task, returns.mean(), successes.mean(), keeper.args["seed"]])
-        scalars[f"eval/score/{task}"] = results["tasks"][task]["score"]
-    scalars |= {f"eval/mean/{domain}": row["mean"] for domain, row in results["domains"].items()}
-    keeper.record(step, f"{step:>10} {minutes:>8.1f}  {headline(results)}", rows, scalars, result.frames, 25)
-
-
-def title(model: WorldModel, names: tuple[str, ...], data: environments.Dataset, storage: str) -> str:
-    """What runs, in a line."""
-    where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
-    sizes = f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions"
-    return f"{sizes}, {data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}"
-
-
 def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh: Mesh, keeper: Run, step: int) -> bool:
     """Evaluates in process 0 while the others wait; whether a signal came in the middle."""
     params, result, minutes = local_copy(params, mesh), None, keeper.seconds() / 60
@@ -886,8 +922,8 @@ def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh
             ids, seed = np.arange(len(names)), (args.seed, 1, step)
             result = evaluate(args, model, here, params, names, ids, envs, seed, go_on)
         if result is not None:
-            record_evaluation(keeper, step, minutes, result)
-        stopping = any_process(keeper.primary and result is None)
+            record_scores(keeper, step, minutes, result)
+        stopping = devices.any_process(keeper.primary and result is None)
     keeper.count["evaluated"] = keeper.count["evaluated"] if stopping else step
     return stopping
 
@@ -895,29 +931,31 @@ def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh
 def run(args: Args) -> None:
     """Trains one agent: learns from batch after batch, and keeps the run's files. With --distributed, process 0 does
     what is not computation on all devices: it evaluates and writes; the others wait."""
-    names, said = environments.set_tasks(task_set(args.tasks)), dataclasses.asdict(args)
+    names, said = environments.set_tasks(arguments.task_set(args.tasks)), dataclasses.asdict(args)
     mesh, free = Mesh(np.array(jax.devices()), "devices"), ("tasks", "data_dir", "storage", "readers", "shard_params")
     columns = ("step", "task", "reward", "success", "seed")
-    keeper = Run(run_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
-    with agree(keeper.open):
-        args, data, agent = agree(lambda: prepare(args, names, keeper))
+    keeper = Run(arguments.set_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
+    with devices.agree(keeper.open):
+        args, meta, data, agent, teacher = devices.agree(lambda: prepare(args, names, keeper))
         model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
         storage = choose_storage(args.storage, data, args.storage_dtype, mesh)
-        agree(data.check_files if storage != "disk" else lambda: None)  # what is read whole can be checked
+        devices.agree(data.check_files if storage != "disk" else lambda: None)  # what is read whole can be checked
         source_shapes = (
             data_shapes(data, args.storage_dtype, mesh) if storage == "device" else batch_shapes(args, model, mesh)
         )
-        program, shapes = compile_train(args, model, mesh, tasks, source_shapes)
-        envs = agree(lambda: keeper.enter(make_eval_envs(args, names, names)) if keeper.primary else None)
+        program, shapes = compile_train(args, model, mesh, tasks, source_shapes, teacher)
+        envs = devices.agree(lambda: keeper.enter(make_eval_envs(args, names, names)) if keeper.primary else None)
         state = start_or_resume(args, model, keeper, shapes, agent)
         held = {
             "disk": lambda: data,
             "host": data.to_host,
             "device": lambda: to_devices(data, args.storage_dtype, mesh, args.horizon),
         }
-        held, agent, count, step = agree(held[storage]), None, keeper.count, keeper.count["updates"]
+        agent = teacher = None  # they are on the devices
+        held, count, step = devices.agree(held[storage]), keeper.count, keeper.count["updates"]
         batches, head = keeper.enter(sources(args, held, mesh, step)), f"{'update':>10} {'minutes':>8}  result"
-        keeper.begin(title(model, names, data, storage), head, state.params, step, args.num_updates)
+        title = f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, "
+        keeper.begin(title + describe(data, storage), head, state.params, step, args.num_updates)
         in_flight, info, stopping = deque(), {}, False
         while True:
             # Evaluate and save
@@ -925,9 +963,9 @@ def run(args: Args) -> None:
             if keeper.due(step, count["evaluated"], args.eval_freq, finished):
                 stopping = evaluate_all(args, model, tasks, state.params, names, envs, mesh, keeper, step)
             if jax.process_count() == 1 or step % 20 == 0 or finished:  # to ask takes longer than a small update
-                stopping = stopping or any_process(keeper.stop)
+                stopping = stopping or devices.any_process(keeper.stop)
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or stopping):
-                keeper.save(step, info, {"args": dataclasses.asdict(args), "tasks": names}, state=state)
+                keeper.save(step, info, meta, state=state)
             if finished or stopping:
                 break
 
@@ -948,14 +986,14 @@ def run(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, run_folder, *SCRIPTS)
+        args = arguments.parse(Args, argv, __doc__, arguments.set_folder, *SCRIPTS)
         check_args(args)
-        use_compile_cache(args.compile_cache)
+        devices.use_compile_cache(args.compile_cache)
         if args.distributed:
-            start_distributed(args.coordinator, args.num_processes, args.process_id)
-        evaluate_checkpoint(args) if args.evaluate else run(args)
+            devices.start_distributed(args.coordinator, args.num_processes, args.process_id)
+        (quantize_checkpoint if args.quantize else evaluate_checkpoint if args.evaluate else run)(args)
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    devices.use_huge_pages()
     main()

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,11 @@ def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict
     return _compared(checkpoint, meta, items)
 
 
-def read_agent(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """`params`, `target_q` and `q_scale` of a TD-MPC2 run's checkpoint, on one device, whatever devices have written it
-    and whatever else it holds.
+def read_agent(
+    checkpoint: Path, meta: dict[str, Any], names: Sequence[str], parts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What of a run's learning state makes its agent, by these names, or only `parts` of its `params`, on one device,
+    whatever devices have written the checkpoint and whatever else it holds.
 
     Raises:
         UserError: it is damaged.
@@ -112,7 +115,8 @@ def read_agent(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as reader:
             there = reader.metadata(path).item_metadata.tree
             inner = there.get("train", there)  # an online run's checkpoint holds the key of the acting beside it
-            wanted = {name: inner[name] for name in ("params", "target_q", "q_scale")}
+            wanted = {name: inner[name] for name in names}
+            wanted = {"params": {name: inner["params"][name] for name in parts}} if parts else wanted
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
             like = {"train": like} if "train" in there else like
             options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(like), "partial_restore": True}

@@ -62,6 +62,12 @@ def choose_storage(storage: str, data: Dataset, storage_dtype: str, mesh: Mesh) 
     return "host" if neighbours * data.nbytes < 0.4 * available_everywhere() * jax.local_device_count() else "disk"
 
 
+def describe(data: Dataset, storage: str) -> str:
+    """How large the dataset is, and where it is kept."""
+    where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
+    return f"{data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}"
+
+
 @partial(jax.jit, donate_argnums=0)
 def write_piece(arrays, piece, start):
     """Overwrites entries start, start + 1, ... of the arrays."""

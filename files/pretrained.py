@@ -1,4 +1,4 @@
-"""Agents made elsewhere: the original's files, runs of ours, and a multi-task agent for one of its tasks.
+"""Agents made elsewhere: the original's files, runs and quantised files of ours, a multi-task agent for one task.
 
     agent = load_agent("walker-walk.pt", None, init)              # compared with the networks that `init` initialises
     agent = load_agent("runs/mt30/tdmpc2_jax_mt/1", "walker-walk", init, "tdmpc2_jax_mt")        # its task folded in
@@ -10,17 +10,20 @@ an encoder of pictures has "kernel_0" [height, width, in, out] and "bias_0" to "
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domains.tasks import TASK_SETS, UserError, task_spec
+from domains.tasks import TASK_SETS, UserError, set_sizes, task_spec
 from files.checkpoints import find_checkpoint, read_agent, read_meta
-from files.pt import load_pt
+from files.pt import check_pt, load_pt
+from files.quantized import VARIANTS, dequantize, nested, quantize, read_safetensors, write_safetensors
 
 Params = dict[str, Any]  # of networks, by component
 
@@ -33,16 +36,21 @@ class Agent(NamedTuple):
     q_scale: jax.Array | float = 1.0  # 5-95% range of the values; the original's files do not have it
     task_emb: jax.Array | None = None  # [T, E] embeddings of a multi-task agent
     tasks: tuple[str, ...] = ()  # names of its T tasks, if they are known
+    args: Mapping[str, Any] = {}  # of the run that it is from
+    stored: str = "float32"  # how its numbers were stored
 
 
 # --------------------------------------------------------------------------------------------- Files of the original
-def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors {name: array} of an original checkpoint, {"model": tensors} or the tensors alone.
+def read_tensors(path: str | os.PathLike, in_place: bool = False) -> dict[str, np.ndarray]:
+    """The tensors {name: array} of an original checkpoint, {"model": tensors} or the tensors alone; `in_place` leaves
+    them in the file, whose checksums are compared first.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    content = load_pt(path)
+    if in_place:
+        check_pt(path)
+    content = load_pt(path, in_place=True) if in_place else load_pt(path)
     model = content.get("model", content) if isinstance(content, dict) else None
     tensors = {k: v for k, v in model.items() if isinstance(v, np.ndarray)} if isinstance(model, dict) else {}
     if not tensors:
@@ -52,21 +60,23 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read_original(path: str | os.PathLike, obs: str = "state") -> Agent:
-    """The agent of an original checkpoint (.pt), in either of its two layouts; `obs` is what it must see.
+def read_original(path: str | os.PathLike, obs: str = "state", parts: Sequence[str] = ()) -> Agent:
+    """The agent of an original checkpoint (.pt), in either of its two layouts; `obs` is what it must see. Of its
+    parameters only `parts` are taken into memory, if they are named.
 
     Raises:
         UserError: the file cannot be read, holds no whole agent of TD-MPC2, or one that sees something else.
     """
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, in_place=True) if parts else read_tensors(path)
     try:
-        return from_torch(tensors, obs)
+        return from_torch(tensors, obs, parts)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
-    """The agent that these tensors of an original checkpoint are; UserError if they are none, or not a whole one."""
+def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Sequence[str] = ()) -> Agent:
+    """The agent that these tensors of an original checkpoint are, or `parts` of it; UserError if they are none, or not
+    a whole one."""
     first = {"state": "_encoder.state.0.weight", "rgb": "_encoder.rgb.2.weight"}
     if not {first[obs], "_pi.2.weight"} <= tensors.keys():
         raise UserError(f"holds no TD-MPC2 agent that sees {'states' if obs == 'state' else 'pixels'}{_other(tensors)}")
@@ -79,8 +89,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Agent:
     table = _numbers(tensors, "_task_emb.weight", 2) if "_task_emb.weight" in tensors else None
     _check_whole(params | {"target Q": target_q}, 0 if table is None else table.shape[-1])
     tasks = () if table is None else TASK_SETS.get(f"mt{len(table)}", ())
-    params, target_q, table = jax.tree.map(jnp.asarray, (params, target_q, table))
-    return Agent(params, target_q, task_emb=table, tasks=tasks)
+    kinds = {tensors[name].dtype.name for name in tensors if name.endswith(".weight")}
+    params, target_q = ({name: params[name] for name in parts}, {}) if parts else (params, target_q)
+    params, target_q, table = jax.tree.map(lambda x: jnp.array(x, jnp.float32), (params, target_q, table))
+    stored = "float16" if kinds == {"float16"} else "float32"
+    return Agent(params, target_q, task_emb=table, tasks=tasks, stored=stored)
 
 
 def _other(tensors: Mapping[str, np.ndarray]) -> str:
@@ -91,10 +104,10 @@ def _other(tensors: Mapping[str, np.ndarray]) -> str:
 
 def _numbers(tensors: Mapping[str, np.ndarray], name: str, ndim: int = 1) -> np.ndarray:
     if name not in tensors or tensors[name].dtype.kind != "f":
-        raise UserError(f"holds no whole TD-MPC2 agent: {name} is missing")
+        raise UserError(f"holds no whole agent: {name} is missing")
     if tensors[name].ndim < ndim:
-        raise UserError(f"holds no whole TD-MPC2 agent: {name} has shape {tensors[name].shape}")
-    return np.asarray(tensors[name], np.float32)
+        raise UserError(f"holds no whole agent: {name} has shape {tensors[name].shape}")
+    return tensors[name]
 
 
 def _mlp(tensors: Mapping[str, np.ndarray], prefix: str) -> Params:
@@ -124,7 +137,7 @@ def _convolutions(tensors: Mapping[str, np.ndarray]) -> Params:
 def _check_whole(components: Params, task_dim: int) -> None:
     """UserError if the layers do not fit together, as they must where tasks are folded in and sizes are read off."""
     layers = {name: component["params"] for name, component in components.items() if "linear_0" in component["params"]}
-    widths = {name: [its[key]["bias"].shape[-1] for key in its if "linear" in key] for name, its in layers.items()}
+    widths = {name: _widths(its) for name, its in layers.items()}
     latent_dim, action_dim = widths["dynamics"][-1], widths["pi"][-1] // 2
     inputs = dict.fromkeys(layers, latent_dim + task_dim + action_dim)
     inputs |= dict.fromkeys(("pi", "termination"), latent_dim + task_dim)
@@ -136,7 +149,7 @@ def _check_whole(components: Params, task_dim: int) -> None:
         hidden, last = widths[name][:-1], outputs.get(name, widths[name][-1])
         fits = _shapes(its) == _mlp_shapes(heads, inputs[name], [*hidden, last], name in ("encoder", "dynamics"))
         if not fits or 0 in (*heads, *hidden, last) or len(hidden) != 2 and (name != "encoder" or not hidden):
-            raise UserError(f"holds no whole TD-MPC2 agent: the layers of its {name} do not fit together")
+            raise UserError(f"holds no whole agent: the layers of its {name} do not fit together")
 
 
 def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm: bool) -> dict[str, tuple[int, ...]]:
@@ -146,6 +159,44 @@ def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm:
         if simnorm or i < len(widths) - 1:
             shapes |= dict.fromkeys((f"norm_{i}/scale", f"norm_{i}/bias"), (*heads, width))
     return shapes
+
+
+def read_tdmpc(path: str | os.PathLike) -> tuple[Params, Params]:
+    """The agent of a checkpoint (.pt) of TD-MPC, the first version, for states: its parameters, and the slow copies
+    of `encoder` and `q`. The file holds {"model": tensors, "model_target": tensors}.
+
+    Raises:
+        UserError: the file cannot be read, or holds no whole agent of TD-MPC.
+    """
+    content = load_pt(path)
+    parts = [content.get(part) if isinstance(content, dict) else None for part in ("model", "model_target")]
+    try:
+        params, target = (tdmpc_from_torch(part if isinstance(part, dict) else {}) for part in parts)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    return params, {name: target[name] for name in ("encoder", "q")}
+
+
+def tdmpc_from_torch(tensors: Mapping[str, np.ndarray]) -> Params:
+    """The networks that these tensors of a TD-MPC checkpoint are; UserError if they are none, or not all."""
+    if not {"_encoder.0.weight", "_Q1.0.weight"} <= tensors.keys():
+        raise UserError(f"holds no TD-MPC agent that sees states{'' if '_Q1.0.weight' in tensors else _other(tensors)}")
+
+    def mlp(prefix, *places, norm=None):
+        params = {}
+        for i, place in enumerate(places):
+            kernel = _numbers(tensors, f"{prefix}.{place}.weight", 2).swapaxes(-1, -2)
+            params[f"linear_{i}"] = {"kernel": kernel, "bias": _numbers(tensors, f"{prefix}.{place}.bias")}
+        if norm is not None:
+            scale, bias = (_numbers(tensors, f"{prefix}.{norm}.{field}") for field in ("weight", "bias"))
+            params["norm_0"] = {"scale": scale, "bias": bias}
+        return {"params": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)}
+
+    params = {name: mlp(f"_{name}", 0, 2, 4) for name in ("dynamics", "reward", "pi")}
+    qs = [mlp(name, 0, 3, 5, norm=1) for name in ("_Q1", "_Q2")]
+    if _shapes(qs[0]) != _shapes(qs[1]):
+        raise UserError("holds no whole agent: its two values differ in size")
+    return params | {"encoder": mlp("_encoder", 0, 2), "q": jax.tree.map(lambda *p: jnp.stack(p), *qs)}
 
 
 # -------------------------------------------------------------------------------------------------- Multi-task agents
@@ -208,12 +259,19 @@ def fold_task(params: Params, emb: np.ndarray, obs_dim: int, action_dim: int) ->
 # -------------------------------------------------------------------------------------------------------------- Sizes
 def sizes_of(params: Params) -> dict[str, int]:
     """The sizes of the model that these parameters are of, as far as they have them, by their names in `Args`."""
-    encoder, dynamics, q = (params[name]["params"] for name in ("encoder", "dynamics", "q"))
-    sizes = {"enc_dim": encoder["linear_0"]["bias"].shape[-1]} if "linear_0" in encoder else {}
-    sizes |= {f"{name}_dim": dynamics[f"linear_{i}"]["bias"].shape[-1] for name, i in (("mlp", 0), ("latent", 2))}
-    sizes |= {"num_enc_layers": sum("linear" in name for name in encoder)} if "linear_0" in encoder else {}
-    sizes |= {"num_q": q["linear_0"]["bias"].shape[0]}
+    widths = {name: _widths(params[name]["params"]) for name in ("encoder", "dynamics", "reward") if name in params}
+    encoder, mlp = widths["encoder"], widths.get("dynamics") or widths["reward"]
+    sizes = {"enc_dim": encoder[0]} if encoder else {}
+    sizes |= {"mlp_dim": mlp[0], "latent_dim": (widths.get("dynamics") or encoder)[-1]}
+    if "norm_1" not in (params.get("q") or params["reward"])["params"]:  # the first version: others are fixed
+        return sizes
+    sizes |= {"num_enc_layers": len(encoder)} if encoder else {}
+    sizes |= {"num_q": params["q"]["params"]["linear_0"]["bias"].shape[0]} if "q" in params else {}
     return sizes | ({"task_dim": params["task_emb"].shape[-1]} if "task_emb" in params else {})
+
+
+def _widths(layers: Params) -> list[int]:
+    return [layers[name]["bias"].shape[-1] for name in sorted(layers) if name.startswith("linear")]
 
 
 def check_shapes(params: Params, like: Params, path: str | os.PathLike, what: str) -> None:
@@ -268,14 +326,15 @@ def load_agent(
     return agent._replace(params=params)
 
 
-def load_multitask(path: str, named: Sequence[str], *scripts: str) -> Agent:
+def load_multitask(path: str, named: Sequence[str], *scripts: str, parts: Sequence[str] = ()) -> Agent:
     """The multi-task agent of an original .pt file or of a run of ours, its embeddings among its parameters as
-    `task_emb`; `named` are its tasks, if it is the original's and not one of mt30 or mt80.
+    `task_emb`; `named` are its tasks, if it is the original's and not one of mt30 or mt80. Of its networks only `parts`
+    are read, if they are named.
 
     Raises:
         UserError: there is no such agent, it is damaged, of one task, or the number of names is not that of its tasks.
     """
-    agent = _read(path, "state", scripts)
+    agent = _read(path, "state", scripts, parts)
     if agent.task_emb is None:
         raise UserError(f"{path} is a single-task agent: it is for tdmpc2_jax.py")
     tasks = agent.tasks or tuple(named)
@@ -285,11 +344,112 @@ def load_multitask(path: str, named: Sequence[str], *scripts: str) -> Agent:
     return agent._replace(params=params | {"task_emb": agent.task_emb}, task_emb=None, tasks=tasks)
 
 
-def _read(path: str, obs: str, scripts: Sequence[str]) -> Agent:
+def load_tdmpc(path: str, init: Callable[[jax.Array], Params], *scripts: str) -> tuple[Params, Params, int | None]:
+    """An agent of TD-MPC, the first version: its parameters, the slow copies of its `encoder` and `q`, and how many
+    decisions it has made, or None where it is the original's; see `load_agent`."""
+    like, decisions = jax.eval_shape(init, jax.random.key(0)), None
     if path.endswith(".pt"):
-        return read_original(path, obs)
+        params, target = read_tdmpc(path)
+    else:
+        checkpoint = find_checkpoint(path)
+        meta = read_meta(checkpoint, *scripts)
+        state, decisions = read_agent(checkpoint, meta, ("params", "target")), meta["count"]["decisions"]
+        params, target = state["params"], state["target"]
+    there, here = ({f"slow {name}": its[name] for name in ("encoder", "q")} for its in (target, like))
+    check_shapes(params | there, like | here, path, "this task and these sizes")
+    return params, target, decisions
+
+
+def load_teacher(path: str, tasks: Sequence[str], *scripts: str) -> Agent:
+    """What predicts rewards in a multi-task agent of these tasks: `encoder`, `reward` and `task_emb`. Its `args` are
+    those that make the networks and decode their outputs.
+
+    Raises:
+        UserError: as `load_multitask`; its tasks, or the sizes of its observations and actions, are others.
+    """
+    agent = load_multitask(path, tasks, *scripts, parts=("encoder", "reward"))
+    if agent.tasks != tuple(tasks):
+        raise UserError(f"{path} knows other tasks than --tasks names, or in another order")
+    sizes, reward = sizes_of(agent.params), agent.params["reward"]["params"]
+    rows = [agent.params[name]["params"]["linear_0"]["kernel"].shape[0] for name in ("encoder", "reward")]
+    there = rows[0] - sizes["task_dim"], rows[1] - sizes["latent_dim"] - sizes["task_dim"]
+    if there != set_sizes(tasks):
+        words = "{} does not fit these tasks: it knows {} observations and {} actions, they have {} and {}"
+        raise UserError(words.format(path, *there, *set_sizes(tasks)))
+    args = {name: agent.args[name] for name in ("vmin", "vmax", "simnorm_dim") if name in agent.args}
+    return agent._replace(args=args | sizes | {"num_bins": _widths(reward)[-1]})
+
+
+def _read(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str] = ()) -> Agent:
+    if path.endswith(".pt"):
+        return read_original(path, obs, parts) if parts else read_original(path, obs)
+    if Path(path).is_file():
+        return _read_quantized(path, obs, scripts, parts)
     checkpoint = find_checkpoint(path)
     meta = read_meta(checkpoint, *scripts)
-    state = read_agent(checkpoint, meta)
-    task_emb = state["params"].pop("task_emb", None)
-    return Agent(state["params"], state["target_q"], state["q_scale"], task_emb, tuple(meta.get("tasks", ())))
+    state = read_agent(checkpoint, meta, ("params", "target_q", "q_scale"), (*parts, "task_emb") if parts else ())
+    task_emb, target_q = state["params"].pop("task_emb", None), state.get("target_q", {})
+    tasks = tuple(meta.get("tasks", ()))
+    return Agent(state["params"], target_q, state.get("q_scale", 1.0), task_emb, tasks, meta.get("args", {}))
+
+
+# ---------------------------------------------------------------------------------------------------- Quantised agents
+def write_quantized(
+    path: str, agent: Agent, variant: str, script: str, args: Mapping[str, Any], target_q: bool = False
+) -> None:
+    """Writes a multi-task agent of `load_multitask` to a file of this variant (see `quantize`), with those of its
+    script's arguments that make it; without target Qs unless asked: only learning needs them.
+
+    Raises:
+        UserError: the agent is of a quantised file already, the file exists, or cannot be written.
+    """
+    if agent.stored == variant or agent.stored not in ("float32", "float16"):
+        raise UserError(f"the agent of --checkpoint is {agent.stored} already: quantise the one that it was made of")
+    params = agent.params | ({"target_q": agent.target_q} if target_q else {})
+    tensors = quantize(params, variant) | {"q_scale": np.asarray(agent.q_scale, np.float32)}
+    names = [*args][: [*args].index("exp_name")]
+    made = {name: args[name] for name in names if name not in ("data_dir", "teacher", "distill_coef")}
+    record = {"script": script, "variant": variant, "tasks": json.dumps(agent.tasks), "args": json.dumps(made)}
+    write_safetensors(path, tensors, record)
+
+
+def read_record(path: str, *scripts: str) -> dict[str, Any]:
+    """What an agent's run, checkpoint or quantised file says of itself, `args` and `tasks` among it; nothing, if it is
+    the original's.
+
+    Raises:
+        UserError: there is no such agent, it is damaged, or of none of `scripts`.
+    """
+    if path.endswith(".pt"):
+        return {"args": {}}
+    if Path(path).is_file():
+        return _record(path, read_safetensors(path)[1], scripts)
+    return read_meta(find_checkpoint(path), *scripts)
+
+
+def _record(path: str, record: Mapping[str, str], scripts: Sequence[str]) -> dict[str, Any]:
+    try:
+        script, variant, tasks, args = (record[name] for name in ("script", "variant", "tasks", "args"))
+        tasks, args = tuple(json.loads(tasks)), dict(json.loads(args))
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path} holds no agent of this project") from None
+    if script not in scripts or variant not in VARIANTS:
+        raise UserError(f"{path} is an agent of {script}.py, not of {scripts[0]}.py")
+    return {"variant": variant, "tasks": tasks, "args": args}
+
+
+def _read_quantized(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str]) -> Agent:
+    tensors, record = read_safetensors(path)
+    record = _record(path, record, scripts)
+    try:
+        stored = nested({name: array for name, array in tensors.items() if not name.endswith(".kernel_scale")})
+        heads = {name: stored[name] for name in ("encoder", "dynamics", "reward", "pi", "q")}
+        _check_whole(heads | {"target Q": stored.get("target_q", stored["q"])}, stored["task_emb"].shape[-1])
+        values = nested(dequantize(tensors, (*parts, "task_emb") if parts else ()))
+    except (KeyError, ValueError, IndexError, AttributeError, UserError) as error:
+        reason = str(error) if isinstance(error, UserError) else "holds no whole agent"
+        raise UserError(f"{path} {reason}") from None
+    values = jax.tree.map(jnp.asarray, values)
+    task_emb, q_scale = values.pop("task_emb"), values.pop("q_scale", 1.0)
+    target_q = values.pop("target_q", values.get("q", {}))  # learning that goes on begins with the Qs themselves
+    return Agent(values, target_q, q_scale, task_emb, record["tasks"], record["args"], record["variant"])

@@ -172,3 +172,14 @@ def report_scores(args: Any, result: SetEvaluation) -> None:
     if args.json:
         results |= {"checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+
+
+def record_scores(run: Any, step: int, minutes: float, result: SetEvaluation) -> None:
+    """Adds an evaluation to the table, the curves and the films of a run (`runs.Run`)."""
+    results, rows = summary(result), []
+    scalars = {"eval/normalized_score": results["normalized_score"]}
+    for task, returns, successes in zip(*result[:3], strict=True):
+        rows.append([step, task, returns.mean(), successes.mean(), run.args["seed"]])
+        scalars[f"eval/score/{task}"] = results["tasks"][task]["score"]
+    scalars |= {f"eval/mean/{domain}": row["mean"] for domain, row in results["domains"].items()}
+    run.record(step, f"{step:>10} {minutes:>8.1f}  {headline(results)}", rows, scalars, result.frames, 25)

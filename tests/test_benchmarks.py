@@ -5,12 +5,13 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import envs
 import tdmpc2_jax as td
-from benchmarks import environments, multitask, speed, speed_multitask
+from benchmarks import distillation, environments, learning, multitask, speed, speed_multitask
 
 O, A = 5, 3  # noqa: E741
 SMALL = {"enc_dim": 24, "mlp_dim": 48, "latent_dim": 32, "num_enc_layers": 2, "num_q": 3, "num_bins": 21}
@@ -179,3 +180,44 @@ def test_a_finished_stage_of_the_multi_task_benchmark_is_not_run_again(tmp_path)
     assert multitask.evaluation(tmp_path, "no such script", "agent", 1) == {"mean": 3.0}
     (tmp_path / "eval.csv").write_text("step,reward,success,seed\n0,1.5,0.0,1\n100,2.5,0.0,1\n")
     assert multitask.curve(tmp_path) == [[0, 1.5], [100, 2.5]]
+
+
+def test_a_suites_curves_are_those_of_its_runs_one_seed_below_the_other(tmp_path):
+    rows = [learning.Row("walker-walk", (1, 2), label="twice"), learning.Row("dog-run")]
+    args = learning.Args("cpu", folder=tmp_path / "runs", curves=tmp_path / "curves", jobs=0)
+    for seed in (1, 2):
+        folder = learning.folder_of(args, rows[0], seed)
+        folder.mkdir(parents=True)
+        (folder / "eval.csv").write_text(f"step,reward,success,seed\n0,{seed}.5,0.0,{seed}\n")
+    learning.collect(args, rows)
+    curve = args.curves / "walker-walk__twice.csv"
+    assert curve.read_text() == "step,reward,success,seed\n0,1.5,0.0,1\n0,2.5,0.0,2\n"
+    assert list(args.curves.iterdir()) == [curve], "what has not begun has no curve"
+
+
+def test_reward_errors_are_those_of_the_entries_after_the_first_of_each_episode(tmp_path, monkeypatch):
+    tasks = ("cartpole-balance", "pendulum-swingup")
+    for i, task in enumerate(tasks):
+        obs, action = np.random.default_rng(i).normal(size=(2, 3, 9, 5)).astype(np.float32)
+        row = envs.TASKS[task]
+        obs, action, reward = obs[..., : row.obs_size], action[..., : row.action_size], np.full((3, 9), np.nan, "f4")
+        reward[:, 1:] = obs[:, :-1, 0] + action[:, 1:, 0] + i * np.array([1, -1] * 4)
+        action[:, 0] = np.nan
+        (tmp_path / task).mkdir()
+        tensors = {"obs": obs, "action": action, "reward": reward, "task": np.zeros((3, 9), np.int64)}
+        envs.save_tensordict(tmp_path / task / "chunk_0.pt", tensors)
+    monkeypatch.setattr(distillation.mt, "load_agent", lambda args: (args, None, distillation.mt.Agent({}, {})))
+    monkeypatch.setattr(
+        distillation.mt, "predict_reward", lambda args, model, params, obs, action, task: obs[:, 0] + action[:, 0]
+    )
+    found = distillation.reward_errors(tmp_path / "run", envs.load_dataset(tasks, tmp_path))
+    assert found == pytest.approx({"cartpole-balance": 0, "pendulum-swingup": 1, "all": 0.5**0.5}, abs=1e-6)
+
+
+def test_smooth_random_actions_are_collected_as_whole_episodes(tmp_path):
+    distillation.collect(tmp_path, "pendulum-swingup", 2, seed=3)
+    data = envs.load_dataset(["pendulum-swingup"], tmp_path)
+    read = data.read(0, data.num_entries)
+    assert data.num_episodes == 2 and data.num_entries == 1002 and np.abs(read["action"]).max() <= 1
+    change = np.abs(np.diff(read["action"][1:501, 0])).mean()
+    assert 0 < change < 0.9 * np.abs(np.subtract.outer(*2 * [read["action"][1:501, 0]])).mean(), "smoother than noise"

@@ -1,0 +1,262 @@
+"""Quantised agents: what the files hold, who reads them, what is refused, and how little the agent changes."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_distillation import TASKS, write_agent, write_episodes
+
+import envs
+import tdmpc2_jax as td
+import tdmpc2_jax_mt as mt
+from domains.tasks import UserError
+from files import pretrained
+from files.quantized import Visited, dequantize, errors, flat, nested, quantize, read_safetensors, write_safetensors
+
+SCRIPT = mt
+MT = "tdmpc2_jax_mt"
+
+
+@pytest.fixture(scope="module")
+def agent(golden):
+    return pretrained.load_multitask(str(golden("multitask.pt")), ())
+
+
+@pytest.fixture(scope="module")
+def file(agent, tmp_path_factory):
+    """file("int8") -> path of the recorded agent's file of that variant."""
+    folder = tmp_path_factory.mktemp("files")
+
+    def write(variant, target_q=False):
+        path = folder / f"{variant}-{target_q}.safetensors"
+        if not path.exists():
+            args = dataclasses.asdict(mt.Args(data_dir="at/home", teacher="mine.pt", distill_coef=0.3))
+            pretrained.write_quantized(str(path), agent, variant, MT, args, target_q)
+        return str(path)
+
+    return write
+
+
+def test_an_int8_kernel_is_within_half_a_step_of_the_weights_and_each_output_uses_all_steps():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(2, 30, 7)).astype(np.float32) * rng.uniform(1e-4, 10, (2, 1, 7)).astype(np.float32)
+    kernel[1, :, 3] = 0
+    tensors = quantize({"q": {"params": {"linear_0": {"kernel": kernel}}}}, "int8")
+    q, scale = tensors["q.linear_0.kernel"], tensors["q.linear_0.kernel_scale"]
+    assert q.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (2, 7)
+    live = np.arange(14).reshape(2, 7) != 10
+    assert (np.abs(q.astype(int)).max(1)[live] == 127).all() and scale[1, 3] == 1 and not q[1, :, 3].any()
+    back = nested(dequantize(tensors))["q"]["params"]["linear_0"]["kernel"]
+    assert (np.abs(back - kernel) <= scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.golden
+def test_kernels_are_int8_the_encoder_of_mixed_and_all_else_float16(agent, file):
+    for variant in ("float16", "int8", "mixed"):
+        tensors, record = read_safetensors(file(variant))
+        small = {name for name, array in tensors.items() if array.dtype == np.int8}
+        kernels = {name for name in flat(agent.params) if name.endswith("kernel")}
+        expected = {"float16": set(), "int8": kernels, "mixed": {k for k in kernels if not k.startswith("encoder")}}
+        assert small == expected[variant]
+        scales = {f"{name}_scale" for name in small} | {"q_scale"}
+        assert {name for name, array in tensors.items() if array.dtype == np.float32} == scales
+        assert {array.dtype for name, array in tensors.items() if name not in small | scales} == {np.dtype(np.float16)}
+        assert record["variant"] == variant and json.loads(record["tasks"]) == list(envs.TASK_SETS["mt30"])
+        args = json.loads(record["args"])
+        assert args["vmin"] == -10 and not {"data_dir", "teacher", "exp_name", "runs_dir"} & args.keys(), "no path"
+        assert {name.partition(".")[0] for name in tensors} == {*agent.params, "q_scale"}, "no target Qs"
+
+
+@pytest.mark.golden
+def test_a_file_gives_the_agent_back(agent, file):
+    for variant, tolerance in (("float16", 6e-4), ("mixed", 5e-3), ("int8", 5e-3)):
+        again = pretrained.load_multitask(file(variant), (), MT)
+        assert again.tasks == agent.tasks and again.stored == variant and again.q_scale == 1
+
+        def close(a, b, tolerance=tolerance):
+            assert a.dtype == jnp.float32 and np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+        jax.tree.map(close, again.params, agent.params)
+        jax.tree.map(np.testing.assert_array_equal, again.target_q, again.params["q"])
+    kept = pretrained.load_multitask(file("float16", target_q=True), (), MT)
+    jax.tree.map(lambda a, b: close(a, b, 6e-4), kept.target_q, agent.target_q)
+    parts = pretrained.load_teacher(file("int8"), agent.tasks, MT)
+    assert parts.params.keys() == {"encoder", "reward", "task_emb"}
+    jax.tree.map(np.testing.assert_array_equal, parts.params, {k: again.params[k] for k in parts.params})
+
+
+@pytest.mark.golden
+def test_plain_numpy_and_the_package_safetensors_read_the_files(file):
+    tensors, _ = read_safetensors(file("int8"))
+    content = open(file("int8"), "rb").read()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start, stop = header["pi.linear_1.kernel"]["data_offsets"]
+    kernel = np.frombuffer(content[8 + length + start : 8 + length + stop], np.int8)
+    np.testing.assert_array_equal(kernel.reshape(header["pi.linear_1.kernel"]["shape"]), tensors["pi.linear_1.kernel"])
+    package = pytest.importorskip("safetensors.numpy")
+    theirs = package.load_file(file("int8"))
+    assert theirs.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(theirs[name], array, strict=True)
+
+
+def test_the_files_of_the_1m_model_are_as_small_as_they_are_called(tmp_path):
+    args, tasks = mt.Args(model_size=1), envs.TASK_SETS["mt30"]
+    model, rng = mt.make_model(args, tasks), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: mt.init_params(args, model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    agent, exact = pretrained.Agent(params, {}, 1.0, tasks=tasks), sum(4 * x.size for x in jax.tree.leaves(params))
+    for variant, most in (("float16", 0.51), ("mixed", 0.28), ("int8", 0.27)):
+        path = tmp_path / variant
+        pretrained.write_quantized(str(path), agent, variant, MT, dataclasses.asdict(args))
+        assert path.stat().st_size < most * exact
+
+
+@pytest.mark.golden
+def test_a_damaged_file_is_one_sentence_wherever_the_damage_is(file, tmp_path):
+    whole, path = open(file("int8"), "rb").read(), tmp_path / "a.safetensors"
+    rng = np.random.default_rng(0)
+    cut = [whole[:at] for at in (0, 1, 7, 8, 9, 500, len(whole) - 1)] + [whole + b"x"]
+    flipped = [bytearray(whole) for _ in range(60)]
+    for i, content in enumerate(flipped):
+        content[i % 12 if i < 12 else rng.integers(len(whole))] ^= 1 << rng.integers(8)
+    lies = []
+    for change in ({"dtype": "I8"}, {"shape": [7]}, {"shape": [-1]}, {"data_offsets": [0, 10**12]}, {"dtype": "C64"}):
+        length = int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8 : 8 + length])
+        header["task_emb"] |= change
+        text = json.dumps(header).encode()
+        lies.append(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    for content in [*cut, *flipped, *lies, b"hello", b"[]" * 50, (2).to_bytes(8, "little") + b"{}"]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a.safetensors (is damaged or no quantised agent|cannot be read)") as error:
+            pretrained.load_multitask(str(path), (), MT)
+        assert "\n" not in str(error.value)
+
+
+def test_files_of_others_are_refused(tmp_path, file):
+    path = str(tmp_path / "a.safetensors")
+    record = {"script": "other", "variant": "int8", "tasks": "[]", "args": "{}"}
+    for told, words in (
+        ({}, "holds no agent of this project"),
+        (record, "is an agent of other.py, not of tdmpc2_jax_mt.py"),
+        (record | {"script": MT}, "holds no whole agent"),
+    ):
+        write_safetensors(path, {"x": np.zeros(3, np.float32)}, told)
+        with pytest.raises(UserError, match=words):
+            pretrained.load_multitask(path, (), MT)
+        with pytest.raises(UserError, match="exists: choose another"):
+            write_safetensors(path, {"x": np.zeros(3, np.float32)}, record)
+        (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(UserError, match="x/a cannot be written"):
+        write_safetensors(tmp_path / "x" / "a", {}, {})
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+def test_numbers_that_float16_does_not_have_are_refused():
+    for value, words in ((1e5, "beyond 65504"), (np.nan, "not finite")):
+        with pytest.raises(UserError, match=f"task_emb holds numbers.* {words}"):
+            quantize({"task_emb": np.full((2, 2), value, np.float32)}, "float16")
+
+
+@pytest.mark.golden
+def test_a_task_of_a_file_is_folded_in(file, refused):
+    agent = pretrained.load_multitask(file("int8"), (), MT)
+    emb = agent.params["task_emb"][envs.TASK_SETS["mt30"].index("walker-walk")]
+    networks = {name: value for name, value in agent.params.items() if name != "task_emb"}
+    expected = pretrained.fold_task(networks, emb, 24, 6)
+    loaded = pretrained.load_agent(file("int8"), "walker-walk", lambda key: expected, "tdmpc2_jax", MT)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+    flags = ("--task", "walker-walk", "--evaluate", "--checkpoint", file("int8"))
+    assert "is a multi-task agent: name its task with --source-task" in refused(*flags, script=td)
+
+
+def test_errors_are_relative_but_for_actions():
+    before = {"z": np.array([3.0, 4.0]), "action": np.array([0.5, 0.5, 0.5, 0.5])}
+    found = errors(before, {"z": np.array([3.3, 4.4]), "action": np.array([0.5, 0.5, 0.5, 0.7])})
+    assert found == pytest.approx({"z": 0.1, "action": 0.1, "action_moved": 0.25})
+
+
+def test_states_are_taken_from_whole_windows_of_environments_that_run():
+    class Counting:
+        """Environment i sees (i, step); the second ends after two steps."""
+
+        def __init__(self):
+            self.count = 0
+
+        def reset(self, seed):
+            return np.array([[0.0, 0], [1, 0]]), {}
+
+        def step(self, action, active):
+            self.count += 1
+            return np.array([[0.0, self.count], [1, self.count]]), None, None, None, {}
+
+    envs = Visited(Counting())
+    envs.reset(seed=1)
+    for step in range(5):
+        envs.step(np.array([[step], [10 + step]]), np.array([True, step < 2]))
+    assert envs.count == 5
+    obs, action, env = envs.windows(5, horizon=2)
+    assert obs.tolist() == [[0, 0], [1, 0], [0, 1], [0, 2], [0, 3]] and env.tolist() == [0, 1, 0, 0, 0]
+    assert action[..., 0].tolist() == [[0, 10, 1, 2, 3], [1, 11, 2, 3, 4]]
+
+
+def test_quantising_prints_what_each_component_costs(tmp_path, capsys):
+    run, path, other = tmp_path / "run", tmp_path / "robot.safetensors", tmp_path / "other.safetensors"
+    write_agent(run)
+    mt.main(["--quantize", "mixed", "--checkpoint", str(run), "--output", str(path)])
+    head, columns, *rows = capsys.readouterr().out.splitlines()
+    assert "on 400 states that its policy visits" in head
+    assert [row.split()[0] for row in rows] == [*pretrained.load_multitask(str(run), (), MT).params, "all"]
+    names = columns.replace(" %", "").replace("of float32", "share").split()
+    table = {row.split()[0]: dict(zip(names, row.split(), strict=False)) for row in rows}
+    assert table["encoder"]["share"] == "50%" and float(table["encoder"]["z"]) < 0.2
+    assert float(table["pi"]["Q"]) == 0 < float(table["q"]["Q"]) < 10, "each component changes its own outputs"
+    assert float(table["dynamics"]["z"]) == 0 < float(table["dynamics"]["z3"]) < 10
+
+    write_episodes(tmp_path / "data")
+    flags = ["--quantize", "int8", "--checkpoint", str(run), "--output", str(other), "--data-dir"]
+    mt.main([*flags, str(tmp_path / "data")])
+    assert f"on 400 states of {tmp_path / 'data'}" in capsys.readouterr().out.splitlines()[0]
+    assert path.stat().st_size > other.stat().st_size
+    with pytest.raises(SystemExit, match="exists: choose another --output"):
+        mt.main([*flags, str(tmp_path / "data")])
+    said = ["--evaluate", "--checkpoint", str(other)]
+    args = mt.arguments.parse(mt.Args, said, "", mt.arguments.set_folder, MT)
+    assert (args.vmin, args.num_bins, args.data_dir, args.teacher) == (-8, 51, None, None), "as the run was started"
+    mt.check_args(args)
+    assert mt.load_agent(args)[2].tasks == TASKS
+
+
+@pytest.mark.golden
+def test_what_cannot_be_quantised_is_refused_in_one_sentence(refused, golden, file, tmp_path):
+    def quantise(checkpoint, *flags, variant="float16"):
+        path = tmp_path / "out.safetensors"
+        return refused("--quantize", variant, "--checkpoint", checkpoint, "--output", path, *flags)
+
+    assert "the agent of --checkpoint is float16 already" in quantise(file("float16"))
+    assert "the agent of --checkpoint is int8 already" in quantise(file("int8"))
+    assert "the agent of --checkpoint is int8 already" in quantise(file("int8"), variant="mixed")
+    assert "single-task agent" in quantise(golden("single.pt"))
+    assert "nowhere.pt does not exist" in quantise("nowhere.pt")
+    assert "nowhere does not exist" in quantise("nowhere")
+    assert "exists: choose another --output" in quantise(golden("multitask.pt"), "--output", file("int8"))
+    assert ".pt is the ending of PyTorch's files" in quantise(golden("multitask.pt"), "--output", "a.pt")
+    assert "--output must be a file in a folder that exists" in quantise(golden("multitask.pt"), "--output", "no/a")
+    assert "--quantize needs --checkpoint" in refused("--quantize", "int8", "--output", "a")
+    assert "go together" in refused("--quantize", "int8", "--checkpoint", golden("multitask.pt"))
+    assert "go together" in refused("--output", "a", "--data-dir", "x")
+    assert "are two commands" in quantise(golden("multitask.pt"), "--evaluate")
+    assert "leave out --distributed" in quantise(golden("multitask.pt"), "--distributed")
+    shutil.copy(file("int8"), tmp_path / "cut")
+    with open(tmp_path / "cut", "r+b") as cut:
+        cut.truncate(1000)
+    for flags in (["--evaluate"], ["--quantize", "float16", "--output", tmp_path / "b"], ["--data-dir", "x"]):
+        if flags[0] != "--data-dir":
+            assert "cut is damaged or no quantised agent" in refused(*flags, "--checkpoint", tmp_path / "cut")
+    assert not (tmp_path / "out.safetensors").exists()
