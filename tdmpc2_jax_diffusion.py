@@ -559,9 +559,9 @@ def rollout(args: Args, model: WorldModel, planner: Planner, z, actions, key, sc
     else:
         apply = partial(make_nets(args, model)["dynamics"].apply, nets["dynamics"], normalise(stats, z))
         chunk = jnp.tile(jax.vmap(lambda a: chunks(args, a, s))(actions), (M, 1, 1))  # [M * N, F, C]
-        denoise = lambda x, k: jax.vmap(apply, (0, None, 0, None))(x, k, chunk, scale)  # noqa: E731
+        each = jax.vmap(apply, (0, None, 0, None))
         how = (args.dynamics_steps, LATENT_CLIP, args.prediction, args.eta)
-        rest = sample_ddim(denoise, key, (M * N, F, Z), *how).reshape(M, N, F, Z)
+        rest = sample_ddim(lambda x, k: each(x, k, chunk, scale), key, (M * N, F, Z), *how).reshape(M, N, F, Z)
         guess = jax.vmap(lambda a: anchors(args, model, world, stats, z, a, s))(actions)
         future = denormalise(args, stats, guess + rest * stats.sigma[scale] + stats.mu[scale])
     return jnp.concatenate([jnp.broadcast_to(z, (*future.shape[:2], 1, Z)), future], axis=2)
@@ -727,6 +727,7 @@ def evaluate_checkpoint(args: Args) -> None:
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
         found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **like)
         planner = planner_of(found["state"], found["world"])
+        data = encoded(args, model, planner.world)
         print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}  of {spec.name}")
         for row in rows:
             result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
@@ -734,7 +735,6 @@ def evaluate_checkpoint(args: Args) -> None:
             mean, std = result.returns.mean(), result.returns.std()
             print("{planner:<10}{scorer:<8}{rollouts:<11}".format(**how) + f"{mean:>8.1f} {std:>8.1f}", flush=True)
             table.append(how | {"returns": result.returns.tolist()})
-    data = encoded(args, model, planner.world)
     windows = windows_at(args, data, spread_out(data.held_out, 256))
     known = measures(answers(args, model, planner, windows, jax.random.key(args.seed)))
     print_measures(known)

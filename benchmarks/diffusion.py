@@ -169,7 +169,7 @@ def draw(results: dict, decoded: dict, path: str) -> None:
             axes = figure.add_subplot(grid[line, 1 + column])
             for kind, style in (("true", "k-"), ("p_d", "tab:blue"), ("d", "tab:orange")):
                 axes.plot(decoded[kind][i][column], style, label=kind, linewidth=1.2)
-            axes.set_title(f"{name} seen in a held-out future", fontsize=8)
+            axes.set_title(f"{name} in held-out future {column + 1}", fontsize=8)
             axes.tick_params(labelsize=7)
             axes.legend(fontsize=7) if line == column == 0 else None
     figure.savefig(path, dpi=110)

@@ -58,6 +58,14 @@ SMALL = td.with_preset(
 MODEL = td.make_model(SMALL, 5, A, episodic=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_in_less_time():
+    """Programs of tiny networks run as fast without optimisation; compiling them is what takes the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def changed(**fields):
     return dataclasses.replace(SMALL, **fields)
 
@@ -162,12 +170,12 @@ def test_a_denoiser_learns_a_linear_gaussian_future():
     """Mean and spread of the samples, at every step, against the truth."""
     net = td.Denoiser(2, td.Transformer(32, blocks=1, heads=2, dtype="float32"))
     mix = jnp.asarray(np.random.default_rng(0).normal(size=(F, 3, 2)) * 0.5, jnp.float32)
-    args, tx = changed(prediction="x0"), optax.adam(optax.cosine_decay_schedule(3e-3, 1500))
+    args, tx = changed(prediction="x0"), optax.adam(optax.cosine_decay_schedule(5e-3, 600))
 
     def loss(params, key):
         keys = jax.random.split(key, 4)
         z, k = jax.random.normal(keys[0], (128, 3)), jax.random.randint(keys[1], (128,), 0, td.LEVELS)
-        x0 = jnp.einsum("bz,fzo->bfo", z, mix) + 0.3 * jax.random.normal(keys[2], (128, F, 2))
+        x0 = jnp.einsum("bz,fzo->bfo", z, mix) + 0.6 * jax.random.normal(keys[2], (128, F, 2))
         noise = jax.random.normal(keys[3], x0.shape)
         one = lambda z, x0, k, noise: td.denoising_loss(args, lambda x, k: net.apply(params, z, x, k), x0, k, noise)  # noqa: E731
         return jax.vmap(one)(z, x0, k, noise).mean()
@@ -178,7 +186,7 @@ def test_a_denoiser_learns_a_linear_gaussian_future():
         return (optax.apply_updates(params, change), opt), None
 
     params = net.init(jax.random.key(0), jnp.zeros(3), jnp.zeros((F, 2)), 0)
-    keys = jax.random.split(jax.random.key(1), 1500)
+    keys = jax.random.split(jax.random.key(1), 600)
     params = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), keys)[0][0])(params)
     z = jax.random.normal(jax.random.key(2), (16, 3))
     denoise = lambda x, k: jax.vmap(jax.vmap(lambda z, x: net.apply(params, z, x, k), (None, 0)))(z, x)  # noqa: E731
@@ -186,8 +194,8 @@ def test_a_denoiser_learns_a_linear_gaussian_future():
     x, mean = draw(jax.random.key(3)), jnp.einsum("bz,fzo->bfo", z, mix)
     errors = ((x.mean(1) - mean) ** 2).mean((0, 2)) / (mean**2).mean((0, 2))
     assert (errors < 0.05).all(), errors
-    ratio = x.std(1).mean((0, 2)) / 0.3
-    assert ((ratio > 0.75) & (ratio < 1.1)).all(), ratio
+    ratio = x.std(1).mean((0, 2)) / 0.6
+    assert ((ratio > 0.75) & (ratio < 1.1)).all(), ratio  # exact denoisers leave about 0.83
 
 
 # ----------------------------------------------------------------------------------------------------------- Windows
@@ -273,13 +281,16 @@ def test_a_network_that_answers_zero_leaves_the_one_step_roll_out(made):
     planner = planner._replace(
         nets=jax.tree.map(jnp.zeros_like, planner.nets), stats=S._replace(mu=jnp.zeros_like(S.mu))
     )
-    actions, z = make_windows(5).action[:, :F], make_windows(1).z[0, 0]
-    key, how = jax.random.key(0), changed(rollouts="onestep")
-    zs = td.rollout(SMALL, MODEL, planner, z, actions, key)
-    np.testing.assert_allclose(zs, td.rollout(how, MODEL, planner, z, actions, key), atol=1e-5)
-    np.testing.assert_allclose(zs.reshape(-1, 2, 8).sum(-1), 1, atol=1e-5)
-    z1 = MODEL.dynamics.apply(planner.world.params["dynamics"], z, actions[2, 0])
-    np.testing.assert_allclose(zs[0, 2, 1], z1, atol=1e-5)
+    actions, z, key = make_windows(5).action, make_windows(1).z[0, 0], jax.random.key(0)
+    for scale, s in enumerate((1, 4)):
+        zs = td.rollout(SMALL, MODEL, planner, z, actions[:, : F * s], key, scale)
+        onestep = td.rollout(changed(rollouts="onestep"), MODEL, planner, z, actions[:, : F * s], key, scale)
+        np.testing.assert_allclose(zs, onestep, atol=1e-5)
+        np.testing.assert_allclose(zs.reshape(-1, 2, 8).sum(-1), 1, atol=1e-5)
+        state = z
+        for action in actions[2, :s]:
+            state = MODEL.dynamics.apply(planner.world.params["dynamics"], state, action)
+        np.testing.assert_allclose(zs[0, 2, 1], state, atol=1e-5)
     other = td.denormalise(SMALL, S, 5 * jax.random.normal(key, (7, Z)))
     assert (other > 0).all()
     np.testing.assert_allclose(other.reshape(-1, 2, 8).sum(-1), 1, atol=1e-5)
@@ -418,7 +429,7 @@ def test_every_loss_moves_its_own_network_and_none_the_world_model(made):
 
 def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays(made):
     planner, _ = made
-    args = changed(width=32, diffusion_lr=5e-3, num_updates=1200, scales="1")
+    args = changed(width=32, diffusion_lr=5e-3, num_updates=600, scales="1")
     windows = make_windows(16, steps=F)
     rows = jnp.arange(16) * (F + 1)
     filler = lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)).reshape(-1, *x.shape[2:])  # noqa: E731
@@ -427,9 +438,9 @@ def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays(made)
     before = jax.tree.map(np.array, planner.world)
     stats = td.statistics(args, MODEL, planner.world, windows)
     state = td.init_diffusion(args, MODEL, stats, jax.random.key(0))
-    state, info = td.train(args, MODEL, state, planner.world, data, num_updates=1200)
+    state, info = td.train(args, MODEL, state, planner.world, data, num_updates=600)
     jax.tree.map(np.testing.assert_array_equal, before, planner.world)
-    assert int(state.updates) == 1200 and all(np.isfinite(x) for x in info.values())
+    assert int(state.updates) == 600 and all(np.isfinite(x) for x in info.values())
     planner = td.planner_of(state, planner.world)
 
     def samples(window, key):
@@ -621,7 +632,8 @@ def test_a_run_takes_task_and_sizes_from_its_world_model_and_leaves_curve_and_ch
     assert meta["count"]["updates"] == 400 == int(found["state"].updates)
     assert (meta["args"]["task"], meta["args"]["mlp_dim"]) == ("cartpole-swingup", 16)
     assert (finished / "eval.csv").read_text().startswith("step,reward,success,seed\n400,")
-    theirs = read_agent(find_checkpoint(files[1]), read_meta(find_checkpoint(files[1]), "tdmpc2_jax"))
+    world = find_checkpoint(files[1])
+    theirs = read_agent(world, read_meta(world, "tdmpc2_jax"), ("params",))
     jax.tree.map(np.testing.assert_array_equal, found["world"].params, theirs["params"])
     assert float(found["world"].discount) == pytest.approx(0.99)
 
@@ -652,7 +664,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does(finished, files, sta
     td.main([*files, *TINY, "--runs-dir", str(tmp_path / "runs"), "--resume"])
     one, other = final(folder)[0]["state"], final(finished)[0]["state"]
     assert jax.random.key_data(one.key).tolist() == jax.random.key_data(other.key).tolist()
-    close = partial(np.testing.assert_allclose, atol=1e-5)  # the child's programs are compiled in less time
+    close = partial(np.testing.assert_allclose, atol=1e-5)  # the child is compiled otherwise
     jax.tree.map(close, one._replace(key=0), other._replace(key=0))
 
 
