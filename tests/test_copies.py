@@ -28,6 +28,14 @@ COPIES = {
         fresh_state
     """.split(),
     "tdmpc_jax": [],  # the first version has the same blocks in the same order, and something else in each
+    "world_model": """
+        MODEL_SIZES SIZE_FIELDS with_model_size discount_of
+        symexp two_hot_inv mish simnorm
+        Linear MLP WorldModel make_model init_params
+        PolicySample policy q_logits pick_heads
+        PlanNoise plan_noise two_heads estimate_value plan act
+    """.split(),
+    "tdmpc2_jax_diffusion": ["setup"],
 }
 
 
@@ -80,6 +88,8 @@ MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_rgb": "task exp_name checkpoint model_size mlp_dim latent_dim buffer_size",
     "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
     "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes",
+    "world_model": "",
+    "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq",
 }
 
 
@@ -104,7 +114,7 @@ def test_a_room_imports_only_rooms_below_it(path):
     floor = {"domains", "files"}
     below = {
         "arguments": floor, "devices": {"domains"}, "convolution": set(), "runs": floor | {"arguments", "devices"},
-        "envs": floor,
+        "envs": floor, "world_model": {"arguments"},
     }  # fmt: skip
     room = path.stem if path.parent == ROOT else path.parent.name
     allowed = {"domains": {"domains"}, "files": {"files", "devices", "domains.tasks"}} | below
