@@ -55,7 +55,7 @@ Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a pa
 
 ORDERS = (  # of two arguments, where a script has both
     "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax", "log_std_min < log_std_max",
-    "min_std <= max_std", "discount_min <= discount_max",
+    "min_std <= max_std", "discount_min <= discount_max", "first_horizon <= horizon", "first_min_std <= max_std",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def check_bounds(args: Any) -> None:
         if value is not None and bounds and not bounds[0].holds(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {str(shown)[:50]}")
-    if getattr(args, "latent_dim", None) and args.latent_dim % args.simnorm_dim:
+    if getattr(args, "latent_dim", None) and args.latent_dim % getattr(args, "simnorm_dim", 1):
         raise UserError("--latent-dim must be a multiple of --simnorm-dim")
     for small, sign, large in map(str.split, ORDERS):
         low, high = getattr(args, small, -math.inf), getattr(args, large, math.inf)
@@ -120,7 +120,8 @@ def set_folder(args: Any) -> Path:
 
 def parse(Args: type, argv: list[str] | None, description: str, folder_of: Callable[[Any], Path], *scripts: str):
     """The command line as an instance of the dataclass Args. What it leaves out is as in the run that --resume
-    continues or, of what makes the agent, as in the run of one of `scripts` whose agent --evaluate or --quantize takes.
+    continues or, of what makes the agent, as in the run of one of `scripts` whose agent --evaluate or --quantize takes
+    or, of what two scripts share, as in the run that --world-model names.
 
     Args has the fields evaluate, checkpoint, json, resume, runs_dir and exp_name; from exp_name on they keep the run,
     those before it make the agent. folder_of gives the run's folder.
@@ -132,16 +133,17 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     check_rules((not args.json or args.evaluate, "--json goes with --evaluate"))
     source_task = getattr(args, "source_task", None)
     check_rules((not source_task or args.checkpoint, "--source-task goes with --checkpoint"))
+    quantize, world_model = getattr(args, "quantize", None), getattr(args, "world_model", None)
+    its_own = {*names[: names.index("exp_name")]} - ({"data_dir"} if quantize else set())
     if args.evaluate and source_task:
         record = {"task": source_task}
-    elif args.evaluate or getattr(args, "quantize", None):
+    elif args.evaluate or quantize:
         record = read_record(args.checkpoint, *scripts)["args"]
-        record = {
-            name: record[name] for name in names[: names.index("exp_name")] if name in record and name != "data_dir"
-        }
     elif args.resume and (folder_of(args) / "args.json").exists():
-        record = json.loads((folder_of(args) / "args.json").read_text())
-        record = {name: value for name, value in record.items() if name in {*names} - {"resume", "runs_dir"}}
+        record, its_own = json.loads((folder_of(args) / "args.json").read_text()), {*names} - {"resume", "runs_dir"}
+    elif world_model:
+        record = read_record(world_model, "tdmpc2_jax")["args"]
+    record = {name: value for name, value in record.items() if name in its_own}
     return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
 
 

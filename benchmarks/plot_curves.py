@@ -2,11 +2,11 @@
 beside published ones if they are given.
 
     python benchmarks/plot_curves.py
-    python benchmarks/plot_curves.py --reference scores.csv --runs runs
+    python benchmarks/plot_curves.py --reference scores.csv --first-reference scores_tdmpc1.csv --runs runs
 
 A curve is a run's eval.csv (step,reward,success,seed; several seeds one below the other), named TASK.csv or
-TASK__LABEL.csv; a LABEL that starts with pixels means tdmpc2_jax_rgb.py. The reference is a table
-method,task,metric,step,mean,min,max,seeds.
+TASK__LABEL.csv; a LABEL that starts with pixels means tdmpc2_jax_rgb.py, one that starts with TD-MPC tdmpc_jax.py. The
+references are tables method,task,metric,step,mean,min,max,seeds.
 """
 
 import csv
@@ -53,6 +53,8 @@ class Args:
     """method of that table to draw; in panels of pixels METHOD-pixels"""
     method_name: str = "TD-MPC2 as published"
     """its name in the legend"""
+    first_reference: str | None = None
+    """table of published curves of TD-MPC, the first version (method tdmpc), drawn beside ours of it"""
     runs: str | None = None
     """folder of runs whose training episodes are drawn as dots (needs tensorboard); of pixels: names with rgb"""
     columns: int = 3
@@ -130,7 +132,7 @@ def read_episodes(runs: Path, task: str, pixels: bool) -> tuple[np.ndarray, np.n
     return np.array(points).reshape(-1, 2).T
 
 
-def draw_published(axes, reference: Published, shown: np.ndarray, name: str) -> None:
+def draw_published(axes, reference: Published, shown: np.ndarray, name: str, colour: str = GREY) -> None:
     """Mean with a band from the lowest to the highest seed; bars where the points are too few to suggest a line."""
     step, mean, low, high = (
         reference.step[shown] / 1e3,
@@ -139,16 +141,16 @@ def draw_published(axes, reference: Published, shown: np.ndarray, name: str) -> 
         reference.high[shown],
     )
     label = f"{name} (mean, min to max of {reference.seeds} seeds)"
-    line = {"color": GREY, "markersize": 5, "clip_on": False, "label": label}
+    line = {"color": colour, "markersize": 5, "clip_on": False, "label": label}
     if len(step) < 4:
         axes.errorbar(step, mean, [mean - low, high - mean], fmt="o", capsize=3, elinewidth=1.4, zorder=5, **line)
     else:
-        axes.fill_between(step, low, high, color=GREY, alpha=0.18, linewidth=0)
+        axes.fill_between(step, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(step, mean, "o--", linewidth=1.4, **line)
 
 
-def draw_panel(axes, title: str, curves, colours, published, episodes, published_name: str) -> None:
-    """One task: training episodes, the published curve, and ours on top."""
+def draw_panel(axes, title: str, curves, colours, published, first, episodes, published_name: str) -> None:
+    """One task: training episodes, the published curves (`first` is that of the first version), and ours on top."""
     succeeds = any(float(row["success"]) for rows in curves.values() for row in rows)
     metric, reference = published or ("success" if succeeds else "reward", None)
     end = max(float(row["step"]) for rows in curves.values() for row in rows)
@@ -164,8 +166,11 @@ def draw_panel(axes, title: str, curves, colours, published, episodes, published
         seeds = by_seed(rows, metric)
         for step, value in seeds.values() if len(seeds) > 1 else ():
             axes.plot(step / 1e3, value, color=colours[label], linewidth=0.8, alpha=0.45)
+        if label.startswith("TD-MPC") and first and first[0] == metric:
+            draw_published(axes, first[1], first[1].step <= end, "TD-MPC as published", colours[label])
         script = "tdmpc2_jax_rgb.py" if label.startswith("pixels") else "tdmpc2_jax.py"
-        name = ", ".join(filter(None, [script, label.removeprefix("pixels ")])) + (
+        script = "tdmpc_jax.py" if label.startswith("TD-MPC") else script
+        name = ", ".join(filter(None, [script, label.removeprefix("pixels ").removeprefix("TD-MPC")])) + (
             " (mean; thin: seeds)" if len(seeds) > 1 else ""
         )
         step, mean = mean_curve(seeds)
@@ -186,6 +191,7 @@ def main(args: Args) -> None:
         sys.exit(f"error: {args.curves} holds no .csv file")
     methods = {False: args.method, True: f"{args.method}-pixels"}
     published = {k: read_published(args.reference, method) if args.reference else {} for k, method in methods.items()}
+    first = read_published(args.first_reference, "tdmpc") if args.first_reference else {}
     labels = sorted({label for panel in curves.values() for label in panel})
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     columns = min(args.columns, len(curves))
@@ -200,7 +206,7 @@ def main(args: Args) -> None:
             beside = published[pixels].get(task)
             if not beside and task in published[False]:  # never published from pixels
                 beside = published[False][task][0], None
-            draw_panel(axes, title, curve, colours, beside, episodes, args.method_name)
+            draw_panel(axes, title, curve, colours, beside, first.get(task), episodes, args.method_name)
         for axes in panels.flat[len(curves) :]:
             axes.remove()
         legend = {}

@@ -101,9 +101,11 @@ def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict
     return _compared(checkpoint, meta, items)
 
 
-def read_agent(checkpoint: Path, meta: dict[str, Any], parts: Sequence[str] = ()) -> dict[str, Any]:
-    """`params`, `target_q` and `q_scale` of a TD-MPC2 run's checkpoint, or only `parts` of its `params`, on one device,
-    whatever devices have written it and whatever else it holds.
+def read_agent(
+    checkpoint: Path, meta: dict[str, Any], names: Sequence[str], parts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What of a run's learning state makes its agent, by these names, or only `parts` of its `params`, on one device,
+    whatever devices have written the checkpoint and whatever else it holds.
 
     Raises:
         UserError: it is damaged.
@@ -113,7 +115,7 @@ def read_agent(checkpoint: Path, meta: dict[str, Any], parts: Sequence[str] = ()
         with ocp.PyTreeCheckpointer() as reader:
             there = reader.metadata(path).item_metadata.tree
             inner = there.get("train", there)  # an online run's checkpoint holds the key of the acting beside it
-            wanted = {name: inner[name] for name in ("params", "target_q", "q_scale")}
+            wanted = {name: inner[name] for name in names}
             wanted = {"params": {name: inner["params"][name] for name in parts}} if parts else wanted
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
             like = {"train": like} if "train" in there else like

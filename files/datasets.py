@@ -251,14 +251,15 @@ class EpisodeWriter:
     """Writes a task's episodes to DATA_DIR/TASK/chunk_0.pt, chunk_1.pt, …, as `load_dataset` reads them.
 
     PyTorch with tensordict reads the files, too. They are complete or absent at any moment, and several runs may write
-    to one folder: each takes the next free number. Without a data_dir nothing is written.
+    to one folder: each takes the next free number. Without a data_dir nothing is written. action_repeat is as in
+    `task_spec`: decisions with another one than the table's are other data, and belong in a folder of their own.
     """
 
-    def __init__(self, data_dir: str | os.PathLike | None, task: str, num_envs: int):
+    def __init__(self, data_dir: str | os.PathLike | None, task: str, num_envs: int, action_repeat: int | None = None):
         self._folder, self._finished = None, []
         if data_dir is None:
             return
-        spec = task_spec(task)
+        spec = task_spec(task, action_repeat)
         set_tasks([task])
         self._folder = pathlib.Path(data_dir, spec.name)
         try:

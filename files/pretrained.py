@@ -104,9 +104,9 @@ def _other(tensors: Mapping[str, np.ndarray]) -> str:
 
 def _numbers(tensors: Mapping[str, np.ndarray], name: str, ndim: int = 1) -> np.ndarray:
     if name not in tensors or tensors[name].dtype.kind != "f":
-        raise UserError(f"holds no whole TD-MPC2 agent: {name} is missing")
+        raise UserError(f"holds no whole agent: {name} is missing")
     if tensors[name].ndim < ndim:
-        raise UserError(f"holds no whole TD-MPC2 agent: {name} has shape {tensors[name].shape}")
+        raise UserError(f"holds no whole agent: {name} has shape {tensors[name].shape}")
     return tensors[name]
 
 
@@ -149,7 +149,7 @@ def _check_whole(components: Params, task_dim: int) -> None:
         hidden, last = widths[name][:-1], outputs.get(name, widths[name][-1])
         fits = _shapes(its) == _mlp_shapes(heads, inputs[name], [*hidden, last], name in ("encoder", "dynamics"))
         if not fits or 0 in (*heads, *hidden, last) or len(hidden) != 2 and (name != "encoder" or not hidden):
-            raise UserError(f"holds no whole TD-MPC2 agent: the layers of its {name} do not fit together")
+            raise UserError(f"holds no whole agent: the layers of its {name} do not fit together")
 
 
 def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm: bool) -> dict[str, tuple[int, ...]]:
@@ -159,6 +159,44 @@ def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm:
         if simnorm or i < len(widths) - 1:
             shapes |= dict.fromkeys((f"norm_{i}/scale", f"norm_{i}/bias"), (*heads, width))
     return shapes
+
+
+def read_tdmpc(path: str | os.PathLike) -> tuple[Params, Params]:
+    """The agent of a checkpoint (.pt) of TD-MPC, the first version, for states: its parameters, and the slow copies
+    of `encoder` and `q`. The file holds {"model": tensors, "model_target": tensors}.
+
+    Raises:
+        UserError: the file cannot be read, or holds no whole agent of TD-MPC.
+    """
+    content = load_pt(path)
+    parts = [content.get(part) if isinstance(content, dict) else None for part in ("model", "model_target")]
+    try:
+        params, target = (tdmpc_from_torch(part if isinstance(part, dict) else {}) for part in parts)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    return params, {name: target[name] for name in ("encoder", "q")}
+
+
+def tdmpc_from_torch(tensors: Mapping[str, np.ndarray]) -> Params:
+    """The networks that these tensors of a TD-MPC checkpoint are; UserError if they are none, or not all."""
+    if not {"_encoder.0.weight", "_Q1.0.weight"} <= tensors.keys():
+        raise UserError(f"holds no TD-MPC agent that sees states{'' if '_Q1.0.weight' in tensors else _other(tensors)}")
+
+    def mlp(prefix, *places, norm=None):
+        params = {}
+        for i, place in enumerate(places):
+            kernel = _numbers(tensors, f"{prefix}.{place}.weight", 2).swapaxes(-1, -2)
+            params[f"linear_{i}"] = {"kernel": kernel, "bias": _numbers(tensors, f"{prefix}.{place}.bias")}
+        if norm is not None:
+            scale, bias = (_numbers(tensors, f"{prefix}.{norm}.{field}") for field in ("weight", "bias"))
+            params["norm_0"] = {"scale": scale, "bias": bias}
+        return {"params": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)}
+
+    params = {name: mlp(f"_{name}", 0, 2, 4) for name in ("dynamics", "reward", "pi")}
+    qs = [mlp(name, 0, 3, 5, norm=1) for name in ("_Q1", "_Q2")]
+    if _shapes(qs[0]) != _shapes(qs[1]):
+        raise UserError("holds no whole agent: its two values differ in size")
+    return params | {"encoder": mlp("_encoder", 0, 2), "q": jax.tree.map(lambda *p: jnp.stack(p), *qs)}
 
 
 # -------------------------------------------------------------------------------------------------- Multi-task agents
@@ -225,6 +263,8 @@ def sizes_of(params: Params) -> dict[str, int]:
     encoder, mlp = widths["encoder"], widths.get("dynamics") or widths["reward"]
     sizes = {"enc_dim": encoder[0]} if encoder else {}
     sizes |= {"mlp_dim": mlp[0], "latent_dim": (widths.get("dynamics") or encoder)[-1]}
+    if "norm_1" not in (params.get("q") or params["reward"])["params"]:  # the first version: others are fixed
+        return sizes
     sizes |= {"num_enc_layers": len(encoder)} if encoder else {}
     sizes |= {"num_q": params["q"]["params"]["linear_0"]["bias"].shape[0]} if "q" in params else {}
     return sizes | ({"task_dim": params["task_emb"].shape[-1]} if "task_emb" in params else {})
@@ -304,6 +344,22 @@ def load_multitask(path: str, named: Sequence[str], *scripts: str, parts: Sequen
     return agent._replace(params=params | {"task_emb": agent.task_emb}, task_emb=None, tasks=tasks)
 
 
+def load_tdmpc(path: str, init: Callable[[jax.Array], Params], *scripts: str) -> tuple[Params, Params, int | None]:
+    """An agent of TD-MPC, the first version: its parameters, the slow copies of its `encoder` and `q`, and how many
+    decisions it has made, or None where it is the original's; see `load_agent`."""
+    like, decisions = jax.eval_shape(init, jax.random.key(0)), None
+    if path.endswith(".pt"):
+        params, target = read_tdmpc(path)
+    else:
+        checkpoint = find_checkpoint(path)
+        meta = read_meta(checkpoint, *scripts)
+        state, decisions = read_agent(checkpoint, meta, ("params", "target")), meta["count"]["decisions"]
+        params, target = state["params"], state["target"]
+    there, here = ({f"slow {name}": its[name] for name in ("encoder", "q")} for its in (target, like))
+    check_shapes(params | there, like | here, path, "this task and these sizes")
+    return params, target, decisions
+
+
 def load_teacher(path: str, tasks: Sequence[str], *scripts: str) -> Agent:
     """What predicts rewards in a multi-task agent of these tasks: `encoder`, `reward` and `task_emb`. Its `args` are
     those that make the networks and decode their outputs.
@@ -331,7 +387,7 @@ def _read(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str] = ()
         return _read_quantized(path, obs, scripts, parts)
     checkpoint = find_checkpoint(path)
     meta = read_meta(checkpoint, *scripts)
-    state = read_agent(checkpoint, meta, (*parts, "task_emb") if parts else ())
+    state = read_agent(checkpoint, meta, ("params", "target_q", "q_scale"), (*parts, "task_emb") if parts else ())
     task_emb, target_q = state["params"].pop("task_emb", None), state.get("target_q", {})
     tasks = tuple(meta.get("tasks", ()))
     return Agent(state["params"], target_q, state.get("q_scale", 1.0), task_emb, tasks, meta.get("args", {}))
@@ -391,7 +447,7 @@ def _read_quantized(path: str, obs: str, scripts: Sequence[str], parts: Sequence
         _check_whole(heads | {"target Q": stored.get("target_q", stored["q"])}, stored["task_emb"].shape[-1])
         values = nested(dequantize(tensors, (*parts, "task_emb") if parts else ()))
     except (KeyError, ValueError, IndexError, AttributeError, UserError) as error:
-        reason = str(error) if isinstance(error, UserError) else "holds no whole TD-MPC2 agent"
+        reason = str(error) if isinstance(error, UserError) else "holds no whole agent"
         raise UserError(f"{path} {reason}") from None
     values = jax.tree.map(jnp.asarray, values)
     task_emb, q_scale = values.pop("task_emb"), values.pop("q_scale", 1.0)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import envs
 import tdmpc2_jax as td
-from benchmarks import distillation, environments, multitask, speed, speed_multitask
+from benchmarks import distillation, environments, learning, multitask, speed, speed_multitask
 
 O, A = 5, 3  # noqa: E741
 SMALL = {"enc_dim": 24, "mlp_dim": 48, "latent_dim": 32, "num_enc_layers": 2, "num_q": 3, "num_bins": 21}
@@ -180,6 +180,19 @@ def test_a_finished_stage_of_the_multi_task_benchmark_is_not_run_again(tmp_path)
     assert multitask.evaluation(tmp_path, "no such script", "agent", 1) == {"mean": 3.0}
     (tmp_path / "eval.csv").write_text("step,reward,success,seed\n0,1.5,0.0,1\n100,2.5,0.0,1\n")
     assert multitask.curve(tmp_path) == [[0, 1.5], [100, 2.5]]
+
+
+def test_a_suites_curves_are_those_of_its_runs_one_seed_below_the_other(tmp_path):
+    rows = [learning.Row("walker-walk", (1, 2), label="twice"), learning.Row("dog-run")]
+    args = learning.Args("cpu", folder=tmp_path / "runs", curves=tmp_path / "curves", jobs=0)
+    for seed in (1, 2):
+        folder = learning.folder_of(args, rows[0], seed)
+        folder.mkdir(parents=True)
+        (folder / "eval.csv").write_text(f"step,reward,success,seed\n0,{seed}.5,0.0,{seed}\n")
+    learning.collect(args, rows)
+    curve = args.curves / "walker-walk__twice.csv"
+    assert curve.read_text() == "step,reward,success,seed\n0,1.5,0.0,1\n0,2.5,0.0,2\n"
+    assert list(args.curves.iterdir()) == [curve], "what has not begun has no curve"
 
 
 def test_reward_errors_are_those_of_the_entries_after_the_first_of_each_episode(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 import envs
 import tdmpc2_jax as td
+import tdmpc_jax
 
 SCRIPT = td
 CARTPOLE = ["--task", "cartpole-balance"]
@@ -54,6 +55,29 @@ eval-freq=0 eval-episodes=-3 checkpoint-freq=0 log-freq=-1 json=nowhere/x.json
 @pytest.mark.parametrize("flag", [*NONSENSE, "exp-name=" + "x" * 300])
 def test_numbers_and_names_that_make_no_sense_are_refused_with_their_flag(refused, flag):
     assert f"--{flag.partition('=')[0]}" in refused(*CARTPOLE, f"--{flag}")
+
+
+FIRST_NONSENSE = """
+lr=0 tau=2 target-update-freq=0 per-alpha=2 per-beta=-1 discount=1.5 loss-bound=0 noise-clip=-1 horizon=0
+first-horizon=0 first-horizon=6 first-min-std=3 schedule-steps=0 momentum=-0.1 action-repeat=0 latent-dim=0
+batch-size=0 iterations=0 seed-steps=5 buffer-size=5000 total-timesteps=0 num-elites=600
+""".split()
+
+
+@pytest.mark.parametrize("flag", FIRST_NONSENSE)
+def test_the_first_version_refuses_numbers_that_make_no_sense(refused, flag):
+    assert f"--{flag.partition('=')[0]}" in refused(*CARTPOLE, f"--{flag}", script=tdmpc_jax)
+
+
+@pytest.mark.golden
+def test_checkpoints_of_the_other_version_are_refused(refused, golden):
+    evaluation = [*CARTPOLE, "--evaluate", "--checkpoint"]
+    assert "it is one of TD-MPC, for tdmpc_jax.py" in refused(*evaluation, golden("tdmpc1.pt"))
+    second = refused(*evaluation, golden("single.pt"), script=tdmpc_jax)
+    assert "holds no TD-MPC agent that sees states: it is one of states, for tdmpc2_jax.py" in second
+    other_task = refused(*evaluation, golden("tdmpc1.pt"), script=tdmpc_jax)
+    assert other_task.endswith("it has --enc-dim 16 --mlp-dim 24 --latent-dim 10")
+    assert "does not exist" in refused(*evaluation, "nowhere", script=tdmpc_jax)
 
 
 def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, golden):
@@ -110,9 +134,10 @@ def test_the_command_line_exits_with_one_sentence(script):
     assert status == 2 and "invalid choice '7'" in err and "317" in err
 
 
-def test_help_explains_every_argument(script):
-    status, out, _ = script("--help", small=False)
+@pytest.mark.parametrize("td, words", [(td, "value heads"), (tdmpc_jax, "beside the N")], ids=["tdmpc2", "tdmpc"])
+def test_help_explains_every_argument(script, td, words):
+    status, out, _ = script("--help", small=False, name=f"{td.__name__}.py")
     assert status == 0
     for field in td.dataclasses.fields(td.Args):
         assert f"--{field.name.replace('_', '-')}" in out
-    assert "value heads" in out and "inverse temperature" in out
+    assert words in out and "inverse temperature" in out

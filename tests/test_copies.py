@@ -27,6 +27,15 @@ COPIES = {
         TrainState optimizers init_state td_target policy_loss
         fresh_state
     """.split(),
+    "tdmpc_jax": [],  # the first version has the same blocks in the same order, and something else in each
+    "world_model": """
+        MODEL_SIZES SIZE_FIELDS with_model_size discount_of
+        symexp two_hot_inv mish simnorm
+        Linear MLP WorldModel make_model init_params
+        PolicySample policy q_logits pick_heads
+        PlanNoise plan_noise two_heads estimate_value plan act
+    """.split(),
+    "tdmpc2_jax_diffusion": ["setup"],
 }
 
 
@@ -52,6 +61,18 @@ def test_blocks_of_the_algorithm_that_are_the_same_are_those_named_here_letter_f
     assert equal == {*COPIES[script]}
 
 
+def test_the_table_of_the_papers_equations_names_what_the_script_has():
+    text = (ROOT / "README.md").read_text()
+    rows = re.search(r"\| in the paper \|.*?\n\n", text, re.DOTALL)[0].strip().splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2])}
+    assert len(rows) > 10 and named <= blocks("tdmpc2_jax").keys()
+
+
+def test_the_first_version_has_its_blocks_in_the_order_of_the_second():
+    original, copy = blocks("tdmpc2_jax"), blocks("tdmpc_jax")
+    assert [name for name in original if name in copy] == [name for name in copy if name in original]
+
+
 def arguments(script):
     """Type, default and explanation of every argument: one line each."""
     lines = (ROOT / f"{script}.py").read_text().splitlines()
@@ -65,6 +86,10 @@ MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_mt": "exp_name seed resume checkpoint_freq log_freq eval_freq eval_episodes capture_video evaluate "
     "checkpoint model_size batch_size",
     "tdmpc2_jax_rgb": "task exp_name checkpoint model_size mlp_dim latent_dim buffer_size",
+    "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
+    "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes",
+    "world_model": "",
+    "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq",
 }
 
 
@@ -89,7 +114,7 @@ def test_a_room_imports_only_rooms_below_it(path):
     floor = {"domains", "files"}
     below = {
         "arguments": floor, "devices": {"domains"}, "convolution": set(), "runs": floor | {"arguments", "devices"},
-        "envs": floor,
+        "envs": floor, "world_model": {"arguments"},
     }  # fmt: skip
     room = path.stem if path.parent == ROOT else path.parent.name
     allowed = {"domains": {"domains"}, "files": {"files", "devices", "domains.tasks"}} | below

@@ -7,16 +7,19 @@ import pytest
 from conftest import said
 from jax._src.array import ArrayImpl
 
+import tdmpc2_jax
 import tdmpc2_jax as td
+import tdmpc_jax
 
 TASK = "InvertedPendulum-v5"  # MuJoCo; 1 per step until the pole falls, after 5 steps for a random agent
+OWN = {tdmpc2_jax: {"num_q": 2}, tdmpc_jax: {"horizon": 3, "schedule_steps": 500}}  # what one of the scripts has only
 
 
-@pytest.fixture(scope="module")
-def returns_of(tmp_path_factory):
+@pytest.fixture(scope="module", params=OWN, ids=lambda td: td.__name__)
+def returns_of(request, tmp_path_factory):
     """Mean returns after 2500 steps of training: with planning, and of the policy alone."""
-    folder = tmp_path_factory.mktemp("learning")
-    small = {"enc_dim": 32, "mlp_dim": 64, "latent_dim": 32, "num_q": 2, "batch_size": 64, "iterations": 3}
+    folder, td = tmp_path_factory.mktemp("learning"), request.param
+    small = {"enc_dim": 32, "mlp_dim": 64, "latent_dim": 32, "batch_size": 64, "iterations": 3} | OWN[td]
     small |= {"num_samples": 64, "num_elites": 16, "num_pi_trajs": 8, "seed_steps": 500, "buffer_size": 10_000}
     args = td.Args(
         task=TASK, runs_dir=str(folder), num_envs=4, total_timesteps=2500, eval_freq=10_000, eval_episodes=4, **small

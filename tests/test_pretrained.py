@@ -117,7 +117,7 @@ def test_an_agent_that_is_not_whole_is_one_sentence(golden, name, change, senten
     tensors = pretrained.read_tensors(golden("multitask.pt"))
     tensors |= {name: change(tensors[name])} if change else {}
     tensors = {key: value for key, value in tensors.items() if change or key != name}
-    with pytest.raises(UserError, match=re.escape(f"holds no whole TD-MPC2 agent: {sentence}")):
+    with pytest.raises(UserError, match=re.escape(f"holds no whole agent: {sentence}")):
         pretrained.from_torch(tensors)
 
 

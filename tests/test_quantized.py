@@ -145,7 +145,7 @@ def test_files_of_others_are_refused(tmp_path, file):
     for told, words in (
         ({}, "holds no agent of this project"),
         (record, "is an agent of other.py, not of tdmpc2_jax_mt.py"),
-        (record | {"script": MT}, "holds no whole TD-MPC2 agent"),
+        (record | {"script": MT}, "holds no whole agent"),
     ):
         write_safetensors(path, {"x": np.zeros(3, np.float32)}, told)
         with pytest.raises(UserError, match=words):

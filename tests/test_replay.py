@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-import tdmpc2_jax as td
+import tdmpc2_jax
+import tdmpc_jax
 
 H = 3
+SCRIPTS = pytest.mark.parametrize("td", [tdmpc2_jax, tdmpc_jax], ids=lambda td: td.__name__)
 
 
-def write_episodes(seed, capacity, num_envs, steps, ends=0.15):
+def sample(td, replay, key, batch_size):
+    """Windows as the script draws them, when all priorities are what they were at the start."""
+    if td is tdmpc2_jax:
+        return td.sample(replay, key, batch_size, H)
+    return td.windows(replay, td.draw(replay.tree, key, batch_size), H, 0.4)
+
+
+def write_episodes(td, seed, capacity, num_envs, steps, ends=0.15):
     """A replay after `steps` steps of environments whose episodes end at random; entries name themselves.
 
     The observation of an entry is (environment, episode, place in the episode); `valid` lists the windows that a
@@ -36,15 +45,16 @@ def write_episodes(seed, capacity, num_envs, steps, ends=0.15):
     return replay, valid
 
 
+@SCRIPTS
 @pytest.mark.parametrize("seed", range(8))
-def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(seed):
+def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, seed):
     rng = np.random.default_rng(seed)
     num_envs, capacity = int(rng.integers(1, 5)), int(rng.integers(10, 40))
-    replay, valid = write_episodes(seed, capacity, num_envs, int(rng.integers(5, 150)), ends=rng.uniform(0.02, 0.4))
+    replay, valid = write_episodes(td, seed, capacity, num_envs, int(rng.integers(5, 150)), ends=rng.uniform(0.02, 0.4))
     assert int(replay.size) == len(valid)
     if not valid:
         return
-    batch = td.sample(replay, jax.random.key(seed), 500, H)
+    batch = sample(td, replay, jax.random.key(seed), 500)
     assert {tuple(obs) for obs in np.asarray(batch.obs[0])} <= valid
     steps = np.diff(np.asarray(batch.obs), axis=0)
     assert (steps[..., :2] == 0).all(), "a window stays in one environment and one episode"
@@ -53,15 +63,17 @@ def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(seed):
     np.testing.assert_array_equal(batch.reward, batch.obs[1:, :, 2] * 10)
 
 
-def test_all_valid_windows_are_equally_likely():
-    replay, valid = write_episodes(seed=1, capacity=25, num_envs=3, steps=90)
-    batch = td.sample(replay, jax.random.key(0), 200 * len(valid), H)
+@SCRIPTS
+def test_all_valid_windows_are_equally_likely(td):
+    replay, valid = write_episodes(td, seed=1, capacity=25, num_envs=3, steps=90)
+    batch = sample(td, replay, jax.random.key(0), 200 * len(valid))
     names, counts = np.unique(np.asarray(batch.obs[0]), axis=0, return_counts=True)
     assert {tuple(name) for name in names} == valid
     assert chisquare(counts).pvalue > 1e-3
 
 
-def test_an_update_never_sees_filler():
+@SCRIPTS
+def test_an_update_never_sees_filler(td):
     """Actions and rewards of resets are filler: NaN there must not reach a batch."""
     replay = td.init_replay(40, 2, 3, 1)
     rng = np.random.default_rng(0)
@@ -69,5 +81,5 @@ def test_an_update_never_sees_filler():
         first = rng.random(2) < 0.2 if i else np.ones(2, bool)
         reward = np.where(first, np.nan, 1.0).astype(np.float32)
         replay = td.add(replay, H, np.ones((2, 3), np.float32), reward[:, None], reward, np.zeros(2, bool), first)
-    batch = td.sample(replay, jax.random.key(0), 1000, H)
+    batch = sample(td, replay, jax.random.key(0), 1000)
     assert jnp.isfinite(batch.action).all() and jnp.isfinite(batch.reward).all()

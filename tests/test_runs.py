@@ -18,6 +18,7 @@ import envs
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
+BOTH = pytest.mark.parametrize("name", ["tdmpc2_jax", "tdmpc_jax"])  # for what a script's own loop can do wrong
 
 
 def read_curve(folder):
@@ -31,10 +32,10 @@ def read_scalars(folder, tag):
 
 
 def count_of(folder):
-    return meta_of(folder)["count"]
+    return meta_of(folder, folder.parent.name)["count"]
 
 
-def wait_for(condition, child, seconds=120):
+def wait_for(condition, child, seconds=300):
     """Waits until condition() holds; fails if the child ends before."""
     end = time.time() + seconds
     while not condition():
@@ -43,10 +44,11 @@ def wait_for(condition, child, seconds=120):
         time.sleep(0.001)
 
 
-def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_path):
-    status, out, err = script(*POINT, "--total-timesteps", 300)
+@BOTH
+def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_path, name):
+    status, out, err = script(*POINT, "--total-timesteps", 300, name=f"{name}.py")
     assert status == 0, err
-    folder = tmp_path / "runs" / FOLDER
+    folder = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1"
     steps, rewards = read_curve(folder)
     assert steps == [0, 100, 200, 300] and np.isfinite(rewards).all()
     assert all(f"{step:>10}" in out for step in steps), "each evaluation is a line of the table"
@@ -57,20 +59,23 @@ def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_pat
     for tag in ("losses/value_loss", "losses/pi_loss", "charts/SPS", "eval/episodic_return"):
         assert read_scalars(folder, tag), tag
 
-    status, out, err = script(
-        "--evaluate", "--checkpoint", folder, "--eval-episodes", 3, "--json", "result.json", small=False
-    )
+    how = ("--evaluate", "--checkpoint", folder, "--eval-episodes", 3, "--json", "result.json")
+    status, out, err = script(*how, small=False, name=f"{name}.py")
     assert status == 0, err
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["task"] == "strange_envs:Point-v0" and len(result["returns"]) == len(result["successes"]) == 3
     assert f"{result['mean']:.1f} ± {result['std']:.1f}" in out and out.count("episode ") == 3
 
 
-def test_a_run_killed_five_times_goes_on_and_counts_no_step_twice(start, tmp_path):
-    folder = tmp_path / "runs" / FOLDER
-    flags = (*POINT, "--total-timesteps", 1300, "--buffer-size", 200_000, "--resume")
-    for kill, where in enumerate(["training", "checkpoint", "training", "checkpoint", "checkpoint"]):
-        child = start(*flags)
+KILLS = ["training", "checkpoint", "training", "checkpoint", "checkpoint"]
+
+
+@pytest.mark.parametrize("name, kills", [("tdmpc2_jax", KILLS), ("tdmpc_jax", KILLS[:2])], ids=["second", "first"])
+def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, tmp_path, name, kills):
+    folder, total = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1", 200 * len(kills) + 300
+    flags = (*POINT, "--total-timesteps", total, "--buffer-size", 200_000, "--resume")
+    for kill, where in enumerate(kills):
+        child = start(*flags, name=f"{name}.py")
         reached = 200 * (kill + 1)
 
         def checkpointed(reached=reached):
@@ -82,16 +87,16 @@ def test_a_run_killed_five_times_goes_on_and_counts_no_step_twice(start, tmp_pat
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert count_of(folder)["decisions"] >= reached
-    child = start(*flags)
+    child = start(*flags, name=f"{name}.py")
     _, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
 
-    assert read_curve(folder)[0] == list(range(0, 1301, 100))
+    assert read_curve(folder)[0] == list(range(0, total + 1, 100))
     count = count_of(folder)
-    assert count["decisions"] == 1300 and count["updates"] == 1299
+    assert count["decisions"] == total and count["updates"] == total - 1
     ends = [step for step, _ in read_scalars(folder, "charts/episodic_return")]
     assert ends == sorted(set(ends)), "no episode stands twice in the curve"
-    assert [step for step, _ in read_scalars(folder, "eval/episodic_return")] == list(range(0, 1301, 100))
+    assert [step for step, _ in read_scalars(folder, "eval/episodic_return")] == list(range(0, total + 1, 100))
 
 
 def test_a_run_whose_first_checkpoint_was_cut_off_starts_again(script, tmp_path):
@@ -133,11 +138,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, script,
     assert count_of(folder)["decisions"] == count["decisions"] + 50
 
 
-def test_equal_seeds_give_equal_runs_bit_for_bit_and_others_differ(script, tmp_path):
-    def run(name, seed):
-        status, _, err = script(*POINT, "--total-timesteps", 250, "--exp-name", name, "--seed", seed)
+@BOTH
+def test_equal_seeds_give_equal_runs_bit_for_bit_and_others_differ(script, tmp_path, name):
+    def run(exp_name, seed):
+        flags = ("--total-timesteps", 250, "--exp-name", exp_name, "--seed", seed)
+        status, _, err = script(*POINT, *flags, name=f"{name}.py")
         assert status == 0, err
-        folder = tmp_path / "runs" / "strange_envs:Point-v0" / name / str(seed)
+        folder = tmp_path / "runs" / "strange_envs:Point-v0" / exp_name / str(seed)
         tags = ("losses/total_loss", "losses/pi_loss", "losses/grad_norm", "charts/episodic_return")
         return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
 
@@ -176,7 +183,8 @@ def gone(pids):
 
 
 def check_that_it_evaluates(script, folder):
-    status, out, err = script("--evaluate", "--checkpoint", folder, "--task", "strange_envs:Point-v0", small=False)
+    flags = ("--evaluate", "--checkpoint", folder, "--task", "strange_envs:Point-v0")
+    status, out, err = script(*flags, small=False, name=f"{folder.parent.name}.py")
     assert status == 0 and "return" in out, err
 
 
@@ -188,11 +196,12 @@ def test_an_environment_that_raises_ends_the_run_with_its_traceback(script, tmp_
     check_that_it_evaluates(script, tmp_path / "runs" / "strange_envs:Raising-v0" / "tdmpc2_jax" / "1")
 
 
-def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_checkpoint(start, script, tmp_path):
+@BOTH
+def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_checkpoint(start, script, tmp_path, name):
     if len(os.sched_getaffinity(0)) == 1:
         pytest.skip("no workers on one core")
-    child = start(*POINT, "--num-envs", 8, "--total-timesteps", 1_000_000)
-    folder = tmp_path / "runs" / FOLDER
+    child = start(*POINT, "--num-envs", 8, "--total-timesteps", 1_000_000, name=f"{name}.py")
+    folder = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1"
     wait_for(lambda: (folder / "checkpoints" / "200").exists(), child)
     workers = children(child.pid)
     os.kill(workers[0], signal.SIGKILL)
@@ -235,13 +244,16 @@ def test_the_success_rate_is_the_headline_of_tasks_that_have_one(script, tmp_pat
     assert json.loads(results.read_text())["success_rate"] == np.mean(json.loads(results.read_text())["successes"])
 
 
-def test_several_environments_with_terminations_share_one_run(script, tmp_path):
+@BOTH
+def test_several_environments_with_terminations_share_one_run(script, tmp_path, name):
     flags = ("--task", "strange_envs:Falling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
-    status, _, err = script(*flags, "--total-timesteps", 400)
+    status, _, err = script(*flags, "--total-timesteps", 400, name=f"{name}.py")
     assert status == 0, err
-    folder = tmp_path / "runs" / "strange_envs:Falling-v0" / "tdmpc2_jax" / "1"
-    meta = meta_of(folder)
-    assert meta["episodic"] and 400 <= meta["count"]["decisions"] < 404
+    folder = tmp_path / "runs" / "strange_envs:Falling-v0" / name / "1"
+    meta = meta_of(folder, name)
+    assert 400 <= meta["count"]["decisions"] < 404
+    termination = read_scalars(folder, "losses/termination_loss") if name == "tdmpc2_jax" else []
+    assert all(value > 0 for _, value in termination), "it has a termination head"
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert due - 4 <= meta["count"]["updates"] <= due
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"

@@ -1,0 +1,200 @@
+"""What each part of latent diffusion MPC is worth: planners, scorers, roll-outs and candidates from one checkpoint.
+
+    python benchmarks/diffusion.py --checkpoint runs/cartpole-swingup/tdmpc2_jax_diffusion/1 --folder diffusion \
+        --json benchmarks/results/diffusion_cartpole.json --picture benchmarks/results/diffusion_cartpole.png
+
+Every part is a command of tdmpc2_jax_diffusion.py, printed before it runs; a part that has been finished is not run
+again. All act in the same episodes.
+
+    python benchmarks/diffusion.py --checkpoint ... --folder diffusion --parts "" --speed speed.json
+
+times plans for one environment, and an update of the three networks, as benchmarks/speed.py does: in turn with a 2048^3
+product, beside the matrix products of each alone.
+"""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import envs as environments
+import tdmpc2_jax_diffusion as td
+from benchmarks.speed import UNIT, count_products, interleave, products_alone, square_product, total_gflop
+from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
+
+ROOT = Path(__file__).parent.parent
+PARTS = {  # flags of --evaluate
+    "SSR": "--planner ssr --scorer model,random --rollouts diffusion,onestep",
+    "without diffusion": "--planner mppi,pi",
+    "refined": "--planner ssr_mppi --scorer model --rollouts diffusion,onestep",
+    "other scorers": "--planner ssr --scorer J,mix --rollouts diffusion",
+    "policy's candidates alone": "--rollouts diffusion,onestep --num-proposals 0 --num-policy 48",
+    "rho's candidates alone": "--rollouts diffusion,onestep --num-proposals 48 --num-policy 0",
+    "p_d in 1 step": "--dynamics-steps 1",
+    "p_d in 10 steps": "--dynamics-steps 10",
+    "rho in 2 steps": "--rollouts diffusion,onestep --num-proposals 48 --num-policy 0 --proposal-steps 2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    checkpoint: str
+    """a run of tdmpc2_jax_diffusion.py, whose episodes are still where it found them"""
+    folder: str
+    """folder for the results of the parts"""
+    json: str | None = None
+    """write all results to this file"""
+    picture: str | None = None
+    """draw the table, and futures as they were imagined and as they came"""
+    parts: str = ",".join(PARTS)
+    """parts to run"""
+    episodes: int = 5
+    """episodes of each row"""
+    seed: int = 100
+    """of the episodes"""
+    speed: str | None = None
+    """time plans and an update, and write the figures to this file"""
+
+
+def evaluation(args: Args, part: str) -> dict:
+    """What --evaluate says of a part."""
+    path = Path(args.folder).absolute() / f"{part.replace(' ', '-')}.json"
+    if not path.exists():
+        words = f"--evaluate {PARTS[part]} --eval-episodes {args.episodes} --seed {args.seed}".split()
+        words += ["--checkpoint", args.checkpoint, "--json", str(path)]
+        print(f"\n$ python tdmpc2_jax_diffusion.py {shlex.join(words)}", flush=True)
+        subprocess.run([sys.executable, ROOT / "tdmpc2_jax_diffusion.py", *words], check=True)
+    return json.loads(path.read_text())
+
+
+def load(checkpoint: str):
+    """Arguments, networks of the world model, planner, learning state and recorded episodes of a run."""
+    found = find_checkpoint(checkpoint)
+    meta = read_meta(found, "tdmpc2_jax_diffusion")
+    args = td.with_preset(td.Args(**meta["args"]))
+    spec, sizes = environments.task_spec(args.task), environments.set_sizes([args.task])
+    model = td.make_model(args, *sizes, args.episodic and spec.can_terminate)
+    items = read_checkpoint(found, meta, **jax.eval_shape(partial(td.fresh, args, model)))
+    data = td.encoded(args, model, items["world"])
+    return args, model, td.planner_of(items["state"], items["world"]), items["state"], data
+
+
+def imagined(checkpoint: str, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rewards [B, F] and values [B, F+1] that the world model's heads see in held-out futures: true, p_d's, d's."""
+    args, model, planner, _, data = load(checkpoint)
+    windows = td.windows_at(args, data, td.spread_out(data.held_out, number))
+    futures = td.answers(args, model, planner, windows, jax.random.key(0))["futures"]["1"]
+    decoded = {}
+    for name in ("true", "p_d", "d"):
+        zs = jnp.concatenate([windows.z[:, :1], futures[name]], axis=1)
+        logits = model.reward.apply(planner.world.params["reward"], zs[:, :-1], windows.action[:, : args.future])
+        decoded[name] = np.asarray(td.two_hot_inv(args, logits)), np.asarray(td.value(args, model, planner.world, zs))
+    return decoded
+
+
+VARIANTS = {  # plans to be timed
+    "ssr, random": {"scorer": "random"},
+    "ssr, model on d": {"rollouts": "onestep"},
+    "ssr, model on p_d, 1 step": {"dynamics_steps": 1},
+    "ssr, model on p_d, 2 steps": {"dynamics_steps": 2},
+    "ssr, model on p_d, 10 steps": {"dynamics_steps": 10},
+    "ssr, J on p_d": {"scorer": "J"},
+    "ssr_mppi, model on p_d": {"planner": "ssr_mppi"},
+    "mppi": {"planner": "mppi"},
+}
+
+
+def speed(checkpoint: str) -> list[dict]:
+    """Of each plan and of an update: milliseconds, units of a 2048^3 product, GFLOP, share of the unit's rate, and the
+    share of the time that the products alone take."""
+    args, model, planner, state, data = load(checkpoint)
+    obs, best = jnp.ones((1, model.obs_dim)), jnp.zeros((1, args.future, model.action_dim))
+    inputs = planner, obs, best, jnp.zeros(1, bool), jax.random.key(0)
+    functions, products = {"unit": square_product(UNIT, "float32")}, {}
+    for name, fields in VARIANTS.items():
+        row = dataclasses.replace(args, **fields)
+        products[name] = count_products(td.act_by.trace(row, model, *inputs).jaxpr)
+        functions[name] = partial(td.act_by, row, model, *inputs)
+    held = [state]
+
+    def update():
+        held[0], info = td.train(args, model, held[0], planner.world, data, num_updates=1)
+        return info
+
+    traced = td.train.trace(args, model, state, planner.world, data, num_updates=1)
+    products["update"], functions["update"] = count_products(traced.jaxpr), update
+    functions |= {f"{name}, alone": products_alone(counted) for name, counted in products.items()}
+    times = interleave(functions, 20, limit_s=150)
+    rate, rows = 2 * UNIT**3 / 1e6 / np.median(times["unit"]), []  # GFLOP/s
+    for name, counted in products.items():
+        ms, gflop = float(np.median(times[name])), total_gflop(counted)
+        row = {"what": name, "ms": ms, "units": float(np.median(times[name] / times["unit"])), "gflop": gflop}
+        row |= {"share_of_peak": gflop / ms * 1e3 / rate}
+        rows.append(row | {"products_share": float(np.median(times[f"{name}, alone"] / times[name]))})
+        print("{what:<30}{ms:>8.2f} ms {units:>8.3f} units {gflop:>8.3f} GFLOP".format(**rows[-1]), end="  ")
+        print("{share_of_peak:.1%} of peak, products alone {products_share:.0%}".format(**rows[-1]), flush=True)
+    return rows
+
+
+def draw(results: dict, decoded: dict, path: str) -> None:
+    """Left the table as bars, right rewards and values of some held-out futures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(12, 5), layout="constrained")
+    grid = figure.add_gridspec(2, 4, width_ratios=[2.2, 1, 1, 1])
+    bars = figure.add_subplot(grid[:, 0])
+    labels, means, errors = [], [], []
+    for row in results["table"]:
+        part = "" if row["part"] in ("SSR", "without diffusion", "refined", "other scorers") else f" ({row['part']})"
+        labels.append(" ".join(row[k] for k in ("planner", "scorer", "rollouts") if row[k] != "-") + part)
+        means.append(np.mean(row["returns"]))
+        errors.append(np.std(row["returns"]) / np.sqrt(len(row["returns"])))
+    bars.barh(labels[::-1], means[::-1], xerr=errors[::-1], color="tab:blue")
+    bars.set_xlabel(f"return in {results['task']}, ± standard error")
+    for column in range(3):
+        for line, (name, i) in enumerate((("reward", 0), ("value", 1))):
+            axes = figure.add_subplot(grid[line, 1 + column])
+            for kind, style in (("true", "k-"), ("p_d", "tab:blue"), ("d", "tab:orange")):
+                axes.plot(decoded[kind][i][column], style, label=kind, linewidth=1.2)
+            axes.set_title(f"{name} in held-out future {column + 1}", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.legend(fontsize=7) if line == column == 0 else None
+    figure.savefig(path, dpi=110)
+
+
+def main(args: Args) -> None:
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
+    results = {"table": []}
+    for part in filter(None, args.parts.split(",")):
+        found = evaluation(args, part)
+        results = {"task": found["task"], "held_out": results.get("held_out", found["held_out"])} | results
+        results["table"] += [{"part": part} | row for row in found["table"]]
+        if "p_d" in part:
+            results.setdefault("nmse", {})[part] = found["held_out"]["nmse"]["1"]["p_d"]
+    print(f"\n{'part':<28}{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± error':>8}")
+    for row in results["table"]:
+        mean, error = np.mean(row["returns"]), np.std(row["returns"]) / np.sqrt(len(row["returns"]))
+        print("{part:<28}{planner:<10}{scorer:<8}{rollouts:<11}".format(**row) + f"{mean:>8.1f} {error:>8.1f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    if args.speed:
+        Path(args.speed).write_text(json.dumps(speed(args.checkpoint), indent=1) + "\n")
+    if args.picture:
+        draw(results, imagined(args.checkpoint, 3), args.picture)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,161 @@
+"""Learning curves: runs a suite of tasks and seeds, collects every eval.csv and draws them together.
+
+    python benchmarks/learning.py cpu                             # what is new begins, what was killed goes on
+    python benchmarks/learning.py cpu --jobs 0                    # only collects and draws
+    python benchmarks/learning.py gpu --reference scores.csv      # the paper's settings, published curves beside ours
+
+A run is a process of its script with --resume, so that the same command goes on after Ctrl-C, kill -9 or a reboot; its
+output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU every run has a core of its own and computes with one thread; on
+an accelerator one run has all of it. Curves (step,reward,success,seed; one seed below the other) are collected every
+minute into benchmarks/results/curves.
+"""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+
+
+class Row(NamedTuple):
+    """A curve of a suite: one task, several seeds."""
+
+    task: str
+    seeds: tuple[int, ...] = (1,)
+    flags: str = ""  # besides the suite's
+    script: str = "tdmpc2_jax"
+    label: str = ""  # the curve is called TASK.csv, or TASK__LABEL.csv
+
+
+SMALL = "--model-size 1 --batch-size 128 --num-samples 128 --num-elites 32 --eval-episodes 5 --eval-freq 10000"
+SUITES = {
+    # A 1M model, half of the paper's batch, a quarter of its samples and half of its elites: an hour a run and core
+    "cpu": (
+        f"{SMALL} --total-timesteps 100000 --checkpoint-freq 5000",
+        [Row(task) for task in ("cartpole-swingup", "walker-walk", "reacher-easy", "cheetah-run", "mw-window-close")]
+        + [Row("Hopper-v5", flags="--num-envs 4 --utd 0.25")],
+    ),
+    "gpu": (
+        "--total-timesteps 1000000 --eval-freq 50000",
+        [Row(task, (1, 2, 3)) for task in ("walker-walk", "cheetah-run", "dog-run", "humanoid-walk", "mw-door-open")]
+        + [Row("walker-walk", (1, 2, 3), "", "tdmpc2_jax_rgb", "pixels")],
+    ),
+    "smoke": (  # minutes: shows that the machinery works, not what agents learn
+        f"{SMALL} --total-timesteps 3000 --eval-freq 1000 --eval-episodes 1 --enc-dim 32 --mlp-dim 32 --latent-dim 32 "
+        "--seed-steps 500 --iterations 2 --checkpoint-freq 1000",
+        [Row("pendulum-swingup", (1, 2))],
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    suite: tyro.conf.Positional[Literal[tuple(SUITES)]]
+    tasks: tuple[str, ...] = ()  # only these of the suite's
+    folder: Path = Path("runs")  # folder of the runs
+    jobs: int | None = None  # runs at a time; default: one per core, or one on an accelerator
+    curves: Path = HERE / "results" / "curves"  # folder of the collected curves
+    picture: Path = HERE / "results" / "curves.png"  # where they are drawn
+    reference: Path | None = None  # table of published curves, drawn beside ours
+
+
+def folder_of(args: Args, row: Row, seed: int) -> Path:
+    return args.folder / row.task / row.script / str(seed)
+
+
+def start(args: Args, row: Row, seed: int, flags: str, core: int | None) -> subprocess.Popen:
+    """Starts or resumes one run, on one core or on whatever JAX finds."""
+    folder = folder_of(args, row, seed)
+    command = [sys.executable, str(HERE.parent / f"{row.script}.py"), "--task", row.task, "--seed", str(seed)]
+    command += ["--runs-dir", str(args.folder), "--resume", *flags.split(), *row.flags.split()]
+    env = dict(os.environ)
+    if core is not None:
+        env |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
+        command = ["taskset", "-c", str(core), *command]
+    log = folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print("begins:", " ".join(command), flush=True)
+    with log.open("ab") as out:
+        return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def collect(args: Args, rows: list[Row]) -> None:
+    """Joins the seeds' eval.csv files of every row that has any."""
+    for row in rows:
+        lines = []
+        for seed in row.seeds:
+            path = folder_of(args, row, seed) / "eval.csv"
+            if path.exists():
+                with path.open(newline="") as file:
+                    lines += list(csv.reader(file))[1:]
+        if lines:
+            args.curves.mkdir(parents=True, exist_ok=True)
+            path = args.curves / (row.task + (f"__{row.label}" if row.label else "") + ".csv")
+            with path.with_suffix(".tmp").open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([["step", "reward", "success", "seed"], *lines])
+            path.with_suffix(".tmp").replace(path)
+
+
+def work(args: Args, flags: str, rows: list[Row], cores: list[int | None]) -> list[str]:
+    """Runs everything, as many at a time as there are cores, and collects. Returns a sentence for each that failed."""
+    todo, running, failed = [(row, seed) for row in rows for seed in row.seeds], {}, []
+    collected = 0.0
+    try:
+        while todo or running:
+            for core in [core for core in cores if core not in running][: len(todo)]:
+                row, seed = todo.pop(0)
+                running[core] = row, seed, start(args, row, seed, flags, core)
+            time.sleep(1)
+            for core, (row, seed, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[core]
+                    log = folder_of(args, row, seed).with_suffix(".log")
+                    if process.returncode:
+                        failed.append(f"{row.task}, seed {seed}: exit status {process.returncode}, see {log}")
+            if time.monotonic() - collected > 60:
+                collected = time.monotonic()
+                collect(args, rows)
+    finally:  # Ctrl-C: every run writes a checkpoint, as on SIGTERM
+        for *_, process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for *_, process in running.values():
+            process.wait()
+    return failed
+
+
+def main(args: Args) -> None:
+    flags, rows = SUITES[args.suite]
+    if unknown := set(args.tasks) - {row.task for row in rows}:
+        names = ", ".join(row.task for row in rows)
+        sys.exit(f"error: suite {args.suite} has no {', '.join(sorted(unknown))}: it has {names}")
+    rows = [row for row in rows if not args.tasks or row.task in args.tasks]
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # apart: it would take a GPU's memory
+    on_cpu = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip() == "cpu"
+    cores = sorted(os.sched_getaffinity(0)) if on_cpu else [None]
+    failed = []
+    try:
+        jobs = len(cores) if args.jobs is None else args.jobs
+        if jobs > len(cores):
+            sys.exit(f"error: --jobs {jobs} runs at a time need as many cores, and there are {len(cores)}")
+        failed = work(args, flags, rows, cores[:jobs]) if jobs else []
+    except KeyboardInterrupt:
+        failed = ["stopped: the same command goes on"]
+    collect(args, rows)
+    if any(args.curves.glob("*.csv")):
+        command = [sys.executable, str(HERE / "plot_curves.py"), "--curves", str(args.curves)]
+        command += ["--output", str(args.picture)] + (["--reference", str(args.reference)] if args.reference else [])
+        subprocess.run(command, check=True)
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,113 @@
+"""Recorded episodes of one task in a device's memory, some of them held out, and what is known of the held-out ones.
+
+recorded = read_recorded("walker-walk", "data", steps=8)     # windows of 9 entries lie within one episode each
+print_measures(measures(answers))                            # of networks, on windows that they have not seen
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domains.tasks import UserError, task_spec
+from files.datasets import load_dataset
+
+
+class Recorded(NamedTuple):
+    """Entries, one episode after the other. An entry is an observation (or what was made of it), the action that led to
+    it and the reward it brought; an episode's first entry has zeros for these, which are in no window."""
+
+    obs: jax.Array  # [entries, O]
+    action: jax.Array  # [entries, A]
+    reward: jax.Array  # [entries]
+    starts: jax.Array  # [W] entries at which windows to learn from start
+    held_out: jax.Array  # [V] and those at which windows of the other episodes start
+
+
+def window_starts(lengths: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Entries at which windows of steps + 1 entries start, in episodes of these lengths, one after the other: those to
+    learn from, and those of every tenth episode, or of the middle one of fewer, which are held out.
+
+    Raises:
+        UserError: there are not both.
+    """
+    count, firsts = len(lengths), np.cumsum(lengths) - lengths
+    held = np.arange(count) % 10 == min(5, count // 2)
+    inside = [np.arange(first, first + max(length - steps, 0)) for first, length in zip(firsts, lengths, strict=True)]
+    starts, held_out = (np.concatenate([*itertools.compress(inside, some), []]).astype(int) for some in (~held, held))
+    if not len(starts) or not len(held_out):
+        entries = f"{count} episode(s) of at most {max(lengths)} entries"
+        raise UserError(f"{entries} are too few: two or more with windows of {steps + 1} entries are needed")
+    return starts, held_out
+
+
+def read_recorded(task: str, data_dir: str, steps: int) -> Recorded:
+    """The task's episodes, as tdmpc2_jax.py --save-episodes leaves them, on the first device.
+
+    Raises:
+        UserError: there are none, they are damaged or of another task, or too few for windows of steps + 1 entries.
+    """
+    data = load_dataset([task_spec(task).name], data_dir)
+    lengths = np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks])
+    starts = window_starts(lengths, steps)
+    entries = data.read(0, data.num_entries)
+    arrays = [jnp.asarray(entries[name], jnp.float32) for name in ("obs", "action", "reward")]
+    return jax.device_put(Recorded(*arrays, *map(jnp.asarray, starts)), jax.devices()[0])
+
+
+def spread_out(starts: jax.Array, number: int) -> jax.Array:
+    """At most so many of them, evenly spread."""
+    return starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)]
+
+
+# ---------------------------------------------------------------------------------------------------------- Measures
+def nmse(guess: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Squared error [F] of latent futures [B, F, Z], in units of the truth's own variance."""
+    error, spread = (((x - truth) ** 2).sum(-1).mean(0) for x in (guess, truth.mean((0, 1))))
+    return (error / spread).tolist()
+
+
+def agreement(guess: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """R2 and rank correlation (Spearman) of guesses [B]."""
+    unexplained = ((guess - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
+    places = [np.argsort(np.argsort(x)) for x in (guess, truth)]
+    return {"r2": float(1 - unexplained), "spearman": float(np.corrcoef(*places)[0, 1])}
+
+
+def variety(actions: np.ndarray) -> dict[str, float]:
+    """Standard deviation and correlation of neighbours in time of action sequences [B, F, A]."""
+    centred = actions - actions.mean((0, 1))
+    lag_1 = (centred[:, 1:] * centred[:, :-1]).mean() / (centred**2).mean()
+    return {"std": float(centred.std()), "correlation": float(lag_1)}
+
+
+def measures(answers: dict[str, Any]) -> dict[str, Any]:
+    """What networks know of held-out windows.
+
+    Args:
+        answers: arrays; "futures": for each scale {"true": [B, F, Z], name: [B, F, Z]}; "advantages": {"true": [B],
+            name: [B]}; "actions": {name: [B, F, A]}.
+
+    Returns:
+        {"nmse": {scale: {name: [F]}}, "advantages": {name: {r2, spearman}}, "actions": {name: {std, correlation}}}.
+    """
+    answers = jax.device_get(answers)
+    futures, advantages = answers["futures"], answers["advantages"]
+    errors = {scale: {k: nmse(x, of["true"]) for k, x in of.items() if k != "true"} for scale, of in futures.items()}
+    agreements = {k: agreement(x, advantages["true"]) for k, x in advantages.items() if k != "true"}
+    return {"nmse": errors, "advantages": agreements, "actions": {k: variety(x) for k, x in answers["actions"].items()}}
+
+
+def print_measures(found: dict[str, Any]) -> None:
+    """Prints what `measures` returns."""
+    future = len(next(iter(next(iter(found["nmse"].values())).values())))
+    at = [h for h in (1, 2, 4, 8, 16, 32) if h < future] + [future]
+    print("\n" + f"{'NMSE at token':<30}" + "".join(f"{h:>9}" for h in at))
+    for scale, rows in found["nmse"].items():
+        for name, errors in rows.items():
+            print(f"{f'{name}, scale {scale}':<30}" + "".join(f"{errors[h - 1]:>9.4f}" for h in at))
+    for part in ("advantages", "actions"):
+        for name, row in found[part].items():
+            print(f"{f'{part}: {name}':<30}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
