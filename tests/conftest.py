@@ -47,7 +47,15 @@ SMALL = {
 }
 
 
-SLOW = "multitask", "runs", "rgb", "learning", "model", "golden"  # of two processes, neither should end with these
+SLOW = (
+    "multitask",
+    "runs",
+    "rgb",
+    "distillation",
+    "learning",
+    "model",
+    "golden",
+)  # of two processes, neither should end with these
 
 
 def pytest_collection_modifyitems(items):
