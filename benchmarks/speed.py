@@ -142,17 +142,19 @@ def products_alone(products: Counter[Product]) -> Callable[[], Any]:
 
 
 # ------------------------------------------------------------------------------------------------------ Measurement
-def interleave(functions: dict[str, Callable[[], Any]], repeats: int, limit_s: float = 60) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds] of each function, called in turn, after a warm-up round. There are `repeats` rounds, on a
-    slow machine as many as fit into limit_s, but three at least."""
+def interleave(
+    functions: dict[str, Callable[[], Any]], repeats: int, limit_s: float = 60, clock: Callable = time.perf_counter
+) -> dict[str, np.ndarray]:
+    """Milliseconds [rounds] by `clock` of each function, called in turn, after a warm-up round. There are `repeats`
+    rounds, on a slow machine as many as fit into limit_s, but three at least."""
     times, begin = {name: [] for name in functions}, time.perf_counter()
     for i in range(repeats + 1):
         if i > 3 and time.perf_counter() - begin > limit_s:
             break
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(function())
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return {name: np.array(ms[1:]) for name, ms in times.items()}
 
 

@@ -2,7 +2,7 @@
 drawing by priorities costs in replays of different sizes.
 
     python benchmarks/speed_tdmpc1.py
-    python benchmarks/speed_tdmpc1.py --json benchmarks/results/speed_tdmpc1_2_cores.json
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/speed_tdmpc1.py --cpu-time --json FILE
 
 An update is `tdmpc_jax.train(num_updates=1)` with a replay of a million entries, a plan is `tdmpc_jax.act`, as the
 training loop calls them: 512 windows of 5 steps, 512 + 25 sequences, walker-walk's sizes. Times are medians of rounds
@@ -18,6 +18,7 @@ entries instead.
 import dataclasses
 import json
 import os
+import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -45,8 +46,14 @@ class Args:
     """rounds of measurement, at most"""
     limit_s: float = 60
     """seconds after which a comparison makes no further round"""
+    cpu_time: bool = False
+    """measure the time that the process computes instead of the clock's: on a shared machine, with one thread"""
     json: str | None = None
     """write the figures to this file"""
+
+
+def clock(args: Args):
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def filled_replay(entries: int, obs_dim: int, action_dim: int) -> td.Replay:
@@ -112,7 +119,7 @@ def measure_agent(args: Args) -> dict[str, float]:
     timed = {"unit": square_product(UNIT, "float32"), "update": update}
     for h, (loop, own, _) in plans.items():
         timed |= {f"plan_{h}": loop, f"plan_{h}_apart": own}
-    times = interleave(timed, args.repeats, args.limit_s)
+    times = interleave(timed, args.repeats, args.limit_s, clock(args))
     unit = times["unit"]
     gflop = {"update": total_gflop(update_products)}
     gflop |= {f"plan_{h}": total_gflop(products) for h, (*_, products) in plans.items()}
@@ -151,7 +158,7 @@ def measure_replay(args: Args, entries: int) -> dict[str, float]:
 
     inputs = jax.tree.map(jnp.copy, replay.tree)
     timed = {"draw": partial(draw, inputs, key, batch), "flat": partial(flat_draw, values, key, batch)}
-    times = interleave(timed | {"set": write, "add": add}, 50 * args.repeats, args.limit_s / 4)
+    times = interleave(timed | {"set": write, "add": add}, 50 * args.repeats, args.limit_s / 4, clock(args))
     return {name: float(np.median(ms)) for name, ms in times.items()}
 
 
@@ -165,8 +172,9 @@ def main(args: Args) -> None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     rows = {"agent": measure_agent(args), "replay": {str(n): measure_replay(args, n) for n in args.entries}}
     device = {"device": jax.devices()[0].device_kind, "cpu_cores": os.cpu_count(), "jax_version": jax.__version__}
-    rows |= device | {"load_average": os.getloadavg()[0]}
-    print(f"unit {rows['agent']['unit_ms']:.2f} ms, {rows['agent']['rounds']} rounds; {device}")
+    rows |= device | {"load_average": os.getloadavg()[0], "cpu_time": args.cpu_time}
+    kind = "of computing" if args.cpu_time else "by the clock"
+    print(f"milliseconds {kind}; unit {rows['agent']['unit_ms']:.2f}, {rows['agent']['rounds']} rounds; {device}")
     print("| | ms | units | GFLOP | of peak | apart, ms | loop / apart |\n|---|---|---|---|---|---|---|")
     for name, row in rows["agent"].items():
         if isinstance(row, dict):
