@@ -90,7 +90,7 @@ class Args:
     seed: Natural = 1  # of the parameters, the environments and every random draw
     total_timesteps: Count = 4_000_000  # length of the run in simulator steps (decisions x action repeat)
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
-    checkpoint: str | None = None  # start from this agent: a run (of tdmpc2_jax_mt.py, too), or an original .pt
+    checkpoint: str | None = None  # start from a run (of tdmpc2_jax_mt.py, too), a quantised file or an original .pt
     source_task: str | None = None  # task whose embedding is folded in, if --checkpoint is a multi-task agent
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the returns and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file

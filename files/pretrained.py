@@ -304,11 +304,11 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def load_agent(
     path: str, source_task: str | None, init: Callable[[jax.Array], Params], *scripts: str, obs: str = "state"
 ) -> Agent:
-    """The agent of an original .pt file or of a run of ours, for single-task networks: one task of a multi-task agent
-    (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
+    """The agent of an original .pt file, a run or a quantised file of ours, for single-task networks: one task of a
+    multi-task agent (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
 
     Args:
-        path: a file that ends in .pt, a run's folder, or a checkpoint's.
+        path: a file that ends in .pt, a run's folder, a checkpoint's, or a quantised file.
         source_task: the multi-task agent's task; None for a single-task agent.
         init: gives fresh parameters of the networks at hand for a key; only their shapes are asked for.
         scripts: whose runs will do.
@@ -327,9 +327,9 @@ def load_agent(
 
 
 def load_multitask(path: str, named: Sequence[str], *scripts: str, parts: Sequence[str] = ()) -> Agent:
-    """The multi-task agent of an original .pt file or of a run of ours, its embeddings among its parameters as
-    `task_emb`; `named` are its tasks, if it is the original's and not one of mt30 or mt80. Of its networks only `parts`
-    are read, if they are named.
+    """The multi-task agent of an original .pt file, a run or a quantised file of ours, its embeddings among its
+    parameters as `task_emb`; `named` are its tasks, if it is the original's and not one of mt30 or mt80. Of its
+    networks only `parts` are read, if they are named.
 
     Raises:
         UserError: there is no such agent, it is damaged, of one task, or the number of names is not that of its tasks.

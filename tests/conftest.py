@@ -47,7 +47,8 @@ SMALL = {
 }
 
 
-SLOW = "multitask", "runs", "rgb", "learning", "model", "golden"  # of two processes, neither should end with these
+# Of two processes, neither should end with these
+SLOW = "multitask", "runs", "rgb", "distillation", "learning", "model", "golden"
 
 
 def pytest_collection_modifyitems(items):
