@@ -532,8 +532,8 @@ def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) ->
 
 
 def windows(replay: Replay, drawn: jax.Array, horizon: int, beta: float) -> Batch:
-    """The windows that start at the entries `drawn` [B]. Each weighs as its probability^-beta, and the first among them
-    1: neither the number nor the sum of all priorities matters."""
+    """The windows that start at the entries `drawn` [B]. Each weighs as its probability^-beta, relative to the largest
+    weight among them: neither the number nor the sum of all priorities matters."""
     C, n = replay.first.shape
     rows = (drawn // n + jnp.arange(horizon + 1)[:, None]) % C  # [H+1, B]
     env = drawn % n
