@@ -62,6 +62,8 @@ class Args:
     """episodes of each row"""
     seed: int = 100
     """of the episodes"""
+    add: tuple[str, ...] = ()
+    """results of --evaluate --json of runs that have learned otherwise, to be kept beside these: NAME=FILE"""
     speed: str | None = None
     """time plans and an update, and write the figures to this file"""
 
@@ -103,7 +105,6 @@ def imagined(checkpoint: str, number: int) -> dict[str, tuple[np.ndarray, np.nda
 
 
 VARIANTS = {  # plans to be timed
-    "ssr, random": {"scorer": "random"},
     "ssr, model on d": {"rollouts": "onestep"},
     "ssr, model on p_d, 1 step": {"dynamics_steps": 1},
     "ssr, model on p_d, 2 steps": {"dynamics_steps": 2},
@@ -125,7 +126,7 @@ def speed(checkpoint: str) -> list[dict]:
         row = dataclasses.replace(args, **fields)
         products[name] = count_products(td.act_by.trace(row, model, *inputs).jaxpr)
         functions[name] = partial(td.act_by, row, model, *inputs)
-    held = [state]
+    held = [jax.tree.map(jnp.copy, state)]  # the update consumes it
 
     def update():
         held[0], info = td.train(args, model, held[0], planner.world, data, num_updates=1)
@@ -134,7 +135,7 @@ def speed(checkpoint: str) -> list[dict]:
     traced = td.train.trace(args, model, state, planner.world, data, num_updates=1)
     products["update"], functions["update"] = count_products(traced.jaxpr), update
     functions |= {f"{name}, alone": products_alone(counted) for name, counted in products.items()}
-    times = interleave(functions, 20, limit_s=150)
+    times = interleave(functions, 20, limit_s=90)
     rate, rows = 2 * UNIT**3 / 1e6 / np.median(times["unit"]), []  # GFLOP/s
     for name, counted in products.items():
         ms, gflop = float(np.median(times[name])), total_gflop(counted)
@@ -188,6 +189,7 @@ def main(args: Args) -> None:
     for row in results["table"]:
         mean, error = np.mean(row["returns"]), np.std(row["returns"]) / np.sqrt(len(row["returns"]))
         print("{part:<28}{planner:<10}{scorer:<8}{rollouts:<11}".format(**row) + f"{mean:>8.1f} {error:>8.1f}")
+    results |= {"learned_otherwise": {k: json.loads(Path(f).read_text()) for k, f in (x.split("=") for x in args.add)}}
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     if args.speed:

@@ -18,6 +18,7 @@ from test_runs import wait_for
 import envs
 import tdmpc2_jax as first_script
 import tdmpc2_jax_diffusion as td
+from benchmarks import diffusion as benchmark
 from files.checkpoints import (
     complete_checkpoints,
     find_checkpoint,
@@ -666,6 +667,20 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does(finished, files, sta
     assert jax.random.key_data(one.key).tolist() == jax.random.key_data(other.key).tolist()
     close = partial(np.testing.assert_allclose, atol=1e-5)  # the child is compiled otherwise
     jax.tree.map(close, one._replace(key=0), other._replace(key=0))
+
+
+def test_the_benchmark_collects_finished_parts_without_running_them_again(tmp_path):
+    row = {"planner": "ssr", "scorer": "random", "rollouts": "-", "returns": [1.0, 3.0]}
+    for part in ("SSR", "p_d in 1 step"):
+        held_out = {"nmse": {"1": {"p_d": [0.5] if part == "SSR" else [0.7]}}}
+        text = json.dumps({"task": "walker-walk", "table": [row], "held_out": held_out})
+        (tmp_path / f"{part.replace(' ', '-')}.json").write_text(text)
+    args = {"checkpoint": "nowhere", "folder": str(tmp_path), "json": str(tmp_path / "all.json")}
+    benchmark.main(benchmark.Args(**args, parts="SSR,p_d in 1 step", add=(f"other={tmp_path / 'SSR.json'}",)))
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert [row["part"] for row in results["table"]] == ["SSR", "p_d in 1 step"]
+    assert results["nmse"] == {"p_d in 1 step": [0.7]} and results["held_out"]["nmse"]["1"]["p_d"] == [0.5]
+    assert results["learned_otherwise"]["other"]["table"] == [row]
 
 
 @pytest.mark.parametrize(
