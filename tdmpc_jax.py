@@ -409,7 +409,7 @@ def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, targ
     bounded = partial(jnp.minimum, args.loss_bound)
     total = args.consistency_coef * bounded(consistency) + args.reward_coef * bounded(reward)
     total = total + args.value_coef * bounded(value)
-    weighted = (batch.weight * total).mean()  # as run, the original's shapes make this mean(weight) * mean(total)
+    weighted = (batch.weight * total).mean()
     info = {"consistency_loss": consistency.mean(), "reward_loss": reward.mean(), "value_loss": value.mean()}
     info |= {"total_loss": total.mean(), "weighted_loss": weighted}
     return weighted / args.horizon, (zs, priority, info)
