@@ -37,11 +37,14 @@ class Row(NamedTuple):
 
 SMALL = "--model-size 1 --batch-size 128 --num-samples 128 --num-elites 32 --eval-episodes 5 --eval-freq 10000"
 SUITES = {
-    # A 1M model, half of the paper's batch, a quarter of its samples and half of its elites: an hour a run and core
+    # A 1M model, half of the paper's batch, a quarter of its samples and half of its elites
     "cpu": (
         f"{SMALL} --total-timesteps 100000 --checkpoint-freq 5000",
-        [Row(task) for task in ("cartpole-swingup", "walker-walk", "reacher-easy", "cheetah-run", "mw-window-close")]
-        + [Row("Hopper-v5", flags="--num-envs 4 --utd 0.25")],
+        [
+            Row(task, label="batch_128")
+            for task in ("cartpole-swingup", "walker-walk", "reacher-easy", "cheetah-run", "mw-window-close")
+        ]
+        + [Row("Hopper-v5", label="batch_128", flags="--num-envs 4 --utd 0.25")],
     ),
     "gpu": (
         "--total-timesteps 1000000 --eval-freq 50000",
