@@ -67,6 +67,9 @@ def compile_in_less_time():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+static = partial(jax.jit, static_argnums=(0, 1))  # one program in place of one for each operation
+
+
 def changed(**fields):
     return dataclasses.replace(SMALL, **fields)
 
@@ -284,8 +287,9 @@ def test_a_network_that_answers_zero_leaves_the_one_step_roll_out(made):
     )
     actions, z, key = make_windows(5).action, make_windows(1).z[0, 0], jax.random.key(0)
     for scale, s in enumerate((1, 4)):
-        zs = td.rollout(SMALL, MODEL, planner, z, actions[:, : F * s], key, scale)
-        onestep = td.rollout(changed(rollouts="onestep"), MODEL, planner, z, actions[:, : F * s], key, scale)
+        roll = jax.jit(td.rollout, static_argnums=(0, 1, 6))
+        zs = roll(SMALL, MODEL, planner, z, actions[:, : F * s], key, scale)
+        onestep = roll(changed(rollouts="onestep"), MODEL, planner, z, actions[:, : F * s], key, scale)
         np.testing.assert_allclose(zs, onestep, atol=1e-5)
         np.testing.assert_allclose(zs.reshape(-1, 2, 8).sum(-1), 1, atol=1e-5)
         state = z
@@ -303,13 +307,15 @@ def test_the_advantage_is_that_of_a_plain_loop_with_the_target_values(made, ends
     window = jax.tree.map(lambda x: x[0], make_windows(1))
     window = window._replace(terminated=window.terminated.at[F - 1].set(ends))
 
+    @jax.jit
     def v(z):
         mean = td.policy(SMALL, MODEL, world.params["pi"], z, jnp.zeros(A)).mean
         heads = [jax.tree.map(lambda p, i=i: p[i], world.target_q) for i in range(2)]
-        return np.mean([td.two_hot_inv(SMALL, MODEL.q.apply(p, z, mean)) for p in heads])
+        return sum(td.two_hot_inv(SMALL, MODEL.q.apply(p, z, mean)) for p in heads) / 2
 
-    y = sum(0.9**i * float(window.reward[i]) for i in range(F)) + 0.9**F * (1 - ends) * v(window.z[F])
-    assert float(td.advantage(SMALL, MODEL, world, window)) == pytest.approx(y - v(window.z[0]), abs=1e-4)
+    y = sum(0.9**i * float(window.reward[i]) for i in range(F)) + 0.9**F * (1 - ends) * float(v(window.z[F]))
+    found = static(td.advantage)(SMALL, MODEL, world, window)
+    assert float(found) == pytest.approx(y - float(v(window.z[0])), abs=1e-4)
 
 
 def test_the_models_score_is_that_of_a_plain_loop_and_ends_where_an_end_is_predicted(made):
@@ -320,17 +326,18 @@ def test_the_models_score_is_that_of_a_plain_loop_and_ends_where_an_end_is_predi
     logits = model.termination.apply(head, zs[:, 1:])
     head["params"]["linear_2"]["bias"] -= jnp.sort(logits.ravel())[-4]  # three of twelve states are ends
     episodic = world._replace(params=world.params | {"termination": head})
+    reward = jax.jit(lambda z, a: td.two_hot_inv(SMALL, MODEL.reward.apply(world.params["reward"], z, a)))
+    value, logits = static(td.value), np.asarray(model.termination.apply(head, zs)[..., 0])
     plain, ending = [], []
-    for z, action in zip(zs, actions, strict=True):
-        values = [MODEL.reward.apply(world.params["reward"], *pair) for pair in zip(z[:-1], action, strict=True)]
-        values = [float(td.two_hot_inv(SMALL, logits)) for logits in values]
-        values.append(float(td.value(SMALL, MODEL, world, z[F])))
-        alive = np.append(1, np.cumprod(model.termination.apply(head, z[1:])[:, 0] <= 0))
+    for z, action, logit in zip(zs, actions, logits, strict=True):
+        values = [float(reward(*pair)) for pair in zip(z[:-1], action, strict=True)]
+        values.append(float(value(SMALL, MODEL, world, z[F])))
+        alive = np.append(1, np.cumprod(logit[1:] <= 0))
         plain.append(sum(0.9**i * r for i, r in enumerate(values)))
         ending.append(sum(0.9**i * alive[i] * r for i, r in enumerate(values)))
     assert not np.allclose(plain, ending)
-    np.testing.assert_allclose(td.score_by_model(SMALL, MODEL, world, zs, actions), plain, atol=1e-4)
-    np.testing.assert_allclose(td.score_by_model(SMALL, model, episodic, zs, actions), ending, atol=1e-4)
+    np.testing.assert_allclose(static(td.score_by_model)(SMALL, MODEL, world, zs, actions), plain, atol=1e-4)
+    np.testing.assert_allclose(static(td.score_by_model)(SMALL, model, episodic, zs, actions), ending, atol=1e-4)
 
 
 def test_js_score_is_in_the_unit_of_rewards(made):
@@ -339,7 +346,7 @@ def test_js_score_is_in_the_unit_of_rewards(made):
 
     def score(stats):
         zs, actions = windows.z[:, : F + 1], windows.action[:, :F]
-        return td.score_by_objective(SMALL, MODEL, planner._replace(stats=stats), zs, actions)
+        return static(td.score_by_objective)(SMALL, MODEL, planner._replace(stats=stats), zs, actions)
 
     stats = planner.stats._replace(adv_mean=jnp.float32(0), adv_std=jnp.float32(1))
     moved = stats._replace(adv_mean=jnp.float32(3), adv_std=jnp.float32(2))
@@ -352,15 +359,15 @@ def test_actions_that_the_task_lacks_are_zero_and_without_effect(made):
     world = planner.world._replace(mask=jnp.array([1.0, 0.0]))
     padded = planner._replace(world=world)
     z, key, best = make_windows(1).z[0, 0], jax.random.key(0), jnp.zeros((F, A))
-    candidates = td.propose(SMALL, MODEL, padded, z, best, jnp.array(False), key)
+    candidates = static(td.propose)(SMALL, MODEL, padded, z, best, jnp.array(False), key)
     assert (candidates[..., 1] == 0).all() and (candidates[:-1, :, 0] != 0).any()
     window = jax.tree.map(lambda x: x[0], make_windows(1))
     noise = jax.tree.map(lambda x: x[0], td.diffusion_noise(SMALL, MODEL, key, 1))
-    loss = lambda w: td.proposal_loss(SMALL, MODEL, state.params, state.stats, world, w, noise)  # noqa: E731
+    loss = lambda w: static(td.proposal_loss)(SMALL, MODEL, state.params, state.stats, world, w, noise)  # noqa: E731
     other = window._replace(action=window.action.at[:, 1].set(0.7))
     assert loss(window) == loss(other) != 0
     far = noise._replace(actions=noise.actions.at[:, 1].set(9.0))
-    assert td.proposal_loss(SMALL, MODEL, state.params, state.stats, world, window, far) == loss(window)
+    assert static(td.proposal_loss)(SMALL, MODEL, state.params, state.stats, world, window, far) == loss(window)
     net = td.make_nets(SMALL, MODEL)["proposal"]
     denoise = lambda x, k: net.apply(state.params["proposal"], td.normalise(state.stats, window.z[0]), x, k)  # noqa: E731
     one = td.denoising_loss(SMALL, denoise, window.action[:F], noise.proposal_level, noise.actions, world.mask)
@@ -483,8 +490,8 @@ def test_plans_depend_on_the_key_and_on_the_slow_copies_alone(made):
 def test_the_last_plan_shifted_by_one_is_a_candidate(made):
     planner, best = made[0], jnp.arange(F * A).reshape(F, A) / 10.0
     z, key = make_windows(1).z[0, 0], jax.random.key(0)
-    later = td.propose(SMALL, MODEL, planner, z, best, jnp.array(False), key)
-    begin = td.propose(SMALL, MODEL, planner, z, best, jnp.array(True), key)
+    later = static(td.propose)(SMALL, MODEL, planner, z, best, jnp.array(False), key)
+    begin = static(td.propose)(SMALL, MODEL, planner, z, best, jnp.array(True), key)
     assert later.shape == (4 + 3 + 1, F, A)
     np.testing.assert_array_equal(later[-1], best[jnp.array([1, 2, 3, 3])])
     np.testing.assert_array_equal(begin[-1], begin[0])
@@ -536,11 +543,11 @@ def test_refinement_improves_on_the_value_of_where_it_starts(made):
     args, world, heads = changed(refine_iterations=4, mppi_min_std=0.5), planner.world, jnp.array([0, 1])
 
     def worth(mean):
-        return td.estimate_value(
+        return static(td.estimate_value)(
             args, MODEL, world.params, z[None], mean[:, None], world.discount, heads, jnp.zeros((1, A))
         )
 
-    mean = td.refine(args, MODEL, world, z, candidates, jax.random.key(0))
+    mean = static(td.refine)(args, MODEL, world, z, candidates, jax.random.key(0))
     assert float(worth(mean)[0]) > float(worth(candidates[:, :3].mean(0))[0])
 
 
