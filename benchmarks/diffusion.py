@@ -162,7 +162,7 @@ def draw(results: dict, decoded: dict, path: str) -> None:
         part = "" if row["part"] in ("SSR", "without diffusion", "refined", "other scorers") else f" ({row['part']})"
         labels.append(" ".join(row[k] for k in ("planner", "scorer", "rollouts") if row[k] != "-") + part)
         means.append(np.mean(row["returns"]))
-        errors.append(np.std(row["returns"]) / np.sqrt(len(row["returns"])))
+        errors.append(np.std(row["returns"], ddof=1) / np.sqrt(len(row["returns"])))
     bars.barh(labels[::-1], means[::-1], xerr=errors[::-1], color="tab:blue")
     bars.set_xlabel(f"return in {results['task']}, ± standard error")
     for column in range(3):
@@ -187,7 +187,7 @@ def main(args: Args) -> None:
             results.setdefault("nmse", {})[part] = found["held_out"]["nmse"]["1"]["p_d"]
     print(f"\n{'part':<28}{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± error':>8}")
     for row in results["table"]:
-        mean, error = np.mean(row["returns"]), np.std(row["returns"]) / np.sqrt(len(row["returns"]))
+        mean, error = np.mean(row["returns"]), np.std(row["returns"], ddof=1) / np.sqrt(len(row["returns"]))
         print("{part:<28}{planner:<10}{scorer:<8}{rollouts:<11}".format(**row) + f"{mean:>8.1f} {error:>8.1f}")
     results |= {"learned_otherwise": {k: json.loads(Path(f).read_text()) for k, f in (x.split("=") for x in args.add)}}
     if args.json:

@@ -1,7 +1,7 @@
 """Distillation on a CPU: do students with a teacher predict rewards better, and what does a teacher cost?
 
-    python benchmarks/distillation.py --folder /tmp/distillation --json benchmarks/results/distillation.json
-    python benchmarks/distillation.py --folder /tmp/distillation --cost --json benchmarks/results/distillation_cost.json
+    python benchmarks/distillation.py --folder FOLDER --json benchmarks/results/distillation.json
+    python benchmarks/distillation.py --folder FOLDER --cost --rounds 8 --json benchmarks/results/distillation_cost.json
 
 The experiment: episodes of a few tasks by smooth random actions, an agent that learns from them (the teacher), and
 students of a quarter of its size that learn from the same episodes for as many updates with and without it. Judged on

@@ -1,6 +1,6 @@
 """From nothing to a fine-tuned agent, on a CPU: collect tasks online, learn them all offline, fold, fine-tune on one.
 
-    python benchmarks/multitask.py --folder /tmp/multitask --json benchmarks/results/multitask.json
+    python benchmarks/multitask.py --folder FOLDER --json benchmarks/results/multitask_cpu.json
 
 Every stage is a command of the scripts, printed before it runs; a stage that has been finished is not run again.
 """

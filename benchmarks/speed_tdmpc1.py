@@ -18,6 +18,7 @@ entries instead.
 import dataclasses
 import json
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import tdmpc_jax as td
-from benchmarks.speed import UNIT, count_products, interleave, square_product, total_gflop
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tdmpc_jax as td  # noqa: E402
+from benchmarks.speed import UNIT, count_products, interleave, square_product, total_gflop  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
