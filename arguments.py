@@ -73,6 +73,8 @@ def check_bounds(args: Any) -> None:
     if getattr(args, "latent_dim", None) and args.latent_dim % getattr(args, "simnorm_dim", 1):
         raise UserError("--latent-dim must be a multiple of --simnorm-dim")
     for small, sign, large in map(str.split, ORDERS):
+        if small == "num_pi_trajs" and not hasattr(args, "simnorm_dim"):
+            continue  # the first version draws them beside the others
         low, high = getattr(args, small, -math.inf), getattr(args, large, math.inf)
         if low > high or (sign == "<" and low == high):
             raise UserError(f"{as_flag(small)} must be {'smaller than' if sign == '<' else 'at most'} {as_flag(large)}")
@@ -135,14 +137,13 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     check_rules((not source_task or args.checkpoint, "--source-task goes with --checkpoint"))
     quantize, world_model = getattr(args, "quantize", None), getattr(args, "world_model", None)
     its_own = {*names[: names.index("exp_name")]} - ({"data_dir"} if quantize else set())
-    if args.evaluate and source_task:
-        record = {"task": source_task}
-    elif args.evaluate or quantize:
-        record = read_record(args.checkpoint, *scripts)["args"]
+    if world_model and not args.evaluate:  # whose task says which run --resume means
+        record = {name: v for name, v in read_record(world_model, "tdmpc2_jax")["args"].items() if name in its_own}
+        args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
+    if args.evaluate or quantize:
+        record = read_record(args.checkpoint, *scripts)["args"] | ({"task": source_task} if source_task else {})
     elif args.resume and (folder_of(args) / "args.json").exists():
         record, its_own = json.loads((folder_of(args) / "args.json").read_text()), {*names} - {"resume", "runs_dir"}
-    elif world_model:
-        record = read_record(world_model, "tdmpc2_jax")["args"]
     record = {name: value for name, value in record.items() if name in its_own}
     return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
 

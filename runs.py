@@ -44,7 +44,7 @@ class Run:
     Args:
         folder: of the run.
         args: its arguments, for args.json and the trackers. When it is resumed those from exp_name on may differ, but
-            for checkpoint and source_task, and `free` ones.
+            for checkpoint, source_task and world_model, and `free` ones.
         script: name of the script, which its checkpoints carry.
         columns: of eval.csv; the first is the step.
         axis: what steps are called in sentences.
@@ -60,7 +60,7 @@ class Run:
         axis: str = "simulator step", primary: bool = True, free: tuple[str, ...] = (),
     ):  # fmt: skip
         self.folder, self.args, self.script, self.columns, names = folder, args, script, columns, [*args]
-        self.free = {*names[names.index("exp_name") :], *free} - {"checkpoint", "source_task"}
+        self.free = {*names[names.index("exp_name") :], *free} - {"checkpoint", "source_task", "world_model"}
         self.axis, self.primary, self.stop = axis, primary, []  # stop: signals that have come
         self.count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}  # what checkpoints count
         self.step = self.saved = self.logged = 0
@@ -212,7 +212,8 @@ class Run:
             where = f"on {f'{len(devices)} x ' * (len(devices) > 1)}{devices[0].device_kind}"
             print(f"{title}, {size:.1f}M parameters, {where}; from {self.axis} {step}, in {self.folder}")
             if step >= total:
-                print(f"all {total} {self.axis}s have been made: ask for more to go on")
+                more = ": ask for more to go on" if {"total_timesteps", "num_updates"} & self.free else ""
+                print(f"all {total} {self.axis}s have been made{more}")
             print(table_head, flush=True)
         hidden = None if self.primary else True
         settings = {"unit": f" {self.axis}s", "mininterval": 1, "disable": hidden, "dynamic_ncols": True}

@@ -807,7 +807,7 @@ def quantize_checkpoint(args: Args) -> None:
     """--quantize: writes the agent to --output, and prints what that changes: on states of --data-dir or, without it,
     on those that the agent visits by its policy."""
     args, model, agent = load_agent(args)
-    write_quantized(args.output, agent, args.quantize, "tdmpc2_jax_mt", dataclasses.asdict(args), args.keep_target_q)
+    agent.check_variant(args.quantize)
     count, rng = 200 * len(agent.tasks), np.random.default_rng(args.seed)
     if args.data_dir:
         data = environments.load_dataset(agent.tasks, args.data_dir).sample(rng, count, args.horizon)
@@ -816,6 +816,7 @@ def quantize_checkpoint(args: Args) -> None:
         acting = dataclasses.replace(args, mpc=False, eval_episodes=1, capture_video=False)
         _, envs = play_tasks(acting, model, agent, agent.tasks, Visited)
         seen, where = envs.windows(count, args.horizon), "that its policy visits"
+    write_quantized(args.output, agent, args.quantize, "tdmpc2_jax_mt", dataclasses.asdict(args), args.keep_target_q)
     compute = jax.jit(partial(outputs, args, model, make_tasks(args, agent.tasks)))
     rows = compare(args.output, agent.params, lambda params: compute(params, *seen))
     print_comparison(rows, f"on {count} states {where}")

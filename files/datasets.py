@@ -266,6 +266,10 @@ class EpisodeWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"episodes cannot be written to {self._folder}: {error.strerror}") from None
+        for path in [*self._folder.glob("chunk_*.pt")][:1]:
+            if (there := load_pt(path, in_place=True)["reward"].shape[1] - 1) != spec.episode_length:
+                words = f"{self._folder} holds episodes of {there} decisions, these have {spec.episode_length}"
+                raise UserError(f"{words}, another action repeat: choose another --save-episodes")
         row, length = TASKS[spec.name], spec.episode_length + 1
         self._open = {  # the episodes under way
             "obs": np.zeros((num_envs, length, row.obs_size), np.float32),

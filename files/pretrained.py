@@ -39,6 +39,11 @@ class Agent(NamedTuple):
     args: Mapping[str, Any] = {}  # of the run that it is from
     stored: str = "float32"  # how its numbers were stored
 
+    def check_variant(self, variant: str) -> None:
+        """UserError if the agent cannot be quantised so (see `quantize`), as it was stored no finer."""
+        if self.stored == variant or self.stored not in ("float32", "float16"):
+            raise UserError(f"the agent of --checkpoint is {self.stored} already: quantise the one that it was made of")
+
 
 # --------------------------------------------------------------------------------------------- Files of the original
 def read_tensors(path: str | os.PathLike, in_place: bool = False) -> dict[str, np.ndarray]:
@@ -52,7 +57,7 @@ def read_tensors(path: str | os.PathLike, in_place: bool = False) -> dict[str, n
         check_pt(path)
     content = load_pt(path, in_place=True) if in_place else load_pt(path)
     model = content.get("model", content) if isinstance(content, dict) else None
-    tensors = {k: v for k, v in model.items() if isinstance(v, np.ndarray)} if isinstance(model, dict) else {}
+    tensors = _arrays(model)
     if not tensors:
         kind = "a tensor" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
         kind = "no tensors" if isinstance(content, dict) else kind
@@ -94,6 +99,10 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Seq
     params, target_q, table = jax.tree.map(lambda x: jnp.array(x, jnp.float32), (params, target_q, table))
     stored = "float16" if kinds == {"float16"} else "float32"
     return Agent(params, target_q, task_emb=table, tasks=tasks, stored=stored)
+
+
+def _arrays(part: Any) -> dict[str, np.ndarray]:
+    return {k: v for k, v in part.items() if isinstance(v, np.ndarray)} if isinstance(part, dict) else {}
 
 
 def _other(tensors: Mapping[str, np.ndarray]) -> str:
@@ -171,7 +180,7 @@ def read_tdmpc(path: str | os.PathLike) -> tuple[Params, Params]:
     content = load_pt(path)
     parts = [content.get(part) if isinstance(content, dict) else None for part in ("model", "model_target")]
     try:
-        params, target = (tdmpc_from_torch(part if isinstance(part, dict) else {}) for part in parts)
+        params, target = (tdmpc_from_torch(_arrays(part)) for part in parts)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     return params, {name: target[name] for name in ("encoder", "q")}
@@ -403,12 +412,12 @@ def write_quantized(
     Raises:
         UserError: the agent is of a quantised file already, the file exists, or cannot be written.
     """
-    if agent.stored == variant or agent.stored not in ("float32", "float16"):
-        raise UserError(f"the agent of --checkpoint is {agent.stored} already: quantise the one that it was made of")
+    agent.check_variant(variant)
     params = agent.params | ({"target_q": agent.target_q} if target_q else {})
     tensors = quantize(params, variant) | {"q_scale": np.asarray(agent.q_scale, np.float32)}
     names = [*args][: [*args].index("exp_name")]
     made = {name: args[name] for name in names if name not in ("data_dir", "teacher", "distill_coef")}
+    made |= {"tasks": ",".join(agent.tasks)} if made["tasks"] else {}  # all that it knows, whichever are named now
     record = {"script": script, "variant": variant, "tasks": json.dumps(agent.tasks), "args": json.dumps(made)}
     write_safetensors(path, tensors, record)
 

@@ -19,6 +19,7 @@ A kernel in int8 stands for `kernel * kernel_scale` (float32, one for each outpu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -124,7 +125,8 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

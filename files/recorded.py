@@ -50,6 +50,7 @@ def read_recorded(task: str, data_dir: str, steps: int) -> Recorded:
         UserError: there are none, they are damaged or of another task, or too few for windows of steps + 1 entries.
     """
     data = load_dataset([task_spec(task).name], data_dir)
+    data.check_files()
     lengths = np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks])
     starts = window_starts(lengths, steps)
     entries = data.read(0, data.num_entries)
@@ -71,7 +72,7 @@ def nmse(guess: np.ndarray, truth: np.ndarray) -> list[float]:
 
 def agreement(guess: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """R2 and rank correlation (Spearman) of guesses [B]."""
-    unexplained = ((guess - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
+    unexplained = ((guess - truth) ** 2).sum() / max(((truth - truth.mean()) ** 2).sum(), 1e-12)
     places = [np.argsort(np.argsort(x)) for x in (guess, truth)]
     return {"r2": float(1 - unexplained), "spearman": float(np.corrcoef(*places)[0, 1])}
 

@@ -303,6 +303,8 @@ def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refuse
         writer.flush()
     assert sorted(path.name for path in (tmp_path / "mw-reach").iterdir()) == ["chunk_0.pt", "chunk_1.pt"]
     assert envs.load_dataset(["mw-reach"], tmp_path).num_episodes == 2
+    with pytest.raises(envs.UserError, match="of 100 decisions, these have 50, another action repeat"):
+        envs.EpisodeWriter(tmp_path, "mw-reach", 1, action_repeat=4)
     with pytest.raises(envs.UserError, match="task 'Hopper-v5' cannot be in a set"):
         envs.EpisodeWriter(tmp_path, "Hopper-v5", 1)
     (tmp_path / "file").write_text("")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -219,12 +220,19 @@ def make_dataset(episodes=12, length=40, seed=0):
     return envs.Dataset(("cartpole-swingup",), [chunk])
 
 
+def write_dataset(folder, dataset):
+    chunk = dataset.chunks[0]
+    (folder / "cartpole-swingup").mkdir(parents=True)
+    tensors = {"obs": chunk.obs, "action": chunk.action, "reward": chunk.reward, "task": chunk.task}
+    envs.save_tensordict(folder / "cartpole-swingup" / "chunk_0.pt", tensors)
+
+
 @pytest.fixture(scope="module")
-def recorded():
+def recorded(tmp_path_factory):
     """Episodes as they are read, with observations where latent states will be."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("files.recorded.load_dataset", lambda tasks, folder: make_dataset())
-        return read_recorded("cartpole-swingup", "anywhere", F)
+    folder = tmp_path_factory.mktemp("recorded")
+    write_dataset(folder, make_dataset())
+    return read_recorded("cartpole-swingup", folder, F)
 
 
 def test_actions_and_rewards_of_a_window_lead_from_one_latent_state_to_the_next(recorded):
@@ -605,10 +613,7 @@ def files(tmp_path_factory):
         write_checkpoint(
             manager, 1, {"script": "tdmpc2_jax", "args": dataclasses.asdict(args), "count": {}}, state=state
         )
-    chunk = make_dataset(4, 30).chunks[0]
-    (folder / "data" / "cartpole-swingup").mkdir(parents=True)
-    tensors = {"obs": chunk.obs, "action": chunk.action, "reward": chunk.reward, "task": chunk.task}
-    envs.save_tensordict(folder / "data" / "cartpole-swingup" / "chunk_0.pt", tensors)
+    write_dataset(folder / "data", make_dataset(4, 30))
     return ["--world-model", str(folder / "world"), "--data-dir", str(folder / "data")]
 
 
@@ -669,7 +674,10 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does(finished, files, sta
     child.kill()
     child.wait()
     assert 100 <= meta_of(folder, "tdmpc2_jax_diffusion")["count"]["updates"] < 400
-    td.main([*files, *TINY, "--runs-dir", str(tmp_path / "runs"), "--resume"])
+    again = ["--no-compile-cache", "--runs-dir", str(tmp_path / "runs"), "--resume"]
+    with pytest.raises(SystemExit, match="--world-model"):
+        td.main(["--world-model", str(shutil.copytree(files[1], tmp_path / "another")), *files[2:], *again])
+    td.main([*files, *again])  # what is not said is as it was, in the run of the world model's task
     one, other = final(folder)[0]["state"], final(finished)[0]["state"]
     assert jax.random.key_data(one.key).tolist() == jax.random.key_data(other.key).tolist()
     close = partial(np.testing.assert_allclose, atol=1e-5)  # the child is compiled otherwise
@@ -710,6 +718,16 @@ def test_the_benchmark_collects_finished_parts_without_running_them_again(tmp_pa
 def test_what_cannot_work_is_refused_in_one_sentence(refused, files, flags, words):
     sentence = refused(*files, *flags)
     assert all(word in sentence for word in words), sentence
+
+
+def test_damaged_episodes_are_refused(refused, files, tmp_path):
+    chunk = shutil.copytree(files[3], tmp_path / "data") / "cartpole-swingup" / "chunk_0.pt"
+    with open(chunk, "r+b") as file:
+        file.seek(chunk.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    assert "damaged" in refused(*files[:2], "--data-dir", tmp_path / "data")
 
 
 def test_training_needs_a_world_model_and_episodes(refused, files):

@@ -221,6 +221,9 @@ def test_quantising_prints_what_each_component_costs(tmp_path, capsys):
 
     write_episodes(tmp_path / "data")
     flags = ["--quantize", "int8", "--checkpoint", str(run), "--output", str(other), "--data-dir"]
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        mt.main([*flags, str(tmp_path / "nowhere")])
+    assert not other.exists(), "what is refused leaves nothing"
     mt.main([*flags, str(tmp_path / "data")])
     assert f"on 400 states of {tmp_path / 'data'}" in capsys.readouterr().out.splitlines()[0]
     assert path.stat().st_size > other.stat().st_size
@@ -231,6 +234,9 @@ def test_quantising_prints_what_each_component_costs(tmp_path, capsys):
     assert (args.vmin, args.num_bins, args.data_dir, args.teacher) == (-8, 51, None, None), "as the run was started"
     mt.check_args(args)
     assert mt.load_agent(args)[2].tasks == TASKS
+    said += ["--source-task", TASKS[0]]
+    args = td.arguments.parse(td.Args, said, "", td.arguments.run_folder, "tdmpc2_jax", MT)
+    assert (args.task, args.vmin, args.num_bins) == (TASKS[0], -8, 51), "of one task, too"
 
 
 @pytest.mark.golden
