@@ -96,6 +96,8 @@ def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict
         try:
             with ocp.StandardCheckpointer() as reader:
                 items[name] = reader.restore(checkpoint.absolute() / name, tree)
+            if any(x.dtype != y.dtype for x, y in zip(*map(jax.tree.leaves, (items[name], tree)), strict=True)):
+                raise TypeError("an array is of another type")  # a key whose description is gone is read as numbers
         except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
             raise _damaged(checkpoint, f"or of another size; {name}: {_first_line(error)}") from error
     return _compared(checkpoint, meta, items)

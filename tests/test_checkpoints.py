@@ -73,7 +73,7 @@ def test_flipped_bits_are_noticed_or_harmless_and_the_run_goes_on_from_the_check
 def test_deleted_files_are_noticed_or_harmless(kept, tmp_path):
     steps = set()
     files = sorted(p.relative_to(kept) for p in (kept / "checkpoints" / "300").rglob("*") if p.is_file())
-    for i, path in enumerate(files[:: max(1, len(files) // 10)]):
+    for i, path in enumerate(files):
         shutil.copytree(kept, tmp_path / str(i))
         (tmp_path / str(i) / path).unlink()
         steps.add(restored_step(tmp_path / str(i)))
