@@ -139,7 +139,7 @@ def experiment(args: Args) -> dict[str, Any]:
     return results
 
 
-def cost(args: Args) -> dict[str, Any]:
+def cost(args: Args, interleave=interleave) -> dict[str, Any]:
     """Updates a second and GFLOP with and without a teacher of random parameters."""
     tasks, mesh = environments.TASK_SETS["mt30"], Mesh(np.array(jax.devices()[:1]), "devices")
     student = mt.Args(model_size=1, batch_size=args.batch_size)

@@ -1,0 +1,208 @@
+"""Speed of all scripts on an accelerator in a few minutes: programs are compiled side by side, and timed one at a time.
+
+    python benchmarks/accelerator.py --json benchmarks/results/accelerator.json
+    python benchmarks/accelerator.py --only "pixels 5M"
+
+`update` and `plan` are waited for one by one, in turns; of updates `in a row` only the last is waited for.
+`steps_per_s` are simulator steps with the task's environments really stepped, in the order of the training loop, at one
+update per decision. Every row is a process of its own, which takes of the device's memory what it needs.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import envs as environments
+from benchmarks import speed
+from benchmarks.distillation import Args as DistillationArgs
+from benchmarks.distillation import cost
+from files.recorded import Recorded
+
+TASK, DISCOUNT = "walker-walk", speed.DISCOUNT
+OBS, ACTION = 24, 6  # its sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    seconds: float = 6.0
+    """time given to each loop"""
+    repeats: int = 20
+    """rounds of updates and plans that take turns"""
+    only: tuple[str, ...] = ()
+    """only these rows"""
+    json: str | None = None
+    """write the figures to this file"""
+
+
+def measure(turn, args: Args, update: Callable, **plans: Callable) -> dict[str, float]:
+    """Milliseconds of functions that are compiled here and then timed with the device to themselves."""
+    functions = {"update": update, **plans}
+    start = time.perf_counter()
+    jax.block_until_ready([function() for function in functions.values()])
+    row = {"first_calls_s": time.perf_counter() - start}
+    with turn:
+        row |= {f"{name}_ms": float(np.median(ms)) for name, ms in speed.interleave(functions, args.repeats).items()}
+        start = time.perf_counter()
+        jax.block_until_ready([update() for _ in range(50)])
+        return row | {"in_a_row_ms": (time.perf_counter() - start) / 50 * 1e3}
+
+
+def online(turn, args: Args, num_envs: int, compute_dtype: str = "float32") -> dict[str, float]:
+    """tdmpc2_jax.py, 5M."""
+    script, key, n = speed.tdmpc2_jax, jax.random.key(1), num_envs
+    its = script.with_model_size(script.Args(task=TASK, num_envs=n, compute_dtype=compute_dtype))
+    model = script.make_model(its, OBS, ACTION, False)
+    held, replay = [script.fresh_state(its, model)["train"]], speed.filled_replay(its, model)
+    obs, mean, first = np.ones((n, OBS), np.float32), jnp.zeros((n, its.horizon, ACTION)), np.zeros(n, bool)
+
+    def update():
+        held[0], info = script.train(its, model, held[0], replay, DISCOUNT, num_updates=1)
+        return info
+
+    def plan():
+        return script.act(its, model, held[0].params, obs, mean, first, DISCOUNT, key, explore=True)
+
+    with closing(environments.make_envs(TASK, n, seed=0)) as envs:
+        _, held[0] = speed.loop_decisions_per_s(its, model, held[0], envs, 0)  # compiles
+        row = measure(turn, args, update, plan=plan)
+        with turn:
+            rate, _ = speed.loop_decisions_per_s(its, model, held[0], envs, args.seconds)
+    return row | {"steps_per_s": rate * environments.task_spec(TASK).action_repeat}
+
+
+def pixels(turn, args: Args) -> dict[str, float]:
+    """tdmpc2_jax_rgb.py, 5M."""
+    from benchmarks.speed_rgb import filled_replay, rgb
+
+    its, key = rgb.with_model_size(rgb.Args()), jax.random.key(0)
+    model, replay = rgb.make_model(its, ACTION, episodic=False), filled_replay(ACTION, 500)
+    held = [jax.jit(rgb.fresh_state, static_argnums=(0, 1))(its, model)["train"]]
+    obs, mean, first = np.zeros((1, 64, 64, 9), np.uint8), jnp.zeros((1, its.horizon, ACTION)), np.zeros(1, bool)
+
+    def update():
+        held[0], info = rgb.train(its, model, held[0], replay, DISCOUNT, num_updates=1)
+        return info
+
+    def plan():
+        return rgb.act(its, model, held[0].params, obs, mean, first, DISCOUNT, key, explore=True)
+
+    return measure(turn, args, update, plan=plan)
+
+
+def first_version(turn, args: Args) -> dict[str, float]:
+    """tdmpc_jax.py, at the end of its schedules."""
+    from benchmarks.speed_tdmpc1 import filled_replay, td
+
+    its = td.with_task_defaults(td.Args())
+    model, key = td.make_model(its, OBS, ACTION), jax.random.key(0)
+    held = [jax.tree.map(jnp.copy, td.fresh_state(its, model)["train"]), filled_replay(100_000, OBS, ACTION)]
+    params, obs = jax.tree.map(jnp.copy, held[0].params), np.ones((1, OBS), np.float32)
+    schedule = td.Schedule(np.array([its.horizon], np.int32), np.float32(its.min_std))
+    mean, first = jnp.zeros((1, its.horizon, ACTION)), np.zeros(1, bool)
+
+    def update():
+        *held[:], info = td.train(its, model, *held, num_updates=1)
+        return info
+
+    return measure(
+        turn, args, update, plan=partial(td.act, its, model, params, obs, mean, first, schedule, key, explore=True)
+    )
+
+
+def distilled(turn, args: Args) -> dict[str, float]:
+    """tdmpc2_jax_mt.py, 1M with mt30's sizes, with and without a teacher of 317M in bfloat16."""
+    waiting = lambda functions, repeats: _in_turn(turn, functions, repeats)  # noqa: E731
+    found = cost(DistillationArgs(folder=".", rounds=args.repeats), waiting)["updates"]
+    return {"update_ms": found["with"]["ms"], "without_teacher_ms": found["without"]["ms"]}
+
+
+def _in_turn(turn, functions, repeats):
+    jax.block_until_ready([function() for function in functions.values()])
+    with turn:
+        return speed.interleave(functions, repeats)
+
+
+def diffusion(turn, args: Args, preset: str) -> dict[str, float]:
+    """tdmpc2_jax_diffusion.py, plans from a 1M world model."""
+    import tdmpc2_jax_diffusion as td
+
+    its = td.with_model_size(td.with_preset(td.Args(preset=preset, model_size=1)))
+    model, rng, entries, key = td.make_model(its, OBS, ACTION, False), np.random.default_rng(0), 5000, jax.random.key(0)
+    held = jax.jit(partial(td.fresh, its, model))()
+    ones = jax.tree.map(jnp.ones_like, held["state"].stats)
+    held["state"], world = held["state"]._replace(stats=ones), held["world"]
+    z, action = (
+        jax.nn.softmax(rng.standard_normal((entries, model.dynamics.out))),
+        rng.uniform(-1, 1, (entries, ACTION)),
+    )
+    starts = np.arange(entries - its.future)
+    data = jax.tree.map(
+        jnp.asarray, Recorded(z, action.astype(np.float32), np.ones(entries, np.float32), starts, starts)
+    )
+    planner = jax.tree.map(jnp.copy, td.planner_of(held["state"], world))
+    obs, best, first = jnp.ones((1, OBS)), jnp.zeros((1, its.future, ACTION)), jnp.zeros(1, bool)
+
+    def update():
+        held["state"], info = td.train(its, model, held["state"], world, data, num_updates=1)
+        return info
+
+    def plan(**fields):
+        return partial(td.act_by, dataclasses.replace(its, **fields), model, planner, obs, best, first, key)
+
+    return measure(
+        turn, args, update, plan=plan(), plan_mppi=plan(planner="mppi"), plan_onestep=plan(rollouts="onestep")
+    )
+
+
+ROWS = {
+    "online 5M, 1 environment": partial(online, num_envs=1),
+    "online 5M, 8 environments": partial(online, num_envs=8),
+    "online 5M, 32 environments": partial(online, num_envs=32),
+    "online 5M, 1 environment, bfloat16": partial(online, num_envs=1, compute_dtype="bfloat16"),
+    "pixels 5M": pixels,
+    "TD-MPC": first_version,
+    "1M with a teacher of 317M": distilled,
+    **{f"diffusion, {preset}": partial(diffusion, preset=preset) for preset in ("small", "base", "paper")},
+}
+
+
+def row(name: str, turn, args: Args) -> dict:
+    return ROWS[name](turn, args) | {"device": jax.devices()[0].device_kind, "jax_version": jax.__version__}
+
+
+def main(args: Args) -> None:
+    names, rows = args.only or tuple(ROWS), {}
+    with (
+        multiprocessing.Manager() as manager,
+        ProcessPoolExecutor(len(names), multiprocessing.get_context("spawn")) as ex,
+    ):
+        turn = manager.Lock()
+        for name, found in [(name, ex.submit(row, name, turn, args)) for name in names]:
+            try:
+                rows[name] = found.result()
+            except Exception as error:  # the others' figures should not be lost
+                rows[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            words = [f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[name].items()]
+            print(f"{name}: {', '.join(words)}", flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
