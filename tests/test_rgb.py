@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -184,8 +185,8 @@ def test_batches_drawn_ahead_from_the_machines_memory_are_learned_from_as_those_
         drawn.append(rgb.sample_many(replay, sample_key[None], args.batch_size, H))
     drawn = jax.tree.map(lambda *batches: jnp.concatenate(batches), *drawn)
     there, other = rgb.train(args, model, jax.tree.map(jnp.copy, state), drawn, 0.9, num_updates=5)
-    for mine, others in zip(jax.tree.leaves((here.params, info)), jax.tree.leaves((there.params, other)), strict=True):
-        np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), info, other)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), here.params, there.params)  # steps of 3e-3
 
 
 def test_drawing_ahead_gives_the_batches_of_that_update_whatever_happens_to_the_replay(agent):
