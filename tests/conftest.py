@@ -51,8 +51,8 @@ SMALL = {
 }
 
 
-# Of two processes, neither should end with these
-SLOW = "multitask", "runs", "rgb", "distillation", "learning", "model", "golden"
+# The longest first: of two processes, neither should end with one of them
+SLOW = "runs", "multitask", "rgb", "learning", "diffusion", "distillation", "golden", "tdmpc1", "model"
 
 
 def pytest_collection_modifyitems(items):
