@@ -138,7 +138,7 @@ def test_two_processes_learn_what_one_learns(start, flags, whole, tmp_path):
         port = free.getsockname()[1]
     cluster = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2)
     children = [start(*flags, *cluster, "--process-id", i, name="tdmpc2_jax_mt.py") for i in range(2)]
-    outputs = [child.communicate(timeout=200) for child in children]
+    outputs = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     assert "on 2 x cpu" in outputs[0][0] and "normalized score" not in outputs[1][0]
     folder = tmp_path / "runs" / FOLDER
