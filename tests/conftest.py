@@ -1,11 +1,13 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
 import dataclasses
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +21,8 @@ os.environ |= {
     "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"] if WORKER else CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0"),  # a third less to compile
+    # A third of the time to compile. A jaxlib that stops at the second one, as unknown, does not need it
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # what scripts start themselves anew for
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
@@ -48,8 +51,8 @@ SMALL = {
 }
 
 
-# Of two processes, neither should end with these
-SLOW = "multitask", "runs", "rgb", "distillation", "learning", "model", "golden"
+# The longest first: of two processes, neither should end with one of them
+SLOW = "runs", "multitask", "rgb", "learning", "diffusion", "distillation", "golden", "tdmpc1", "model"
 
 
 def pytest_collection_modifyitems(items):
@@ -79,6 +82,12 @@ def said(args):
     return [word for f in fields for word in as_flag(f.name, getattr(args, f.name)).split(" ", 1)]
 
 
+def with_devices(number):
+    """The environment of a child process that has so many devices and the compiled programs of this one."""
+    more = f" --xla_force_host_platform_device_count={number}" if number > 1 else ""
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + more}
+
+
 @pytest.fixture
 def start(tmp_path):
     """start("--task", ...) -> a child process of a script with a small agent, whose runs go to tmp_path/runs."""
@@ -87,11 +96,8 @@ def start(tmp_path):
     def popen(*flags, small=True, name="tdmpc2_jax.py", devices=1):
         command = [sys.executable, str(ROOT / name), "--runs-dir", str(tmp_path / "runs")]
         command += [*(SMALL[name] if small else []), *map(str, flags)]
-        xla_flags = "--xla_backend_optimization_level=0"  # halves the compilation of tiny networks
-        xla_flags += f" --xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-        env = os.environ | {"XLA_FLAGS": xla_flags}
-        pipes = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        children.append(subprocess.Popen(command, text=True, cwd=tmp_path, **pipes))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        children.append(subprocess.Popen(command, text=True, cwd=tmp_path, env=with_devices(devices), **pipes))
         return children[-1]
 
     yield popen
@@ -108,6 +114,27 @@ def script(start):
         child = start(*flags, **options)
         out, err = child.communicate(timeout=300)
         return child.returncode, out, err
+
+    return finish
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """What `script` is, in this process: a child imports and traces all anew, which costs more than what it computes,
+    and here equal arguments are traced once, whatever the test (so --runs-dir is as it is by default)."""
+    monkeypatch.chdir(tmp_path)
+
+    def finish(*flags, small=True, name="tdmpc2_jax.py"):
+        status, last = 0, ""
+        capsys.readouterr()
+        try:
+            importlib.import_module(name.removesuffix(".py")).main([*(SMALL[name] if small else []), *map(str, flags)])
+        except SystemExit as stop:
+            status, last = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code or 0, "")
+        except Exception:
+            status, last = 1, traceback.format_exc()
+        out, err = capsys.readouterr()
+        return status, out, err + last
 
     return finish
 

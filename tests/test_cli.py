@@ -135,8 +135,8 @@ def test_the_command_line_exits_with_one_sentence(script):
 
 
 @pytest.mark.parametrize("td, words", [(td, "value heads"), (tdmpc_jax, "beside the N")], ids=["tdmpc2", "tdmpc"])
-def test_help_explains_every_argument(script, td, words):
-    status, out, _ = script("--help", small=False, name=f"{td.__name__}.py")
+def test_help_explains_every_argument(here, td, words):
+    status, out, _ = here("--help", small=False, name=f"{td.__name__}.py")
     assert status == 0
     for field in td.dataclasses.fields(td.Args):
         assert f"--{field.name.replace('_', '-')}" in out

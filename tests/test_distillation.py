@@ -1,7 +1,6 @@
 """Distillation: the original's numbers, what a teacher changes and what it does not, and runs that have one."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, SMALL, meta_of
+from conftest import ROOT, SMALL, meta_of, with_devices
 from test_golden import close, draws_of
 from test_multitask import state_of
 from test_runs import read_scalars, wait_for
@@ -187,8 +186,7 @@ def whole(data_dir, teacher, tmp_path_factory):
     runs = tmp_path_factory.mktemp("whole")
     command = [sys.executable, ROOT / "tdmpc2_jax_mt.py", *SMALL["tdmpc2_jax_mt.py"], "--runs-dir", runs, *LENGTHS]
     command += ["--tasks", ",".join(TASKS), "--data-dir", data_dir, "--teacher", teacher]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return runs / FOLDER, done.stdout
 
@@ -268,10 +266,8 @@ print("equal")
 
 
 def test_eight_devices_with_a_teacher_spread_over_them_learn_what_one_learns(data_dir, teacher):
-    xla_flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
     code = DEVICES.format(tasks=TASKS, data_dir=str(data_dir), teacher=str(teacher))
-    env = os.environ | {"XLA_FLAGS": xla_flags}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=with_devices(8), cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
 
 

@@ -1,9 +1,9 @@
-"""Multi-task runs as a user sees them: files, kills, devices, processes, evaluation, folding. Real processes."""
+"""Multi-task runs as a user sees them: files, kills, devices, processes, evaluation, folding. Real processes are what
+is killed, what runs side by side and what others go on from."""
 
 import csv
 import dataclasses
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, SMALL, meta_of, said
+from conftest import ROOT, SMALL, meta_of, said, with_devices
 from imageio_ffmpeg import get_ffmpeg_exe
 from test_runs import read_scalars, wait_for
 
@@ -73,8 +73,7 @@ def whole(data_dir, tmp_path_factory):
     runs, flags = tmp_path_factory.mktemp("whole"), "--num-updates 60 --checkpoint-freq 20 --eval-freq 1000 --no-mpc"
     command = [sys.executable, ROOT / "tdmpc2_jax_mt.py", *SMALL["tdmpc2_jax_mt.py"], "--runs-dir", runs]
     command += ["--tasks", ",".join(TASKS), "--data-dir", data_dir, "--log-freq", "1", *flags.split()]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return runs / FOLDER, done.stdout
 
@@ -96,11 +95,11 @@ def test_a_run_says_what_it_needs_and_leaves_its_curves_arguments_and_checkpoint
     assert meta["count"]["updates"] == 60 and meta["tasks"] == list(TASKS)
 
 
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(script, flags, whole, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(here, flags, whole, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     for updates in (30, 60):
         flags = (*flags, "--num-updates", updates, "--storage", "disk", "--resume")
-        status, _, err = script(*flags, name="tdmpc2_jax_mt.py")
+        status, _, err = here(*flags, name="tdmpc2_jax_mt.py")
         assert status == 0, err
     for mine, uninterrupted in zip(state_of(folder), state_of(whole[0]), strict=True):
         np.testing.assert_array_equal(mine, uninterrupted)
@@ -118,7 +117,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_update(start, flags
     assert f"at update {updates}; --resume continues the run" in err
 
 
-def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(start, script, flags, whole, tmp_path):
+def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(start, here, flags, whole, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     eight = {"name": "tdmpc2_jax_mt.py", "devices": 8}
     child = start(*flags, "--shard-params", "yes", **eight)
@@ -126,7 +125,7 @@ def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(sta
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"] in (20, 40, 60)
-    status, out, err = script(*flags, "--resume", name="tdmpc2_jax_mt.py")
+    status, out, err = here(*flags, "--resume", name="tdmpc2_jax_mt.py")
     assert status == 0 and "parameters, on cpu;" in out, err
     for tag, values in losses_of(folder).items():
         np.testing.assert_allclose(values, losses_of(whole[0])[tag], rtol=2e-3, err_msg=tag)
@@ -139,7 +138,7 @@ def test_two_processes_learn_what_one_learns(start, flags, whole, tmp_path):
         port = free.getsockname()[1]
     cluster = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2)
     children = [start(*flags, *cluster, "--process-id", i, name="tdmpc2_jax_mt.py") for i in range(2)]
-    outputs = [child.communicate(timeout=200) for child in children]
+    outputs = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     assert "on 2 x cpu" in outputs[0][0] and "normalized score" not in outputs[1][0]
     folder = tmp_path / "runs" / FOLDER
@@ -183,9 +182,8 @@ print("equal")
 
 
 def test_eight_devices_learn_what_one_learns_with_data_and_parameters_copied_or_spread(data_dir):
-    xla_flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    code, env = DEVICES.format(tasks=TASKS, data_dir=str(data_dir)), os.environ | {"XLA_FLAGS": xla_flags}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    code = DEVICES.format(tasks=TASKS, data_dir=str(data_dir))
+    done = subprocess.run([sys.executable, "-c", code], env=with_devices(8), cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
 
 
@@ -253,9 +251,9 @@ def test_a_video_of_an_evaluation_is_written(whole, capsys):
     assert frames[0].std() > 10 and np.abs(frames[0].astype(int) - frames[90]).mean() > 0.1
 
 
-def test_collected_episodes_come_from_the_online_script(script, tmp_path):
+def test_collected_episodes_come_from_the_online_script(here, tmp_path):
     command = ("--task", "cartpole-balance", "--seed-steps", 1500, "--total-timesteps", 2400, "--checkpoint-freq", 1200)
-    status, _, err = script(*command, "--eval-freq", 10_000, "--eval-episodes", 1, "--save-episodes", tmp_path / "data")
+    status, _, err = here(*command, "--eval-freq", 10_000, "--eval-episodes", 1, "--save-episodes", tmp_path / "data")
     assert status == 0, err
     data = envs.load_dataset(["cartpole-balance"], tmp_path / "data")
     assert data.num_episodes == 2 and len(data.chunks) == 2, "one in each half of the run, the third was not over"
@@ -333,8 +331,8 @@ def test_released_sizes(size):
         assert args.latent_dim == (512 if (name, size) == ("mt30", 19) else mt.MODEL_SIZES[size][2])
 
 
-def test_help_explains_every_argument(script):
-    status, out, _ = script("--help", small=False, name="tdmpc2_jax_mt.py")
+def test_help_explains_every_argument(here):
+    status, out, _ = here("--help", small=False, name="tdmpc2_jax_mt.py")
     assert status == 0
     for field in dataclasses.fields(mt.Args):
         assert f"--{field.name.replace('_', '-')}" in out

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -184,8 +185,8 @@ def test_batches_drawn_ahead_from_the_machines_memory_are_learned_from_as_those_
         drawn.append(rgb.sample_many(replay, sample_key[None], args.batch_size, H))
     drawn = jax.tree.map(lambda *batches: jnp.concatenate(batches), *drawn)
     there, other = rgb.train(args, model, jax.tree.map(jnp.copy, state), drawn, 0.9, num_updates=5)
-    for mine, others in zip(jax.tree.leaves((here.params, info)), jax.tree.leaves((there.params, other)), strict=True):
-        np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), info, other)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), here.params, there.params)  # steps of 3e-3
 
 
 def test_drawing_ahead_gives_the_batches_of_that_update_whatever_happens_to_the_replay(agent):
@@ -241,7 +242,7 @@ def test_the_model_learns_to_tell_rewards_from_pictures(agent):
 
 
 # --------------------------------------------------------------------------------------------------------------- Runs
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, script, tmp_path):
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, here, tmp_path):
     folder, flags = tmp_path / "runs" / FOLDER, (*PIXELS, "--total-timesteps", 200, "--no-mpc", "--resume")
     child = start(*flags, name=NAME)
     wait_for(lambda: (folder / "checkpoints" / "100").exists(), child)
@@ -249,7 +250,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, script, tmp_pa
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert count_of(folder)["decisions"] >= 100
-    status, out, err = script(*flags, name=NAME)
+    status, out, err = here(*flags, name=NAME)
     assert status == 0, err
     assert "replay of 3000 decisions: 0.0 GB in the machine's memory" in out and "3 pictures of 64 x 64" in out
     assert read_curve(folder)[0] == [0, 100, 200]
@@ -258,25 +259,25 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, script, tmp_pa
         {step for step, _ in read_scalars(folder, "charts/episodic_return")}
     )
     flags = ("--evaluate", "--checkpoint", folder, "--eval-episodes", 2, "--json", "result.json")
-    status, out, err = script(*flags, name=NAME, small=False)
+    status, out, err = here(*flags, name=NAME, small=False)
     assert status == 0, err
     assert len(json.loads((tmp_path / "result.json").read_text())["returns"]) == 2 and out.count("episode ") == 2
 
 
-def test_equal_seeds_give_equal_runs_bit_for_bit(script, tmp_path):
-    def run(name):
-        status, _, err = script(*PIXELS, "--total-timesteps", 150, "--exp-name", name, name=NAME)
+def test_equal_seeds_give_equal_runs_bit_for_bit(script, here, tmp_path):
+    def run(process, name):
+        status, _, err = process(*PIXELS, "--total-timesteps", 150, "--exp-name", name, name=NAME)
         assert status == 0, err
         folder = tmp_path / "runs" / "strange_envs:Pixels-v0" / name / "1"
         tags = ("losses/total_loss", "losses/pi_loss", "charts/episodic_return")
         return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
 
-    assert run("a") == run("b")
+    assert run(script, "a") == run(here, "b")
 
 
-def test_several_environments_with_terminations_draw_from_the_machines_memory(script, tmp_path):
+def test_several_environments_with_terminations_draw_from_the_machines_memory(here, tmp_path):
     flags = ("--task", "strange_envs:PixelsFalling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
-    status, out, err = script(*flags, "--total-timesteps", 200, "--storage", "host", "--no-mpc", name=NAME)
+    status, out, err = here(*flags, "--total-timesteps", 200, "--storage", "host", "--no-mpc", name=NAME)
     assert status == 0, err
     folder = tmp_path / "runs" / "strange_envs:PixelsFalling-v0" / "tdmpc2_jax_rgb" / "1"
     meta = meta_of(folder, "tdmpc2_jax_rgb")
@@ -313,25 +314,25 @@ rgb.main()
 """
 
 
-def test_a_replay_lies_on_another_device_than_the_one_that_learns_and_is_resumed_on_that(script, tmp_path):
+def test_a_replay_lies_on_another_device_than_the_one_that_learns_and_is_resumed_on_that(script, here, tmp_path):
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     flags = (*SMALL[NAME], *PIXELS, "--no-mpc", "--resume")
     status, _, err = script(*flags, "--total-timesteps", 150, name=tmp_path / "elsewhere.py", small=False, devices=2)
     assert status == 0, err
     for steps, storage in ((170, "device"), (200, "host")):  # each where the one before has left it
-        status, out, err = script(*flags, "--total-timesteps", steps, "--storage", storage, name=NAME)
+        status, out, err = here(*flags, "--total-timesteps", steps, "--storage", storage, name=NAME)
         assert status == 0 and f"(--storage {storage})" in out, err
     folder = tmp_path / "runs" / FOLDER
     assert count_of(folder)["updates"] == 199 and read_curve(folder)[0] == [0, 100, 150, 170, 200]
 
 
-def test_a_simulator_is_learned_from(script, tmp_path):
+def test_a_simulator_is_learned_from(here, tmp_path):
     try:
         envs.check_rendering("mw-reach", "rgb", None)
     except envs.UserError as error:
         pytest.skip(str(error))
     flags = ("--task", "mw-reach", "--num-envs", 2, "--total-timesteps", 240, "--eval-freq", 10_000, "--no-mpc")
-    status, out, err = script(*flags, "--no-shadows", "--eval-episodes", 1, name=NAME)
+    status, out, err = here(*flags, "--no-shadows", "--eval-episodes", 1, name=NAME)
     assert status == 0, err
     folder = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax_rgb" / "1"
     assert read_curve(folder)[0] == [0, 240] and "success" in out
@@ -378,8 +379,8 @@ def test_no_gl_library_is_one_sentence_that_names_the_packages(refused, monkeypa
     assert "apt-get install -y" in refused("--task", "walker-walk")
 
 
-def test_help_explains_every_argument(script):
-    status, out, _ = script("--help", small=False, name=NAME)
+def test_help_explains_every_argument(here):
+    status, out, _ = here("--help", small=False, name=NAME)
     assert status == 0
     for field in dataclasses.fields(rgb.Args):
         assert f"--{field.name.replace('_', '-')}" in out

@@ -1,16 +1,18 @@
-"""A run as a user sees it: files, kills, resumes, broken environments, equal seeds. Real processes throughout."""
+"""A run as a user sees it: files, kills, resumes, broken environments, equal seeds. Real processes are what is killed
+and what another process goes on from; where files and words are looked at, `main` of the script runs in this one."""
 
 import csv
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import meta_of
+from conftest import ROOT, SMALL, meta_of
 from imageio_ffmpeg import get_ffmpeg_exe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,11 +46,18 @@ def wait_for(condition, child, seconds=300):
         time.sleep(0.001)
 
 
-@BOTH
-def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_path, name):
-    status, out, err = script(*POINT, "--total-timesteps", 300, name=f"{name}.py")
-    assert status == 0, err
-    folder = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1"
+@pytest.fixture(scope="module", params=["tdmpc2_jax", "tdmpc_jax"])  # for what a script's own loop can do wrong
+def finished(request, tmp_path_factory):
+    """Name of a script, folder of a run of 300 steps that it made as a process of its own, and what that printed."""
+    name, runs = request.param, tmp_path_factory.mktemp("finished")
+    command = [sys.executable, ROOT / f"{name}.py", *SMALL[f"{name}.py"], *map(str, POINT), "--total-timesteps", "300"]
+    done = subprocess.run([*command, "--runs-dir", runs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return name, runs / "strange_envs:Point-v0" / name / "1", done.stdout
+
+
+def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(finished, here, tmp_path):
+    name, folder, out = finished
     steps, rewards = read_curve(folder)
     assert steps == [0, 100, 200, 300] and np.isfinite(rewards).all()
     assert all(f"{step:>10}" in out for step in steps), "each evaluation is a line of the table"
@@ -60,18 +69,37 @@ def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(script, tmp_pat
         assert read_scalars(folder, tag), tag
 
     how = ("--evaluate", "--checkpoint", folder, "--eval-episodes", 3, "--json", "result.json")
-    status, out, err = script(*how, small=False, name=f"{name}.py")
+    status, out, err = here(*how, small=False, name=f"{name}.py")
     assert status == 0, err
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["task"] == "strange_envs:Point-v0" and len(result["returns"]) == len(result["successes"]) == 3
     assert f"{result['mean']:.1f} ± {result['std']:.1f}" in out and out.count("episode ") == 3
 
 
+def test_equal_seeds_give_equal_runs_bit_for_bit_and_others_differ(finished, here, tmp_path):
+    name, folder, _ = finished
+
+    def numbers(folder):
+        tags = ("losses/total_loss", "losses/pi_loss", "losses/grad_norm", "charts/episodic_return")
+        return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
+
+    def run(exp_name, seed):  # in this process; the other run was made by another
+        flags = ("--total-timesteps", 300, "--exp-name", exp_name, "--seed", seed)
+        status, _, err = here(*POINT, *flags, name=f"{name}.py")
+        assert status == 0, err
+        return numbers(tmp_path / "runs" / "strange_envs:Point-v0" / exp_name / str(seed))
+
+    first = numbers(folder)
+    assert all(first) and first == run("b", 1)
+    other = run("c", 2)
+    assert all(mine != others for mine, others in zip(first, other, strict=True))
+
+
 KILLS = ["training", "checkpoint", "training", "checkpoint", "checkpoint"]
 
 
 @pytest.mark.parametrize("name, kills", [("tdmpc2_jax", KILLS), ("tdmpc_jax", KILLS[:2])], ids=["second", "first"])
-def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, tmp_path, name, kills):
+def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, here, tmp_path, name, kills):
     folder, total = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1", 200 * len(kills) + 300
     flags = (*POINT, "--total-timesteps", total, "--buffer-size", 200_000, "--resume")
     for kill, where in enumerate(kills):
@@ -87,9 +115,8 @@ def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, tm
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert count_of(folder)["decisions"] >= reached
-    child = start(*flags, name=f"{name}.py")
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err
+    status, _, err = here(*flags, name=f"{name}.py")
+    assert status == 0, err
 
     assert read_curve(folder)[0] == list(range(0, total + 1, 100))
     count = count_of(folder)
@@ -99,17 +126,17 @@ def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, tm
     assert [step for step, _ in read_scalars(folder, "eval/episodic_return")] == list(range(0, total + 1, 100))
 
 
-def test_a_run_whose_first_checkpoint_was_cut_off_starts_again(script, tmp_path):
+def test_a_run_whose_first_checkpoint_was_cut_off_starts_again(here, tmp_path):
     flags = ("--task", "strange_envs:Point-v0", "--eval-freq", 60, "--total-timesteps", 60)
-    status, _, err = script(*flags)
+    status, _, err = here(*flags)
     assert status == 0, err
     folder = tmp_path / "runs" / FOLDER
     (folder / "checkpoints" / "60").rename(folder / "checkpoints" / "60.orbax-checkpoint-tmp")
-    status, out, err = script(*flags, "--resume")
+    status, out, err = here(*flags, "--resume")
     assert status == 0 and "from simulator step 0" in out, err
     assert read_curve(folder)[0] == [0, 60] and count_of(folder)["decisions"] == 60
 
-    status, out, err = script(*flags, "--resume")
+    status, out, err = here(*flags, "--resume")
     assert status == 0 and "have been made: ask for more to go on" in out, err
     assert read_curve(folder)[0] == [0, 60]
 
@@ -123,7 +150,7 @@ def test_a_ctrl_c_before_the_run_has_begun_is_one_sentence(start, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, script, tmp_path, number):
+def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, here, tmp_path, number):
     folder = tmp_path / "runs" / FOLDER
     child = start(*POINT, "--total-timesteps", 100_000)
     wait_for(lambda: (folder / "checkpoints" / "200").exists(), child)
@@ -133,40 +160,23 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, script,
     assert child.returncode == 128 + number and "--resume" in err
     count = count_of(folder)
     assert f"at simulator step {count['decisions']};" in err and count["decisions"] > 200
-    status, _, err = script(*POINT, "--total-timesteps", count["decisions"] + 50, "--resume")
+    status, _, err = here(*POINT, "--total-timesteps", count["decisions"] + 50, "--resume")
     assert status == 0, err
     assert count_of(folder)["decisions"] == count["decisions"] + 50
 
 
-@BOTH
-def test_equal_seeds_give_equal_runs_bit_for_bit_and_others_differ(script, tmp_path, name):
-    def run(exp_name, seed):
-        flags = ("--total-timesteps", 250, "--exp-name", exp_name, "--seed", seed)
-        status, _, err = script(*POINT, *flags, name=f"{name}.py")
-        assert status == 0, err
-        folder = tmp_path / "runs" / "strange_envs:Point-v0" / exp_name / str(seed)
-        tags = ("losses/total_loss", "losses/pi_loss", "losses/grad_norm", "charts/episodic_return")
-        return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
-
-    first = run("a", 1)
-    assert first == run("b", 1)
-    other = run("c", 2)
-    assert all(mine != others for mine, others in zip(first, other, strict=True))
-
-
 @pytest.mark.parametrize("task, what, step, kept", [("NanReward", "reward", 249, 200), ("HugeObs", "action", 101, 100)])
 def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    script, tmp_path, task, what, step, kept
+    here, tmp_path, task, what, step, kept
 ):
     task = f"strange_envs:{task}-v0"
-    status, _, err = script("--task", task, "--checkpoint-freq", 100, "--total-timesteps", 400)
+    status, _, err = here("--task", task, "--checkpoint-freq", 100, "--total-timesteps", 400)
     sentence = err.splitlines()[-1]
     assert status == 1 and what in sentence and f"not finite at simulator step {step}:" in sentence, err
     assert "Traceback" not in err
     folder = tmp_path / "runs" / task / "tdmpc2_jax" / "1"
     assert count_of(folder)["decisions"] == kept
-    status, _, err = script("--evaluate", "--checkpoint", folder, "--task", "strange_envs:Point-v0", small=False)
-    assert status == 0, err
+    check_that_it_evaluates(here, folder)
 
 
 def children(pid):
@@ -182,22 +192,24 @@ def gone(pids):
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def check_that_it_evaluates(script, folder):
-    flags = ("--evaluate", "--checkpoint", folder, "--task", "strange_envs:Point-v0")
-    status, out, err = script(*flags, small=False, name=f"{folder.parent.name}.py")
+def check_that_it_evaluates(here, folder):
+    """At a name that is the same in all tests: equal arguments are traced once."""
+    Path("evaluated").symlink_to(folder)
+    flags = ("--evaluate", "--checkpoint", "evaluated", "--task", "strange_envs:Point-v0", "--eval-episodes", 2)
+    status, out, err = here(*flags, small=False, name=f"{folder.parent.name}.py")
     assert status == 0 and "return" in out, err
 
 
 @pytest.mark.parametrize("num_envs", [1, 8])  # 8 are stepped by workers, where there are cores for them
-def test_an_environment_that_raises_ends_the_run_with_its_traceback(script, tmp_path, num_envs):
+def test_an_environment_that_raises_ends_the_run_with_its_traceback(here, tmp_path, num_envs):
     flags = ("--task", "strange_envs:Raising-v0", "--num-envs", num_envs, "--checkpoint-freq", 20 * num_envs)
-    status, _, err = script(*flags, "--eval-freq", 10_000)
+    status, _, err = here(*flags, "--eval-freq", 10_000)
     assert status != 0 and "the simulator broke" in err and "strange_envs.py" in err
-    check_that_it_evaluates(script, tmp_path / "runs" / "strange_envs:Raising-v0" / "tdmpc2_jax" / "1")
+    check_that_it_evaluates(here, tmp_path / "runs" / "strange_envs:Raising-v0" / "tdmpc2_jax" / "1")
 
 
 @BOTH
-def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_checkpoint(start, script, tmp_path, name):
+def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_checkpoint(start, here, tmp_path, name):
     if len(os.sched_getaffinity(0)) == 1:
         pytest.skip("no workers on one core")
     child = start(*POINT, "--num-envs", 8, "--total-timesteps", 1_000_000, name=f"{name}.py")
@@ -210,11 +222,11 @@ def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_ch
     sentence = err.strip().splitlines()[-1]
     assert "strange_envs:Point-v0" in sentence and f"(process {workers[0]}) was killed by signal 9" in sentence
     assert gone(workers)
-    check_that_it_evaluates(script, folder)
+    check_that_it_evaluates(here, folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, script, tmp_path, number):
+def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, here, tmp_path, number):
     flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 60)
     child = start(*flags, "--checkpoint-freq", 50, "--total-timesteps", 1_000_000)
     folder = tmp_path / "runs" / "strange_envs:Slow-v0" / "tdmpc2_jax" / "1"
@@ -227,27 +239,27 @@ def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, script, tmp_
     assert child.returncode == 128 + number and "Traceback" not in err
     assert "at simulator step 60; --resume" in err, "in the middle of the evaluation that is due there"
     assert gone(workers)
-    check_that_it_evaluates(script, folder)
+    check_that_it_evaluates(here, folder)
 
 
-def test_the_success_rate_is_the_headline_of_tasks_that_have_one(script, tmp_path):
+def test_the_success_rate_is_the_headline_of_tasks_that_have_one(here, tmp_path):
     flags = ("--task", "mw-reach", "--total-timesteps", 200, "--eval-freq", 10_000, "--seed-steps", 200)
-    status, out, err = script(*flags, "--eval-episodes", 1)
+    status, out, err = here(*flags, "--eval-episodes", 1)
     assert status == 0, err
     assert out.splitlines()[1].split()[:3] == ["step", "success", "return"]
     assert [len(line.split()) for line in out.splitlines()[2:]] == [5, 5]
     folder, results = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax" / "1", tmp_path / "results.json"
     flags = ("--evaluate", "--checkpoint", folder, "--no-mpc", "--eval-episodes", 2, "--json", results)
-    status, out, err = script(*flags, small=False)
+    status, out, err = here(*flags, small=False)
     assert status == 0, err
     assert out.splitlines()[-1].startswith("mw-reach: success rate 0.")
     assert json.loads(results.read_text())["success_rate"] == np.mean(json.loads(results.read_text())["successes"])
 
 
 @BOTH
-def test_several_environments_with_terminations_share_one_run(script, tmp_path, name):
+def test_several_environments_with_terminations_share_one_run(here, tmp_path, name):
     flags = ("--task", "strange_envs:Falling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
-    status, _, err = script(*flags, "--total-timesteps", 400, name=f"{name}.py")
+    status, _, err = here(*flags, "--total-timesteps", 400, name=f"{name}.py")
     assert status == 0, err
     folder = tmp_path / "runs" / "strange_envs:Falling-v0" / name / "1"
     meta = meta_of(folder, name)
@@ -259,13 +271,13 @@ def test_several_environments_with_terminations_share_one_run(script, tmp_path, 
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
 
 
-def test_a_video_of_each_evaluation_is_written_to_the_folder(script, tmp_path):
+def test_a_video_of_each_evaluation_is_written_to_the_folder(here, tmp_path):
     try:
         envs.check_rendering("InvertedPendulum-v5")
     except envs.UserError as error:
         pytest.skip(str(error))
     flags = ("--task", "InvertedPendulum-v5", "--total-timesteps", 50, "--eval-freq", 50, "--capture-video")
-    status, _, err = script(*flags)
+    status, _, err = here(*flags)
     assert status == 0, err
     folder = tmp_path / "runs" / "InvertedPendulum-v5" / "tdmpc2_jax" / "1"
     videos = sorted((folder / "videos").iterdir())

@@ -360,9 +360,9 @@ def test_a_task_has_the_originals_settings(task, repeat, latent_dim, iterations,
     assert td.with_task_defaults(given) == given
 
 
-def test_steps_are_those_of_the_simulator_whatever_the_repeat(script, tmp_path):
+def test_steps_are_those_of_the_simulator_whatever_the_repeat(here, tmp_path):
     flags = "--task cartpole-swingup --total-timesteps 2000 --eval-freq 1000 --save-episodes data".split()
-    status, out, err = script(*flags, name="tdmpc_jax.py")
+    status, out, err = here(*flags, name="tdmpc_jax.py")
     assert status == 0, err
     folder = tmp_path / "runs" / "cartpole-swingup" / "tdmpc_jax" / "1"
     assert meta_of(folder, "tdmpc_jax")["count"]["decisions"] == 2000 // 8
@@ -374,16 +374,16 @@ def test_steps_are_those_of_the_simulator_whatever_the_repeat(script, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ Original checkpoints
 @pytest.mark.golden
-def test_an_agent_of_the_original_is_evaluated_and_trained_on(script, golden, tmp_path):
+def test_an_agent_of_the_original_is_evaluated_and_trained_on(here, golden, tmp_path):
     """It has the sizes of cheetah-run."""
     sizes = "--enc-dim 16 --mlp-dim 24 --latent-dim 10 --iterations 1 --num-samples 32 --num-elites 4".split()
     flags = ["--task", "cheetah-run", "--checkpoint", golden("tdmpc1.pt"), "--eval-episodes", 1, *sizes]
-    status, out, err = script(*flags, "--evaluate", name="tdmpc_jax.py", small=False)
+    status, out, err = here(*flags, "--evaluate", name="tdmpc_jax.py", small=False)
     assert status == 0 and "cheetah-run: return" in out, err
     flags += ["--total-timesteps", 600, "--seed-steps", 100, "--batch-size", 8, "--buffer-size", 200]
-    status, out, err = script(*flags, "--eval-freq", 10_000, name="tdmpc_jax.py", small=False)
+    status, out, err = here(*flags, "--eval-freq", 10_000, name="tdmpc_jax.py", small=False)
     assert status == 0, err
     folder = tmp_path / "runs" / "cheetah-run" / "tdmpc_jax" / "1"
     assert meta_of(folder, "tdmpc_jax")["count"]["updates"] == 149
-    status, out, err = script("--evaluate", "--checkpoint", folder, name="tdmpc_jax.py", small=False)
+    status, out, err = here("--evaluate", "--checkpoint", folder, name="tdmpc_jax.py", small=False)
     assert status == 0 and "cheetah-run: return" in out, err
