@@ -1,7 +1,7 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
 import dataclasses
-import importlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -17,12 +17,14 @@ GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", TESTS / "golden"))
 # Compilation is what costs: programs are compiled once for all tests and for all processes that they start.
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # started by the process that has made the cache
 CACHE = None if WORKER else tempfile.TemporaryDirectory(prefix="tdmpc2-jax-tests-")
+FLAGS = "--xla_backend_optimization_level=0"  # with the next, a third of the time to compile
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones stop at it, as unknown
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ |= {
     "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"] if WORKER else CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    # A third of the time to compile. A jaxlib that stops at the second one, as unknown, does not need it
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"),
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", FLAGS),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # what scripts start themselves anew for
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
