@@ -53,6 +53,11 @@ NewFile = Annotated[str, Bounds(lambda x: Path(x).absolute().parent.is_dir(), "a
 Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a path below the task's folder")]
 
 
+def names(*known: str) -> Any:
+    """Type of an argument that is one of these names, or several of them with commas where a script takes several."""
+    return Annotated[str, Bounds(lambda x: {*x.split(",")} <= {*known}, f"one of {', '.join(known)}")]
+
+
 ORDERS = (  # of two arguments, where a script has both
     "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax", "log_std_min < log_std_max",
     "min_std <= max_std", "discount_min <= discount_max", "first_horizon <= horizon", "first_min_std <= max_std",
@@ -146,6 +151,13 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
         record, its_own = json.loads((folder_of(args) / "args.json").read_text()), {*names} - {"resume", "runs_dir"}
     record = {name: value for name, value in record.items() if name in its_own}
     return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
+
+
+def check_named(argv: list[str] | None, useless: set[str], mode: str) -> None:
+    """Refuses a command line (None: that of the process) that names an argument of which this mode makes no use."""
+    words = [word[2:].split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    found = [word for word in words if word.removeprefix("no-").replace("-", "_") in useless]
+    check_rules((not found, f"--mode {mode} makes no use of --{', --'.join(found)}"))
 
 
 def as_flag(name: str, *value: Any) -> str:
