@@ -7,6 +7,7 @@ check_bounds(args)                                            refuses `--lr nan`
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -143,7 +144,9 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     quantize, world_model = getattr(args, "quantize", None), getattr(args, "world_model", None)
     its_own = {*names[: names.index("exp_name")]} - ({"data_dir"} if quantize else set())
     if world_model and not args.evaluate:  # whose task says which run --resume means
-        record = {name: v for name, v in read_record(world_model, "tdmpc2_jax")["args"].items() if name in its_own}
+        record = read_record(world_model, "tdmpc2_jax", "tdmpc2_jax_mt")["args"]
+        made = itertools.takewhile(lambda item: item[0] != "exp_name", record.items())
+        record = {name: value for name, value in made if name in its_own}
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
     if args.evaluate or quantize:
         record = read_record(args.checkpoint, *scripts)["args"] | ({"task": source_task} if source_task else {})

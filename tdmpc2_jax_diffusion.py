@@ -37,22 +37,20 @@ from devices import shapes_on, use_compile_cache, use_huge_pages
 from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
 from files.pretrained import load_agent
 from files.recorded import Recorded, measures, print_planners, read_recorded, report_planners, spread_out, table_rows
-from files.reports import RETURNS_COLUMNS, evaluating, play, report_video, returns_head
+from files.reports import RETURNS_COLUMNS, evaluating, play, returns_head
 from runs import Run
 from world_model import (
     World,
     WorldModel,
-    act,
     discount_of,
     estimate_value,
     follow,
     init_params,
+    init_replays,
     make_model,
     policy,
-    two_heads,
     two_hot_inv,
     value,
-    with_model_size,
     world_of,
 )
 
@@ -105,7 +103,7 @@ class Args(world_model.Args):
     seed: Natural = 1  # of the parameters, the environments and every random draw
     total_timesteps: Count = 4_000_000  # joint: length of the run in simulator steps (decisions x action repeat)
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
-    world_model: str | None = None  # a run of tdmpc2_jax.py, whose task and arguments are taken, or an original .pt
+    world_model: str | None = None  # a run (its task and arguments are taken) or a .pt; of many tasks: --task's part
     checkpoint: str | None = None  # with --evaluate: the run to evaluate
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
@@ -130,10 +128,8 @@ PRESET_FIELDS = (
     "warm_start", "dynamics_steps", "proposal_steps", "diffusion_batch_size", "diffusion_lr",
 )  # fmt: skip
 FREQUENCIES = {"offline": (1_000, 500, 100), "joint": (100_000, 100_000, 2_000)}
-OTHERS = {  # what says something to the other mode only
-    "offline": {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING},
-    "joint": {"world_model", "data_dir", "num_updates"},
-}
+ONLINE = {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING}
+OTHERS = {"offline": ONLINE, "joint": {"world_model", "data_dir", "num_updates"}}  # arguments of the other mode
 
 
 def with_preset(args: Args) -> Args:
@@ -363,9 +359,8 @@ def statistics(args: Args, model: WorldModel, world: World, windows: Windows) ->
     """Means and standard deviations over windows [B, ...]."""
     z = windows.z.reshape(-1, model.dynamics.out)
     stats = Stats(z.mean(0), jnp.maximum(z.std(0), 1e-2), *[None] * 4)
-    each = partial(rest_of, args, model, world, stats)  # not of all windows at once: at large sizes they are gigabytes
-    rest = [jax.lax.map(partial(each, scale=s), windows, batch_size=256) for s in scales_of(args)]
-    rest = jnp.stack(rest)  # [S, B, F, Z]
+    each = partial(rest_of, args, model, world, stats)  # a few windows at a time: gigabytes for all of large networks
+    rest = jnp.stack([jax.lax.map(partial(each, scale=s), windows, batch_size=256) for s in scales_of(args)])
     keep = 0.0 if args.anchor == "none" else 1.0  # the original standardises nothing
     adv = jax.vmap(partial(advantage, args, model, world))(windows)
     mu, sigma = rest.mean(1) * keep, jnp.maximum(rest.std(1), 0.02) ** keep
@@ -449,9 +444,8 @@ def diffusion_losses(args: Args, model: WorldModel, params, stats: Stats, world:
 def diffusion_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam behind a clip, for each network its own; a linear warm-up, then a cosine down to a tenth, but in joint mode,
     where the latent states never come to rest, a constant."""
-    lr, schedule = args.diffusion_lr, optax.linear_schedule(0.0, args.diffusion_lr, 200)
-    if args.mode == "offline":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(args.num_updates, 201), lr / 10)
+    lr, last = args.diffusion_lr, args.diffusion_lr / (10 if args.mode == "offline" else 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(args.num_updates, 201), last)
     return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
 
 
@@ -619,7 +613,7 @@ def refine(args: Args, model: WorldModel, world: World, z, candidates, key) -> j
         (mean, std), (sample_key, eps_key, head_key) = distribution, jax.random.split(key, 3)
         sampled = jnp.clip(mean[:, None] + std[:, None] * jax.random.normal(sample_key, (H, samples, A)), -1, 1)
         actions = jnp.concatenate([best, sampled * world.mask], axis=1)
-        eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), two_heads(model, head_key)
+        eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), world_model.two_heads(model, head_key)
         values = estimate_value(args, model, world.params, z[None], actions, world.discount, heads, eps)
         elite_values, elite_indices = jax.lax.top_k(values, min(args.num_elites, len(values)))
         elites, weights = actions[:, elite_indices], jax.nn.softmax(args.temperature * elite_values)
@@ -665,7 +659,7 @@ def act_by(args: Args, model: WorldModel, planner: Planner, obs, best, first, ke
         return *jax.vmap(plan_one)(obs, best, first, jax.random.split(plan_key, len(obs))), key
     args, world, H = dataclasses.replace(args, mpc=args.planner == "mppi"), planner.world, args.horizon
     how, mean = {"explore": explore, "random": random}, best[:, :H]
-    action, mean, key = act(args, model, world.params, obs, mean, first, world.discount, key, **how)
+    action, mean, key = world_model.act(args, model, world.params, obs, mean, first, world.discount, key, **how)
     return action, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
 
 
@@ -726,12 +720,13 @@ def evaluate_checkpoint(args: Args) -> None:
     spec, rows, table = environments.task_spec(args.task), [*table_rows(args)], []
     with evaluating(spec.episode_length * len(rows)) as (enter, go_on):
         envs, model, discount = setup(args, enter)
-        checkpoint, known = find_checkpoint(args.checkpoint), {}
+        checkpoint, known, offline = find_checkpoint(args.checkpoint), {}, args.mode == "offline"
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
-        found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **like)
-        world = found["world"] if args.mode == "offline" else world_of(model, found["train"], discount)
-        planner = planner_of(found["state"], world)
-        data = encoded(args, model, world) if args.data_dir else None
+        meta = read_meta(checkpoint, "tdmpc2_jax_diffusion")
+        found = read_checkpoint(checkpoint, meta, **(like if offline else {"learner": like}))
+        found = found if offline else found["learner"]
+        world = found["world"] if offline else world_of(model, found["train"], discount)
+        planner, data = planner_of(found["state"], world), encoded(args, model, world) if args.data_dir else None
         print_planners()
         for row in rows:
             result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
@@ -740,29 +735,25 @@ def evaluate_checkpoint(args: Args) -> None:
     if data:
         windows = windows_at(args, data, spread_out(data.held_out, 256))
         known = measures(answers(args, model, planner, windows, jax.random.key(args.seed)))
-    report_planners(args, spec.name, table, known)
-    report_video(args.checkpoint, result.frames, result.fps)
+    report_planners(args, spec.name, table, known, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
 def encoded(args: Args, model: WorldModel, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
-    data = read_recorded(args.task, args.data_dir, window_steps(args))
-    encode = jax.jit(
-        lambda obs: jax.lax.map(partial(model.encoder.apply, world.params["encoder"]), obs, batch_size=4096)
-    )
+    data, encoder = read_recorded(args.task, args.data_dir, window_steps(args)), world.params["encoder"]
+    encode = jax.jit(lambda obs: jax.lax.map(partial(model.encoder.apply, encoder), obs, batch_size=4096))
     return data._replace(obs=encode(data.obs))
 
 
 def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
-    """What a checkpoint holds beside a replay: offline only shapes are meant of the world model and of statistics."""
-    S, F, Z, key = len(scales_of(args)), args.future, model.dynamics.out, jax.random.key(args.seed)
+    """What a checkpoint holds beside a replay: what a joint run starts with; offline, only the shapes count."""
+    S, F, Z = len(scales_of(args)), args.future, model.dynamics.out
     stats = Stats(jnp.zeros(Z), jnp.ones(Z), jnp.zeros((S, F, Z)), jnp.ones((S, F, Z)), jnp.zeros(()), jnp.ones(()))
-    learner = {"state": init_diffusion(args, model, stats, jax.random.fold_in(key, 1))}
-    if args.mode == "joint":
-        return learner | world_model.fresh_state(args, model)
-    params = init_params(args, model, key)
-    return learner | {"world": World(params, params["q"], jnp.ones(model.action_dim), jnp.float32(0))}
+    state = init_diffusion(args, model, stats, jax.random.fold_in(jax.random.key(args.seed), 1))
+    found = world_model.fresh_state(args, model) | {"state": state}
+    world = world_of(model, found["train"], jnp.float32(0))
+    return found if args.mode == "joint" else {"world": world, "state": state}
 
 
 def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tuple[World, DiffusionState, Recorded]:
@@ -773,7 +764,7 @@ def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tup
         world, state = (restored[1][name] for name in ("world", "state"))
         return world, state, encoded(args, model, world)
     keeper.count["evaluated"] = 0  # not before the first update
-    agent = load_agent(args.world_model, None, partial(init_params, args, model), "tdmpc2_jax")
+    agent = load_agent(args.world_model, None, partial(init_params, args, model), *world_model.SCRIPTS, task=args.task)
     world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
     data = encoded(args, model, world)
     number = min(8192, 2**18 // window_steps(args))
@@ -821,8 +812,7 @@ def run_jointly(args: Args) -> None:
     with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_diffusion", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
         eval_envs, model, discount = setup(args, keeper.enter)
-        new_replays = partial(world_model.init_replays, args, model)
-        learner, replays = keeper.start(learner=partial(fresh, args, model), replays=new_replays)
+        learner, replays = keeper.start(learner=partial(fresh, args, model), replay=partial(init_replays, args, model))
         agent, state, key = (learner[name] for name in ("train", "state", "act_key"))
         count, step, every = keeper.count, keeper.count["decisions"] * spec.action_repeat, args.diffusion_every
         title = f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {n} environment(s)"
@@ -845,19 +835,18 @@ def run_jointly(args: Args) -> None:
                 keeper.record_returns(step, spec, partial(evaluate, how, model, planner, eval_envs))
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
                 learner = {"train": agent, "state": state, "act_key": key}
-                keeper.save(step, info | more, learner=learner, replays=replays)
+                keeper.save(step, info | more, learner=learner, replay=replays)
             if finished or keeper.stop:
                 break
 
             # Learn
             due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
             ready = count["decisions"] >= seed_steps and (count["updates"] or replays.short.size)  # there is a window
-            ready_too = ready and (more or replays.long.size)  # and one for the three networks
             for _ in keeper.steps("learning", due // burst if ready else 0):
                 agent, info = world_model.train(args, model, agent, replays.short, discount, num_updates=burst)
                 count["updates"] += burst
                 number = count["updates"] // every - (count["updates"] - burst) // every
-                if number and ready_too:
+                if number and (more or replays.long.size):  # there is a window of theirs
                     world = world_of(model, agent, discount)
                     state, more = train(args, model, state, world, replays, num_updates=number)
 
@@ -879,7 +868,7 @@ def run_jointly(args: Args) -> None:
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(with_model_size(args))
+    arguments.check_bounds(world_model.with_model_size(args))
     several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
     joint, longest = args.mode == "joint", environments.task_spec(args.task).episode_length
     arguments.check_rules(
@@ -899,8 +888,7 @@ def check_args(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion")
-        args = with_preset(args)
+        args = with_preset(arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion"))
         arguments.check_named(argv, set() if args.evaluate else OTHERS[args.mode], args.mode)
         check_args(args)
         use_compile_cache(args.compile_cache)

@@ -80,6 +80,7 @@ MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_en
     48: (1792, 1792, 768, 4, 5),
     317: (4096, 4096, 1376, 5, 8),
 }
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt")  # whose checkpoints this one starts from
 SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
 NAMES = [field.name for field in dataclasses.fields(Args)]
 LEARNING = (*NAMES[NAMES.index("batch_size") : NAMES.index("mpc")], "dropout")  # what a finished model has no use for

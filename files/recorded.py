@@ -1,4 +1,4 @@
-"""Recorded episodes of one task in a device's memory, some of them held out, and what is known of the held-out ones.
+"""Recorded episodes of one task in a device's memory, some held out; what is known of these; tables of planners.
 
 recorded = read_recorded("walker-walk", "data", steps=8)     # windows of 9 entries lie within one episode each
 print_measures(measures(answers))                            # of networks, on windows that they have not seen
@@ -17,7 +17,7 @@ import numpy as np
 
 from domains.tasks import UserError, task_spec
 from files.datasets import load_dataset
-from files.reports import write_atomically
+from files.reports import Evaluation, report_video, write_atomically
 
 
 class Recorded(NamedTuple):
@@ -138,16 +138,21 @@ def table_rows(args: Any) -> Iterator[Any]:
 def print_planners(row: Any = None, returns: np.ndarray | None = None) -> None:
     """Prints the table's head or, given the arguments of a row and its returns [E], that row."""
     if row is None:
-        return print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}")
-    print(f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}{returns.mean():>8.1f} {returns.std():>8.1f}", flush=True)
+        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}")
+    else:
+        mean, std = returns.mean(), returns.std()
+        print(f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}{mean:>8.1f} {std:>8.1f}", flush=True)
 
 
-def report_planners(args: Any, task: str, rows: list[tuple[Any, np.ndarray]], known: dict[str, Any]) -> None:
-    """Prints what networks know (`measures`; or nothing), and writes it and the rows of the table, pairs of arguments
-    and returns, to --json; args has the fields checkpoint, json and seed."""
+def report_planners(
+    args: Any, task: str, rows: list[tuple[Any, np.ndarray]], known: dict[str, Any], last: Evaluation
+) -> None:
+    """Prints what networks know (`measures`; or nothing); writes it and the rows of the table, pairs of arguments and
+    returns, to --json, and the film of the last row; args has the fields checkpoint, json and seed."""
     if known:
         print_measures(known)
     if args.json:
         table = [{name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()} for row, returns in rows]
         results = {"task": task, "checkpoint": args.checkpoint, "seed": args.seed, "table": table, "held_out": known}
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+    report_video(args.checkpoint, last.frames, last.fps)
