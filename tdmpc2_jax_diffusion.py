@@ -1,4 +1,4 @@
-"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
+r"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
 
 After D-MPC (Zhou et al., arXiv 2410.05364), moved into the latent space of TD-MPC2 (arXiv 2310.16828). Read
 tdmpc2_jax.py first: its networks, planner, updates and replay come from world_model.py, letter for letter, unchanged.
@@ -59,7 +59,9 @@ from world_model import (
 @dataclasses.dataclass(frozen=True)
 class Args(world_model.Args):
     task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
-    mode: Literal["offline", "joint"] = "offline"  # on a finished world model, from episodes; or online, along with it
+    mode: Literal["offline", "joint"] = (
+        "offline"  # from episodes, for a finished world model; or online, along with one
+    )
     data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
 
     # Diffusion
