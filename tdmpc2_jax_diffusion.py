@@ -59,9 +59,7 @@ from world_model import (
 @dataclasses.dataclass(frozen=True)
 class Args(world_model.Args):
     task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
-    mode: Literal["offline", "joint"] = (
-        "offline"  # from episodes, for a finished world model; or online, along with one
-    )
+    mode: Literal["offline", "joint"] = "offline"  # for a finished world model, from episodes; or online, with one
     data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
 
     # Diffusion

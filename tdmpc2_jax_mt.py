@@ -792,15 +792,15 @@ def evaluate_checkpoint(args: Args) -> None:
 
 
 def outputs(args: Args, model: WorldModel, tasks: Tasks, params, obs, action, task) -> dict[str, jax.Array]:
-    """What the networks make of states [B, O] and the actions [H, B, A] after them, each of its own latent states."""
+    """What networks make of states [B, O] and the actions [H, B, A] after them; actions that a task lacks are NaN."""
     task = task_input(tasks, embed(params["task_emb"], task), task)
     z = later = model.encoder.apply(params["encoder"], obs, task.emb)
     for a in action:
         later = model.dynamics.apply(params["dynamics"], later, task.emb, a)
     reward = two_hot_inv(args, model.reward.apply(params["reward"], z, task.emb, action[0]))
-    q = two_hot_inv(args, q_logits(model, params["q"], z, task.emb, action[0]))
-    pi = policy(args, model, params["pi"], z, task, jnp.zeros_like(action[0]))
-    return {"z": z, f"z{len(action)}": later, "reward": reward, "Q": q, "action": pi.mean}
+    q = two_hot_inv(args, q_logits(model, params["q"], z, task.emb, action[0])).mean(0)
+    mean = jnp.where(task.mask > 0, policy(args, model, params["pi"], z, task, jnp.zeros_like(a)).mean, jnp.nan)
+    return {"z": z, f"z{len(action)}": later, "reward": reward, "Q": q, "action": mean}
 
 
 def quantize_checkpoint(args: Args) -> None:

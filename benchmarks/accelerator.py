@@ -125,10 +125,10 @@ def first_version(turn, args: Args) -> dict[str, float]:
     )
 
 
-def distilled(turn, args: Args) -> dict[str, float]:
-    """tdmpc2_jax_mt.py, 1M with mt30's sizes, with and without a teacher of 317M in bfloat16."""
+def distilled(turn, args: Args, compute_dtype: str = "float32") -> dict[str, float]:
+    """tdmpc2_jax_mt.py, 1M with mt30's sizes, with and without a teacher of 317M."""
     waiting = lambda functions, repeats: _in_turn(turn, functions, repeats)  # noqa: E731
-    found = cost(DistillationArgs(folder=".", rounds=args.repeats), waiting)["updates"]
+    found = cost(DistillationArgs(".", rounds=args.repeats, compute_dtype=compute_dtype), waiting)["updates"]
     return {"update_ms": found["with"]["ms"], "without_teacher_ms": found["without"]["ms"]}
 
 
@@ -178,6 +178,7 @@ ROWS = {
     "pixels 5M": pixels,
     "TD-MPC": first_version,
     "1M with a teacher of 317M": distilled,
+    "1M with a teacher of 317M, bfloat16": partial(distilled, compute_dtype="bfloat16"),
     **{f"diffusion, {preset}": partial(diffusion, preset=preset) for preset in ("small", "base", "paper")},
 }
 

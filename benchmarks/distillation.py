@@ -70,6 +70,8 @@ class Args:
     """with --cost: windows of an update"""
     rounds: int = 5
     """with --cost: updates of each kind, in turns"""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """with --cost: type of the matrix products, and of the teacher's kernels"""
 
 
 def collect(folder: Path, task: str, episodes: int, seed: int) -> None:
@@ -142,12 +144,14 @@ def experiment(args: Args) -> dict[str, Any]:
 def cost(args: Args, interleave=interleave) -> dict[str, Any]:
     """Updates a second and GFLOP with and without a teacher of random parameters."""
     tasks, mesh = environments.TASK_SETS["mt30"], Mesh(np.array(jax.devices()[:1]), "devices")
-    student = mt.Args(model_size=1, batch_size=args.batch_size)
-    its_args = mt.with_model_size(mt.Args(model_size=args.teacher_size), tasks)
+    student = mt.Args(model_size=1, batch_size=args.batch_size, compute_dtype=args.compute_dtype)
+    its_args = mt.with_model_size(mt.Args(model_size=args.teacher_size, compute_dtype=args.compute_dtype), tasks)
     model, its_model = mt.make_model(student, tasks), mt.make_model(its_args, tasks)
     shapes = jax.eval_shape(lambda: mt.init_params(its_args, its_model, jax.random.key(0)))
     shapes, rng = {name: shapes[name] for name in ("encoder", "reward", "task_emb")}, np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
+    kernels = jax.tree.map(lambda x: np.asarray(x, args.compute_dtype if x.ndim == 2 else x.dtype), params)
+    params = kernels | {"task_emb": params["task_emb"]}  # as `make_teacher` keeps them
     teacher = jax.tree_util.Partial(partial(mt.predict_reward, its_args, its_model), params)
     constants = mt.on_devices(mt.make_tasks(student, tasks), mt.everywhere(mesh))
     shapes = mt.batch_shapes(student, model, mesh)

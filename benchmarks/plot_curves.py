@@ -179,7 +179,8 @@ def draw_panel(axes, title: str, curves, colours, published, first, episodes, pu
     axes.set_xlim(0, end / 1e3)
     axes.locator_params(axis="x", nbins=6)
     low, high = axes.dataLim.y0, axes.dataLim.y1
-    top = 1.0 if metric == "success" else 1000.0 if published else high  # the range of published tasks
+    # The range of published tasks, unless next to nothing is learned within the picture
+    top = 1.0 if metric == "success" else 1000.0 if published and high > 100 else high
     axes.set_ylim(min(0.0, 1.05 * low), 1.02 * max(top, high))
     axes.set_xlabel("thousand simulator steps")
     axes.set_ylabel("success rate" if metric == "success" else "return")

@@ -272,7 +272,7 @@ def import_simulator(domain: str) -> None:
     try:
         with environ(MUJOCO_GL=gl or "disable"):
             importlib.import_module(settings.module)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, AttributeError) as error:  # the last: PyOpenGL without its library
         under = f" with MUJOCO_GL={gl}" if gl else ""
         raise UserError(f"{domain} cannot be imported{under} ({error}); to install it: {settings.install}") from error
 

@@ -207,14 +207,26 @@ class Visited:
 
 
 def errors(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How far outputs of networks have moved: actions absolutely, all else relative to its root mean square."""
+    """How far outputs of networks have moved: vectors [B, size] by the norm of the error relative to theirs, the mean
+    over all states; scalars [B] by the root mean square of the error relative to theirs; "action" [B, A], NaN where a
+    task has fewer, by that of the error itself, and the share of entries that have moved by more than 0.1."""
 
     def rms(x):
-        return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+        return float(np.sqrt(np.mean(np.square(x))))
 
-    moved = {name: np.asarray(after[name], np.float64) - before[name] for name in before}
-    result = {name: rms(moved[name]) / max(rms(before[name]), 1e-12) for name in before if name != "action"}
-    return result | {"action": rms(moved["action"]), "action_moved": float((np.abs(moved["action"]) > 0.1).mean())}
+    result = {}
+    for name in before:
+        exact = np.asarray(before[name], np.float64)
+        error = after[name] - exact
+        if name == "action":
+            error = error[~np.isnan(error)]
+            result |= {"action": rms(error), "action_moved": float((np.abs(error) > 0.1).mean())}
+        elif exact.ndim == 2:
+            norms = np.linalg.norm(exact, axis=1)
+            result[name] = float(np.mean(np.linalg.norm(error, axis=1) / np.maximum(norms, 1e-12)))
+        else:
+            result[name] = rms(error) / max(rms(exact), 1e-12)
+    return result
 
 
 def compare(

@@ -176,10 +176,20 @@ def test_a_task_of_a_file_is_folded_in(file, refused):
     assert "is a multi-task agent: name its task with --source-task" in refused(*flags, script=td)
 
 
-def test_errors_are_relative_but_for_actions():
-    before = {"z": np.array([3.0, 4.0]), "action": np.array([0.5, 0.5, 0.5, 0.5])}
-    found = errors(before, {"z": np.array([3.3, 4.4]), "action": np.array([0.5, 0.5, 0.5, 0.7])})
-    assert found == pytest.approx({"z": 0.1, "action": 0.1, "action_moved": 0.25})
+def test_errors_are_relative_but_for_those_of_the_actions_that_a_task_has():
+    none = np.nan
+    before = {
+        "z": np.array([[3.0, 4], [0, 10]]),
+        "Q": np.array([3.0, 4]),
+        "action": np.array([[0.5, 0.5], [0.5, none]]),
+    }
+    after = {
+        "z": np.array([[3.3, 4.4], [0, 10]]),
+        "Q": np.array([3.0, 4.5]),
+        "action": np.array([[0.5, 0.8], [0.5, none]]),
+    }
+    found = errors(before, after)
+    assert found == pytest.approx({"z": 0.05, "Q": 0.1, "action": 0.3 / 3**0.5, "action_moved": 1 / 3})
 
 
 def test_states_are_taken_from_whole_windows_of_environments_that_run():
