@@ -49,7 +49,7 @@ SMALL = {
 
 
 # Of two processes, neither should end with these
-SLOW = "multitask", "runs", "rgb", "distillation", "learning", "model", "golden"
+SLOW = "multitask", "runs", "rgb", "distillation", "learning", "joint", "model", "golden"
 
 
 def pytest_collection_modifyitems(items):
