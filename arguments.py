@@ -7,6 +7,7 @@ check_bounds(args)                                            refuses `--lr nan`
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -51,6 +52,11 @@ def is_name(x: str) -> bool:
 
 NewFile = Annotated[str, Bounds(lambda x: Path(x).absolute().parent.is_dir(), "a file in a folder that exists")]
 Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a path below the task's folder")]
+
+
+def names(*known: str) -> Any:
+    """Type of an argument that is one of these names, or several of them with commas where a script takes several."""
+    return Annotated[str, Bounds(lambda x: {*x.split(",")} <= {*known}, f"one of {', '.join(known)}")]
 
 
 ORDERS = (  # of two arguments, where a script has both
@@ -138,7 +144,9 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     quantize, world_model = getattr(args, "quantize", None), getattr(args, "world_model", None)
     its_own = {*names[: names.index("exp_name")]} - ({"data_dir"} if quantize else set())
     if world_model and not args.evaluate:  # whose task says which run --resume means
-        record = {name: v for name, v in read_record(world_model, "tdmpc2_jax")["args"].items() if name in its_own}
+        record = read_record(world_model, "tdmpc2_jax", "tdmpc2_jax_mt")["args"]
+        made = itertools.takewhile(lambda item: item[0] != "exp_name", record.items())
+        record = {name: value for name, value in made if name in its_own}
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
     if args.evaluate or quantize:
         record = read_record(args.checkpoint, *scripts)["args"] | ({"task": source_task} if source_task else {})
@@ -146,6 +154,13 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
         record, its_own = json.loads((folder_of(args) / "args.json").read_text()), {*names} - {"resume", "runs_dir"}
     record = {name: value for name, value in record.items() if name in its_own}
     return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
+
+
+def check_named(argv: list[str] | None, useless: set[str], mode: str) -> None:
+    """Refuses a command line (None: that of the process) that names an argument of which this mode makes no use."""
+    words = [word[2:].split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    found = [word for word in words if word.removeprefix("no-").replace("-", "_") in useless]
+    check_rules((not found, f"--mode {mode} makes no use of --{', --'.join(found)}"))
 
 
 def as_flag(name: str, *value: Any) -> str:

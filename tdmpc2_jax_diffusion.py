@@ -1,7 +1,7 @@
-"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
+r"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
 
 After D-MPC (Zhou et al., arXiv 2410.05364), moved into the latent space of TD-MPC2 (arXiv 2310.16828). Read
-tdmpc2_jax.py first: its networks and its planner come from world_model.py, letter for letter, and are not changed here.
+tdmpc2_jax.py first: its networks, planner, updates and replay come from world_model.py, letter for letter, unchanged.
 New are p_d, a diffusion model of the latent future that a sequence of actions leads to; rho, one that proposes such
 sequences; J, which estimates what a future is worth; and a plan that samples candidates, rolls them out, scores and
 ranks them (SSR) and may refine the best by MPPI.
@@ -11,17 +11,15 @@ each, D width of a token, k one of 1000 noise levels, C size of the actions betw
 
     python tdmpc2_jax.py --task walker-walk --save-episodes data                    # a world model and its episodes
     python tdmpc2_jax_diffusion.py --world-model runs/walker-walk/tdmpc2_jax/1 --data-dir data
+    python tdmpc2_jax_diffusion.py --mode joint --task walker-walk     # or both from scratch, acting by these plans
     python tdmpc2_jax_diffusion.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_diffusion/1 \
         --planner ssr,mppi,pi --scorer model,random --rollouts diffusion,onestep         # a table of all combinations
 """
 
 import dataclasses
-import itertools
-import json
 import sys
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -29,41 +27,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import arguments
 import envs as environments
 import world_model
-from arguments import Bounds, Count, Name, Natural, NewFile, Positive, Share, Weight
+from arguments import Count, Name, Natural, NewFile, Positive, Share, Weight, names
 from devices import shapes_on, use_compile_cache, use_huge_pages
 from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
 from files.pretrained import load_agent
-from files.recorded import Recorded, measures, print_measures, read_recorded, spread_out
-from files.reports import RETURNS_COLUMNS, evaluating, play, report_video, returns_head, write_atomically
+from files.recorded import Recorded, measures, print_planners, read_recorded, report_planners, spread_out, table_rows
+from files.reports import RETURNS_COLUMNS, evaluating, play, returns_head
 from runs import Run
 from world_model import (
+    World,
     WorldModel,
-    act,
     discount_of,
     estimate_value,
+    follow,
     init_params,
+    init_replays,
     make_model,
     policy,
-    q_logits,
-    two_heads,
     two_hot_inv,
-    with_model_size,
+    value,
+    world_of,
 )
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
-def names(*known: str) -> Any:
-    """Type of an argument that is one of these names or, in the table of --evaluate, several of them with commas."""
-    return Annotated[str, Bounds(lambda x: {*x.split(",")} <= {*known}, f"one of {', '.join(known)}")]
-
-
 @dataclasses.dataclass(frozen=True)
 class Args(world_model.Args):
     task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
+    mode: Literal["offline", "joint"] = "offline"  # for a finished world model, from episodes; or online, with one
     data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
 
     # Diffusion
@@ -80,12 +76,13 @@ class Args(world_model.Args):
     dynamics_steps: Count | None = None  # sampling steps of p_d
     proposal_steps: Count | None = None  # sampling steps of rho
     diffusion_batch_size: Count | None = None  # windows per update
-    diffusion_lr: Positive | None = None  # learning rate after 200 updates of warm-up; it falls to a tenth
+    diffusion_lr: Positive | None = None  # learning rate after 200 updates of warm-up; offline it falls to a tenth
     anchor: Literal["onestep", "current", "none"] = "onestep"  # p_d diffuses what this guess of the future leaves open
     prediction: Literal["x0", "v", "eps"] = "x0"  # what the outputs of p_d and rho mean
     scales: Literal["1", "1,4"] = "1"  # steps between two tokens of p_d, learned side by side; plans use 1
     beta: Weight = 0.0  # rho clones actions with weights exp(beta * standardised advantage); 0: all alike
-    num_updates: Count = 3_000  # length of the run: updates of the three networks
+    num_updates: Count = 3_000  # offline: length of the run, updates of the three networks
+    diffusion_every: Count = 4  # joint: updates of the world model for one of the three networks
 
     # Planning by diffusion
     planner: names("ssr", "ssr_mppi", "mppi", "pi") = "ssr"  # rank candidates, or also refine the best; or do without
@@ -97,20 +94,23 @@ class Args(world_model.Args):
     refine_iterations: Natural = 2  # iterations of MPPI that refine them
     refine_samples: Count = 256  # action sequences of each
     mppi_min_std: Weight = 0.05  # lower bound of the standard deviation with which refinement starts
+    planner_start: Natural = 5_000  # joint: updates of the world model from which on --planner acts; before, MPPI
+    explore_temperature: Positive = 0.5  # joint: plays one of the best --top, by softmax of their scores over this
 
     # Run
     exp_name: Name = "tdmpc2_jax_diffusion"  # name of this experiment: files go to RUNS_DIR/TASK/EXP_NAME/SEED
     runs_dir: str = "runs"  # folder of all runs
     seed: Natural = 1  # of the parameters, the environments and every random draw
+    total_timesteps: Count = 4_000_000  # joint: length of the run in simulator steps (decisions x action repeat)
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
-    world_model: str | None = None  # a run of tdmpc2_jax.py, whose task and arguments are taken, or an original .pt
+    world_model: str | None = None  # a run (its task and arguments are taken) or a .pt; of many tasks: --task's part
     checkpoint: str | None = None  # with --evaluate: the run to evaluate
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
-    eval_freq: Count = 1_000  # updates between evaluations (one more at the end)
+    eval_freq: Count | None = None  # updates between evaluations, 1,000; joint: simulator steps, 100,000
     eval_episodes: Count = 10  # episodes of an evaluation, run side by side
-    checkpoint_freq: Count = 500  # updates between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
-    log_freq: Count = 100  # updates between two points of the loss curves
+    checkpoint_freq: Count | None = None  # updates between checkpoints, 500; joint: simulator steps, 100,000
+    log_freq: Count | None = None  # updates between two points of the loss curves, 100; joint: simulator steps, 2,000
     capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
     track: bool = False  # also send everything to Weights & Biases (pip install wandb)
     wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
@@ -127,11 +127,15 @@ PRESET_FIELDS = (
     "width", "heads", "dynamics_blocks", "proposal_blocks", "objective_blocks", "future", "num_proposals", "num_policy",
     "warm_start", "dynamics_steps", "proposal_steps", "diffusion_batch_size", "diffusion_lr",
 )  # fmt: skip
+FREQUENCIES = {"offline": (1_000, 500, 100), "joint": (100_000, 100_000, 2_000)}
+ONLINE = {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING}
+OTHERS = {"offline": ONLINE, "joint": {"world_model", "data_dir", "num_updates"}}  # arguments of the other mode
 
 
 def with_preset(args: Args) -> Args:
-    """Fills in the fields of the preset that were not given."""
+    """Fills in the fields of the preset that were not given, and the frequencies of the mode."""
     values = dict(zip(PRESET_FIELDS, PRESETS[args.preset], strict=True))
+    values |= dict(zip(("eval_freq", "checkpoint_freq", "log_freq"), FREQUENCIES[args.mode], strict=True))
     return dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
 
 
@@ -139,26 +143,9 @@ def scales_of(args: Args) -> tuple[int, ...]:
     return tuple(map(int, args.scales.split(",")))
 
 
-# ------------------------------------------------------------------------------------------------------ World model
-class World(NamedTuple):
-    """A trained world model and its task: nothing here changes it."""
-
-    params: dict[str, Any]
-    target_q: dict[str, Any]
-    mask: jax.Array  # [A] 1 where the task has this action
-    discount: jax.Array
-
-
-def follow(model: WorldModel, world: World, z: jax.Array, actions: jax.Array) -> jax.Array:
-    """Latent states [L, Z] that d predicts, step by step, from z [Z] under actions [L, A]."""
-    predict = partial(model.dynamics.apply, world.params["dynamics"])
-    return jax.lax.scan(lambda z, action: (predict(z, action),) * 2, z, actions)[1]
-
-
-def value(args: Args, model: WorldModel, world: World, z: jax.Array) -> jax.Array:
-    """V(z) [...]: mean of the target Qs at z [..., Z] and the policy's action without noise."""
-    mean = policy(args, model, world.params["pi"], z, jnp.zeros((*z.shape[:-1], model.action_dim))).mean
-    return two_hot_inv(args, q_logits(model, world.target_q, z, mean * world.mask)).mean(0)
+def window_steps(args: Args) -> int:
+    """Steps L of a training window: F of the largest scale."""
+    return args.future * max(scales_of(args))
 
 
 # ----------------------------------------------------------------------------------------------------- Transformers
@@ -372,8 +359,8 @@ def statistics(args: Args, model: WorldModel, world: World, windows: Windows) ->
     """Means and standard deviations over windows [B, ...]."""
     z = windows.z.reshape(-1, model.dynamics.out)
     stats = Stats(z.mean(0), jnp.maximum(z.std(0), 1e-2), *[None] * 4)
-    each = jax.vmap(partial(rest_of, args, model, world, stats), (0, None))
-    rest = jnp.stack([each(windows, scale) for scale in scales_of(args)])  # [S, B, F, Z]
+    each = partial(rest_of, args, model, world, stats)  # a few windows at a time: gigabytes for all of large networks
+    rest = jnp.stack([jax.lax.map(partial(each, scale=s), windows, batch_size=256) for s in scales_of(args)])
     keep = 0.0 if args.anchor == "none" else 1.0  # the original standardises nothing
     adv = jax.vmap(partial(advantage, args, model, world))(windows)
     mu, sigma = rest.mean(1) * keep, jnp.maximum(rest.std(1), 0.02) ** keep
@@ -455,9 +442,10 @@ def diffusion_losses(args: Args, model: WorldModel, params, stats: Stats, world:
 
 
 def diffusion_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam behind a clip, for each network its own; a linear warm-up, then a cosine down to a tenth."""
-    lr = args.diffusion_lr
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(args.num_updates, 201), lr / 10)
+    """Adam behind a clip, for each network its own; a linear warm-up, then a cosine down to a tenth, but in joint mode,
+    where the latent states never come to rest, a constant."""
+    lr, last = args.diffusion_lr, args.diffusion_lr / (10 if args.mode == "offline" else 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(args.num_updates, 201), last)
     return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
 
 
@@ -472,7 +460,7 @@ def init_diffusion(args: Args, model: WorldModel, stats: Stats, key: jax.Array) 
 
 def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world: World, windows: Windows, noise):
     """One gradient step of each network; the world model gets none. Returns the new state and scalars for the log."""
-    B, L, Z = len(windows.z), args.future * max(scales_of(args)), model.dynamics.out
+    B, L, Z = len(windows.z), window_steps(args), model.dynamics.out
     chex.assert_shape(list(windows), [(B, L + 1, Z), (B, L, model.action_dim), (B, L), (B, L)])
 
     def loss(params):
@@ -491,19 +479,32 @@ def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world
 
 def windows_at(args: Args, data: Recorded, starts: jax.Array) -> Windows:
     """The windows that start at these entries [B] of `encoded` data. Recorded episodes are whole: none terminates."""
-    rows = starts[:, None] + jnp.arange(args.future * max(scales_of(args)) + 1)  # [B, L+1]
+    rows = starts[:, None] + jnp.arange(window_steps(args) + 1)  # [B, L+1]
     reward = data.reward[rows[:, 1:]]
     return Windows(data.obs[rows], data.action[rows[:, 1:]], reward, jnp.zeros_like(reward))
 
 
+def sample_windows(args: Args, model: WorldModel, world: World, replays: world_model.Replays, key) -> Windows:
+    """Joint mode: windows drawn uniformly from the replay, with the latent states of the world model as it is now."""
+    batch = world_model.sample_long(replays, key, args.diffusion_batch_size, window_steps(args))
+    z = model.encoder.apply(world.params["encoder"], batch.obs)
+    return Windows(*(x.swapaxes(0, 1) for x in (z, *batch[1:])))
+
+
 @partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
-def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data: Recorded, num_updates: int):
-    """`num_updates` updates on windows drawn uniformly, in one dispatch. Returns the new state and means of scalars."""
+def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data, num_updates: int):
+    """`num_updates` updates on windows drawn uniformly from data (`Recorded`, jointly `Replays`), in one dispatch.
+    Returns the new state and means of scalars."""
 
     def one(state, _):
-        key, window_key, noise_key = jax.random.split(state.key, 3)
-        B = args.diffusion_batch_size
-        windows = windows_at(args, data, data.starts[jax.random.randint(window_key, (B,), 0, len(data.starts))])
+        (key, window_key, noise_key), B = jax.random.split(state.key, 3), args.diffusion_batch_size
+        if args.mode == "joint":
+            windows = sample_windows(args, model, world, data, window_key)
+            rate = jnp.maximum(0.001, 1 / (1 + state.updates))  # a mean, later of about the last 1000 updates: z moves
+            stats = optax.incremental_update(statistics(args, model, world, windows), state.stats, rate)
+            state = state._replace(stats=stats)
+        else:
+            windows = windows_at(args, data, data.starts[jax.random.randint(window_key, (B,), 0, len(data.starts))])
         noise = diffusion_noise(args, model, noise_key, B)
         return diffusion_update(args, model, state._replace(key=key), world, windows, noise)
 
@@ -612,7 +613,7 @@ def refine(args: Args, model: WorldModel, world: World, z, candidates, key) -> j
         (mean, std), (sample_key, eps_key, head_key) = distribution, jax.random.split(key, 3)
         sampled = jnp.clip(mean[:, None] + std[:, None] * jax.random.normal(sample_key, (H, samples, A)), -1, 1)
         actions = jnp.concatenate([best, sampled * world.mask], axis=1)
-        eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), two_heads(model, head_key)
+        eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), world_model.two_heads(model, head_key)
         values = estimate_value(args, model, world.params, z[None], actions, world.discount, heads, eps)
         elite_values, elite_indices = jax.lax.top_k(values, min(args.num_elites, len(values)))
         elites, weights = actions[:, elite_indices], jax.nn.softmax(args.temperature * elite_values)
@@ -624,34 +625,41 @@ def refine(args: Args, model: WorldModel, world: World, z, candidates, key) -> j
     return jax.lax.scan(iterate, start, jax.random.split(key, args.refine_iterations))[0][0]
 
 
-def plan_by_diffusion(args: Args, model: WorldModel, planner: Planner, obs, best, first, key):
+def plan_by_diffusion(args: Args, model: WorldModel, planner: Planner, obs, best, first, key, explore: bool = False):
     """Sample, score and rank in one environment: obs [O], the last plan best [F, A], first (an episode begins) ->
-    action [A], this plan [F, A], and whether no candidate could be scored, so that the policy prior acts."""
+    action [A], this plan [F, A], and whether no candidate could be scored, so that the policy prior acts. explore plays
+    one of the best, drawn by softmax of their scores in units of the scores' standard deviation, and adds noise."""
     chex.assert_shape([obs, best], [(model.obs_dim,), (args.future, model.action_dim)])
-    world, keys = planner.world, jax.random.split(key, 4)
+    world, keys = planner.world, jax.random.split(key, 6 if explore else 4)
     z = model.encoder.apply(world.params["encoder"], obs)
     candidates = propose(args, model, planner, z, best, first, keys[0])
     zs = rollout(args, model, planner, z, candidates, keys[1])
-    scores, order = jax.lax.top_k(score(args, model, planner, zs, candidates, keys[2]), min(args.top, len(candidates)))
+    every_score = score(args, model, planner, zs, candidates, keys[2])  # [N]
+    scores, order = jax.lax.top_k(every_score, min(args.top, len(candidates)))
     best = candidates[order[0]]
+    if explore:
+        unit = args.explore_temperature * jnp.std(every_score, where=jnp.isfinite(every_score)) + 1e-6
+        best = candidates[order[jax.random.categorical(keys[4], (scores - scores[0]) / unit)]]
     if args.planner == "ssr_mppi":
         best = best.at[: args.horizon].set(refine(args, model, world, z, candidates[order], keys[3]))
     failed = ~jnp.isfinite(scores[0]) | ~jnp.isfinite(z).all()
     pi = policy(args, model, world.params["pi"], z, jnp.zeros(model.action_dim)).mean
     action = jnp.where(failed, jnp.nan_to_num(pi), best[0])
+    action = action + args.min_std * jax.random.normal(keys[5], action.shape) if explore else action
     return jnp.clip(action, -1, 1) * world.mask, jnp.where(failed, 0.0, best), failed
 
 
-@partial(jax.jit, static_argnames=("args", "model"))
-def act_by(args: Args, model: WorldModel, planner: Planner, obs, best, first, key):
-    """Actions [n, A] of --planner for obs [n, O]; best [n, F, A], the last plans; first [n], true where episodes begin.
-    Returns the actions, the plans, whether they failed [n] (see `plan_by_diffusion`) and a new key."""
-    if args.planner in ("ssr", "ssr_mppi"):
+@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
+def act_by(args: Args, model: WorldModel, planner: Planner, obs, best, first, key, explore=False, random=False):
+    """Actions [n, A] of --planner for obs [n, O], or random; best [n, F, A], the last plans; first [n], true where
+    episodes begin. Returns the actions, the plans, whether they failed [n] (see `plan_by_diffusion`) and a new key."""
+    if args.planner in ("ssr", "ssr_mppi") and not random:
         key, plan_key = jax.random.split(key)
-        plan_one = partial(plan_by_diffusion, args, model, planner)
+        plan_one = partial(plan_by_diffusion, args, model, planner, explore=explore)
         return *jax.vmap(plan_one)(obs, best, first, jax.random.split(plan_key, len(obs))), key
     args, world, H = dataclasses.replace(args, mpc=args.planner == "mppi"), planner.world, args.horizon
-    action, mean, key = act(args, model, world.params, obs, best[:, :H], first, world.discount, key, explore=False)
+    how, mean = {"explore": explore, "random": random}, best[:, :H]
+    action, mean, key = world_model.act(args, model, world.params, obs, mean, first, world.discount, key, **how)
     return action, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
 
 
@@ -706,61 +714,46 @@ def setup(args: Args, enter):
     return envs, model, jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), jax.devices()[0])
 
 
-def table_rows(args: Args):
-    """The arguments of every row of the table: all combinations, but for parts that a planner or scorer ignores."""
-    seen = set()
-    for row in itertools.product(*(text.split(",") for text in (args.planner, args.scorer, args.rollouts))):
-        planner, scorer, rollouts = (row[0], "-", "-") if row[0] in ("mppi", "pi") else row
-        rollouts = "-" if scorer == "random" else rollouts
-        if (planner, scorer, rollouts) not in seen:
-            seen.add((planner, scorer, rollouts))
-            yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
-
-
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints a table of planners, scorers and roll-outs over the same episodes, and what the networks know
-    of held-out ones; writes them to --json."""
+    of held-out ones of --data-dir; writes them to --json."""
     spec, rows, table = environments.task_spec(args.task), [*table_rows(args)], []
     with evaluating(spec.episode_length * len(rows)) as (enter, go_on):
-        envs, model, _ = setup(args, enter)
-        checkpoint = find_checkpoint(args.checkpoint)
+        envs, model, discount = setup(args, enter)
+        checkpoint, known, offline = find_checkpoint(args.checkpoint), {}, args.mode == "offline"
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
-        found = read_checkpoint(checkpoint, read_meta(checkpoint, "tdmpc2_jax_diffusion"), **like)
-        planner = planner_of(found["state"], found["world"])
-        data = encoded(args, model, planner.world)
-        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}  of {spec.name}")
+        meta = read_meta(checkpoint, "tdmpc2_jax_diffusion")
+        found = read_checkpoint(checkpoint, meta, **(like if offline else {"learner": like}))
+        found = found if offline else found["learner"]
+        world = found["world"] if offline else world_of(model, found["train"], discount)
+        planner, data = planner_of(found["state"], world), encoded(args, model, world) if args.data_dir else None
+        print_planners()
         for row in rows:
             result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
-            how = {name: getattr(row, name) for name in ("planner", "scorer", "rollouts")}
-            mean, std = result.returns.mean(), result.returns.std()
-            print("{planner:<10}{scorer:<8}{rollouts:<11}".format(**how) + f"{mean:>8.1f} {std:>8.1f}", flush=True)
-            table.append(how | {"returns": result.returns.tolist()})
-    windows = windows_at(args, data, spread_out(data.held_out, 256))
-    known = measures(answers(args, model, planner, windows, jax.random.key(args.seed)))
-    print_measures(known)
-    if args.json:
-        results = {"task": spec.name, "checkpoint": args.checkpoint, "seed": args.seed, "table": table}
-        write_atomically(Path(args.json), json.dumps(results | {"held_out": known}, indent=2) + "\n")
-    report_video(args.checkpoint, result.frames, result.fps)
+            table.append((row, result.returns))
+            print_planners(*table[-1])
+    if data:
+        windows = windows_at(args, data, spread_out(data.held_out, 256))
+        known = measures(answers(args, model, planner, windows, jax.random.key(args.seed)))
+    report_planners(args, spec.name, table, known, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
 def encoded(args: Args, model: WorldModel, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
-    data = read_recorded(args.task, args.data_dir, args.future * max(scales_of(args)))
-    encode = jax.jit(
-        lambda obs: jax.lax.map(partial(model.encoder.apply, world.params["encoder"]), obs, batch_size=4096)
-    )
+    data, encoder = read_recorded(args.task, args.data_dir, window_steps(args)), world.params["encoder"]
+    encode = jax.jit(lambda obs: jax.lax.map(partial(model.encoder.apply, encoder), obs, batch_size=4096))
     return data._replace(obs=encode(data.obs))
 
 
 def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
-    """What a checkpoint holds: of the world model, and of what comes from data, only shapes are meant."""
+    """What a checkpoint holds beside a replay: what a joint run starts with; offline, only the shapes count."""
     S, F, Z = len(scales_of(args)), args.future, model.dynamics.out
-    stats = Stats(*jnp.zeros((2, Z)), *jnp.zeros((2, S, F, Z)), *jnp.zeros(2))
-    params = init_params(args, model, jax.random.key(0))
-    world = World(params, params["q"], jnp.ones(model.action_dim), jnp.float32(0))
-    return {"world": world, "state": init_diffusion(args, model, stats, jax.random.key(0))}
+    stats = Stats(jnp.zeros(Z), jnp.ones(Z), jnp.zeros((S, F, Z)), jnp.ones((S, F, Z)), jnp.zeros(()), jnp.ones(()))
+    state = init_diffusion(args, model, stats, jax.random.fold_in(jax.random.key(args.seed), 1))
+    found = world_model.fresh_state(args, model) | {"state": state}
+    world = world_of(model, found["train"], jnp.float32(0))
+    return found if args.mode == "joint" else {"world": world, "state": state}
 
 
 def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tuple[World, DiffusionState, Recorded]:
@@ -771,14 +764,15 @@ def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tup
         world, state = (restored[1][name] for name in ("world", "state"))
         return world, state, encoded(args, model, world)
     keeper.count["evaluated"] = 0  # not before the first update
-    agent = load_agent(args.world_model, None, partial(init_params, args, model), "tdmpc2_jax")
+    agent = load_agent(args.world_model, None, partial(init_params, args, model), *world_model.SCRIPTS, task=args.task)
     world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
     data = encoded(args, model, world)
-    stats = statistics(args, model, world, windows_at(args, data, spread_out(data.starts, 8192)))
+    number = min(8192, 2**18 // window_steps(args))
+    stats = statistics(args, model, world, windows_at(args, data, spread_out(data.starts, number)))
     return world, jax.device_put(init_diffusion(args, model, stats, jax.random.key(args.seed)), here), data
 
 
-def run(args: Args) -> None:
+def run_offline(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
     spec, said, burst = environments.task_spec(args.task), dataclasses.asdict(args), 20  # updates per dispatch
     free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
@@ -810,18 +804,83 @@ def run(args: Args) -> None:
             keeper.advance(step)
 
 
+def run_jointly(args: Args) -> None:
+    """Trains a world model as tdmpc2_jax.py does and, between its updates, the three networks on the same replay."""
+    spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
+    seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
+    arguments.check_replay(dataclasses.replace(args, horizon=window_steps(args)), seed_steps)
+    with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_diffusion", RETURNS_COLUMNS) as keeper:
+        envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
+        eval_envs, model, discount = setup(args, keeper.enter)
+        learner, replays = keeper.start(learner=partial(fresh, args, model), replay=partial(init_replays, args, model))
+        agent, state, key = (learner[name] for name in ("train", "state", "act_key"))
+        count, step, every = keeper.count, keeper.count["decisions"] * spec.action_repeat, args.diffusion_every
+        title = f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {n} environment(s)"
+        keeper.begin(title, returns_head(spec), (agent.params, state.params), step, args.total_timesteps)
+        best = jax.device_put(jnp.zeros((n, args.future, model.action_dim)), jax.devices()[0])
+        sent, done, info, more = np.zeros((n, model.action_dim), np.float32), np.zeros(n, bool), {}, {}
+        obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
+        entry = obs, sent, np.zeros(n, np.float32), done, ~done
+        while True:
+            # Act
+            how = args if count["updates"] >= args.planner_start else dataclasses.replace(args, planner="mppi")
+            planner, random = planner_of(state, world_of(model, agent, discount)), count["decisions"] <= seed_steps
+            replays = world_model.add_to_both(args, replays, window_steps(args), *entry)
+            action, best, _, key = act_by(how, model, planner, obs, best, entry[4], key, explore=True, random=random)
+
+            # Evaluate and save
+            finished = step >= args.total_timesteps
+            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
+                how = how if step else dataclasses.replace(args, planner="pi")  # untrained: plans are worth no more
+                keeper.record_returns(step, spec, partial(evaluate, how, model, planner, eval_envs))
+            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
+                learner = {"train": agent, "state": state, "act_key": key}
+                keeper.save(step, info | more, learner=learner, replay=replays)
+            if finished or keeper.stop:
+                break
+
+            # Learn
+            due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
+            ready = count["decisions"] >= seed_steps and (count["updates"] or replays.short.size)  # there is a window
+            for _ in keeper.steps("learning", due // burst if ready else 0):
+                agent, info = world_model.train(args, model, agent, replays.short, discount, num_updates=burst)
+                count["updates"] += burst
+                number = count["updates"] // every - (count["updates"] - burst) // every
+                if number and (more or replays.long.size):  # there is a window of theirs
+                    world = world_of(model, agent, discount)
+                    state, more = train(args, model, state, world, replays, num_updates=number)
+
+            # Step: an environment whose episode is over is reset by this step and ignores the action
+            sent = np.asarray(action)  # all that is fetched from the device between two decisions
+            obs, reward, terminated, truncated, infos = envs.step(sent)
+            keeper.check_finite(step, action=sent, reward=reward, observation=obs)
+            entry = obs, action, reward.astype(np.float32), terminated, done  # done before it: the entry is a reset
+            count["decisions"] += n - int(done.sum())
+            done = terminated | truncated
+            step = count["decisions"] * spec.action_repeat
+
+            # Log
+            keeper.log_episodes(step, done, infos)
+            if keeper.due(step, keeper.logged, args.log_freq, False):
+                keeper.log_losses(step, info | more)
+            keeper.advance(step)
+
+
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(with_model_size(args))
+    arguments.check_bounds(world_model.with_model_size(args))
     several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
+    joint, longest = args.mode == "joint", environments.task_spec(args.task).episode_length
     arguments.check_rules(
-        (args.evaluate or args.world_model, "training needs a world model: --world-model"),
-        (args.data_dir, "the folder of the episodes is missing: --data-dir"),
+        (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
+        (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
+        (args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
         (args.evaluate or not several, f"several names for {' and '.join(several)} go with --evaluate"),
         (args.width % (2 * args.heads) == 0, "--width must be a multiple of twice --heads"),
         (args.horizon <= args.future, "--horizon must be at most --future"),
         (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
         (args.num_proposals + args.num_policy, "--num-proposals and --num-policy leave no candidate"),
+        (window_steps(args) <= longest, f"no episode has the {window_steps(args)} steps of --future and --scales"),
     )
     if args.capture_video:
         environments.check_rendering(args.task)
@@ -829,11 +888,11 @@ def check_args(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion")
-        args = with_preset(args)
+        args = with_preset(arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion"))
+        arguments.check_named(argv, set() if args.evaluate else OTHERS[args.mode], args.mode)
         check_args(args)
         use_compile_cache(args.compile_cache)
-        evaluate_checkpoint(args) if args.evaluate else run(args)
+        evaluate_checkpoint(args) if args.evaluate else {"offline": run_offline, "joint": run_jointly}[args.mode](args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A trained TD-MPC2 world model and its MPPI planner, for scripts that build on one without changing it.
+"""The TD-MPC2 world model, its MPPI planner, its learning and its replay, for scripts that build on them as they are.
 
-The blocks are those of tdmpc2_jax.py, letter for letter (tests/test_copies.py compares them): read them there.
+The blocks are those of tdmpc2_jax.py, letter for letter (tests/test_copies.py compares them): read them there. Only the
+last few, from `World` on, are not from there.
 
     args, model = Args(model_size=1), make_model(Args(model_size=1), obs_dim=24, action_dim=6, episodic=False)
     action, mean, key = act(args, model, params, obs, mean, first, discount, key, explore=False)
@@ -15,8 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from arguments import Count, Natural, Number, Positive, Several, Share, Weight
+from arguments import Count, Fraction, Natural, Number, Positive, Several, Share, Weight
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -34,12 +36,30 @@ class Args:
     vmin: Number = -10.0  # lowest bin, in symlog space
     vmax: Number = 10.0  # highest bin, in symlog space
     simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
+    dropout: Fraction = 0.01  # dropout after the first layer of every value head
     log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
     log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
     discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
     discount_min: Share = 0.95  # lowest discount
     discount_max: Share = 0.995  # highest discount
+
+    # Learning
+    batch_size: Count = 256  # windows per update B
+    buffer_size: Count = 1_000_000  # decisions that the replay holds
+    num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
+    utd: Positive = 1.0  # gradient updates per decision of one environment
+    seed_steps: Natural | None = None  # random decisions, then as many updates at once; default max(1000, 5 episodes)
+    lr: Positive = 3e-4  # learning rate
+    enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
+    grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
+    tau: Share = 0.01  # step of the target values and of the Q scale
+    rho: Share = 0.5  # weight of a loss t steps into the window is rho^t
+    consistency_coef: Weight = 20.0  # weight of the latent consistency loss
+    reward_coef: Weight = 0.1  # weight of the reward loss
+    value_coef: Weight = 0.1  # weight of the value loss
+    termination_coef: Weight = 1.0  # weight of the termination loss
+    entropy_coef: Weight = 1e-4  # weight of the policy's entropy
 
     # Planning
     mpc: bool = True  # act by planning; --no-mpc acts with the policy alone
@@ -60,7 +80,10 @@ MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_en
     48: (1792, 1792, 768, 4, 5),
     317: (4096, 4096, 1376, 5, 8),
 }
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt")  # whose checkpoints this one starts from
 SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
+NAMES = [field.name for field in dataclasses.fields(Args)]
+LEARNING = (*NAMES[NAMES.index("batch_size") : NAMES.index("mpc")], "dropout")  # what a finished model has no use for
 
 
 def with_model_size(args: Args) -> Args:
@@ -76,14 +99,30 @@ def discount_of(args: Args, episode_length: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ Maths
+def symlog(x):
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
 def symexp(x):
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def two_hot(args: Args, x: jax.Array) -> jax.Array:
+    """Scalars [...] as weights [..., K] on the two nearest bins in symlog space."""
+    bins = jnp.linspace(args.vmin, args.vmax, args.num_bins)
+    x = jnp.clip(symlog(x), args.vmin, args.vmax)[..., None]
+    return jax.nn.relu(1 - jnp.abs(x - bins) * ((args.num_bins - 1) / (args.vmax - args.vmin)))
 
 
 def two_hot_inv(args: Args, logits: jax.Array) -> jax.Array:
     """The scalars [...] that logits [..., K] stand for."""
     bins = jnp.linspace(args.vmin, args.vmax, args.num_bins)
     return symexp((jax.nn.softmax(logits) * bins).sum(-1))
+
+
+def soft_ce(args: Args, logits: jax.Array, x: jax.Array) -> jax.Array:
+    """Cross entropy [...] of logits [..., K] against the two-hot encoding of scalars x [...]."""
+    return -(two_hot(args, x) * jax.nn.log_softmax(logits)).sum(-1)
 
 
 def mish(x):
@@ -217,6 +256,15 @@ def pick_heads(q_params, heads: jax.Array):
     return jax.tree.map(lambda p: p[heads], q_params)
 
 
+def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+    """Inverted dropout as a factor, from 16 random bits a unit: each 32-bit word that is drawn serves two units."""
+    if args.dropout == 0:
+        return None
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), "uint32")
+    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
+    return jnp.where(bits < round(args.dropout * 2**16), 0.0, 1 / (1 - args.dropout))
+
+
 # --------------------------------------------------------------------------------------------------------- Planning
 class PlanNoise(NamedTuple):
     """Every random draw of one plan in n environments. All are made up front, so that `plan` is a plain function of
@@ -323,3 +371,272 @@ def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, 
     eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
     sample = policy(args, model, params["pi"], model.encoder.apply(params["encoder"], obs), eps)
     return sample.action if explore else sample.mean, prev_mean, key
+
+
+# --------------------------------------------------------------------------------------------------------- Learning
+class TrainState(NamedTuple):
+    """All that learning changes."""
+
+    params: dict[str, Any]  # encoder, dynamics, reward, pi, q, and termination if the task is episodic
+    target_q: dict[str, Any]  # slow copy of params["q"]
+    model_opt: optax.OptState  # of everything but the policy
+    pi_opt: optax.OptState
+    q_scale: jax.Array  # running 5-95% range of the values, by which the policy's loss is divided
+    key: jax.Array
+    updates: jax.Array  # number of updates made
+
+
+class Batch(NamedTuple):
+    """Windows of H+1 consecutive entries: actions and rewards lead from one observation to the next."""
+
+    obs: jax.Array  # [H+1, B, O]
+    action: jax.Array  # [H, B, A]
+    reward: jax.Array  # [H, B]
+    terminated: jax.Array  # [H, B]
+
+
+class UpdateNoise(NamedTuple):
+    """Every random draw of one update, made up front for the same reason as those of a plan."""
+
+    next_action: jax.Array  # [H, B, A] normal: the policy's actions in the TD targets
+    target_heads: jax.Array  # [2] indices of the target heads
+    pi_action: jax.Array  # [H+1, B, A] normal: the policy's actions in its own loss
+    pi_heads: jax.Array  # [2] indices of the heads that judge them
+    dropout: jax.Array | None  # [q, H, B, mlp_dim] factors of the heads' first layers in the value loss
+    pi_dropout: jax.Array | None  # [2, H+1, B, mlp_dim] and in the policy's loss
+
+
+def update_noise(args: Args, model: WorldModel, key: jax.Array) -> UpdateNoise:
+    """Draws what one update needs."""
+    H, B, A, width = args.horizon, args.batch_size, model.action_dim, model.q.hidden[0]
+    keys = jax.random.split(key, 6)
+    return UpdateNoise(
+        next_action=jax.random.normal(keys[0], (H, B, A)),
+        target_heads=two_heads(model, keys[1]),
+        pi_action=jax.random.normal(keys[2], (H + 1, B, A)),
+        pi_heads=two_heads(model, keys[3]),
+        dropout=dropout_mask(args, keys[4], (model.num_q, H, B, width)),
+        pi_dropout=dropout_mask(args, keys[5], (2, H + 1, B, width)),
+    )
+
+
+def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Adam for the model (the encoder slower) and for the policy, each behind its own global-norm clip."""
+    clip = optax.clip_by_global_norm(args.grad_clip_norm)
+    rates = {"encoder": optax.scale(-args.lr * args.enc_lr_scale), "other": optax.scale(-args.lr)}
+    rates = optax.multi_transform(rates, lambda params: {k: k if k == "encoder" else "other" for k in params})
+    model_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates)
+    return model_tx, optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr))
+
+
+def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
+    """Learning state at the start of a run with these parameters."""
+    model_tx, pi_tx = optimizers(args)
+    model_opt = model_tx.init({k: v for k, v in params.items() if k != "pi"})
+    target_q = jax.tree.map(jnp.copy, target_q)  # not the same buffers: both are donated
+    q_scale, updates = jnp.asarray(q_scale, jnp.float32), jnp.zeros((), jnp.int32)
+    return TrainState(params, target_q, model_opt, pi_tx.init(params["pi"]), q_scale, key, updates)
+
+
+def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: Batch, discount, noise) -> jax.Array:
+    """TD targets [H, B]: r + discount * (1 - terminated) * min of two random target Qs at the policy's next action."""
+    next_action = policy(args, model, state.params["pi"], next_z, noise.next_action).action
+    q = two_hot_inv(args, q_logits(model, pick_heads(state.target_q, noise.target_heads), next_z, next_action))
+    return batch.reward + discount * (1 - batch.terminated) * q.min(0)
+
+
+def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target, noise):
+    """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts."""
+    rho = args.rho ** jnp.arange(args.horizon)  # [H]
+    zs = [model.encoder.apply(params["encoder"], batch.obs[0])]
+    for t in range(args.horizon):
+        zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
+    zs = jnp.stack(zs)  # [H+1, B, Z]
+
+    reward_logits = model.reward.apply(params["reward"], zs[:-1], batch.action)  # [H, B, K]
+    value_logits = q_logits(model, params["q"], zs[:-1], batch.action, noise.dropout)  # [q, H, B, K]
+    consistency = (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean()
+    reward = (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean()
+    value = (rho * soft_ce(args, value_logits, target).mean(2)).mean()
+    termination = jnp.zeros(())
+    if model.termination:
+        logits = model.termination.apply(params["termination"], zs[1:])[..., 0]  # [H, B]
+        termination = optax.sigmoid_binary_cross_entropy(logits, batch.terminated).mean()
+    total = args.consistency_coef * consistency + args.reward_coef * reward + args.value_coef * value
+    total = total + args.termination_coef * termination
+    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
+    return total, (zs, info | {"termination_loss": termination, "total_loss": total})
+
+
+def policy_loss(args: Args, model: WorldModel, pi_params, q_params, zs, q_scale, noise):
+    """Policy objective (eq. 4) on latent states zs [H+1, B, Z]. Returns the loss, and the new Q scale and entropies."""
+    pi = policy(args, model, pi_params, zs, noise.pi_action)
+    logits = q_logits(model, pick_heads(q_params, noise.pi_heads), zs, pi.action, noise.pi_dropout)
+    q = two_hot_inv(args, logits).mean(0)  # [H+1, B]
+    low, high = jnp.percentile(jax.lax.stop_gradient(q[0]), jnp.array([5.0, 95.0]))
+    q_scale = q_scale + args.tau * (jnp.maximum(high - low, 1.0) - q_scale)
+    rho = args.rho ** jnp.arange(args.horizon + 1)
+    loss = -(rho * (args.entropy_coef * pi.scaled_entropy + q / q_scale).mean(1)).mean()
+    info = {"pi_entropy": pi.entropy.mean(), "pi_scaled_entropy": pi.scaled_entropy.mean(), "pi_scale": q_scale}
+    return loss, (q_scale, info | {"pi_loss": loss})
+
+
+def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, discount, noise: UpdateNoise):
+    """One gradient step on the world model, then one on the policy, then a step of the target values towards the new
+    ones. discount is a scalar. Returns the new state and a dict of scalars for the log."""
+    H, B = args.horizon, len(batch.obs[0])
+    chex.assert_shape(list(batch), [(H + 1, B, model.obs_dim), (H, B, model.action_dim), (H, B), (H, B)])
+    model_tx, pi_tx = optimizers(args)
+
+    next_z = model.encoder.apply(state.params["encoder"], batch.obs[1:])  # [H, B, Z]
+    target = td_target(args, model, state, next_z, batch, discount, noise)  # [H, B]
+    model_params = {k: v for k, v in state.params.items() if k != "pi"}
+    loss = partial(model_loss, args, model, batch=batch, next_z=next_z, target=target, noise=noise)
+    grads, (zs, info) = jax.grad(loss, has_aux=True)(model_params)
+    change, model_opt = model_tx.update(grads, state.model_opt)
+    model_params = optax.apply_updates(model_params, change)
+
+    pi_loss = partial(policy_loss, args, model, q_params=model_params["q"], zs=zs, q_scale=state.q_scale, noise=noise)
+    pi_grads, (q_scale, pi_info) = jax.grad(pi_loss, has_aux=True)(state.params["pi"])
+    pi_change, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
+    pi_params = optax.apply_updates(state.params["pi"], pi_change)
+
+    target_q = optax.incremental_update(model_params["q"], state.target_q, args.tau)
+    info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
+    params = model_params | {"pi": pi_params}
+    return TrainState(params, target_q, model_opt, pi_opt, q_scale, state.key, state.updates + 1), info
+
+
+# ----------------------------------------------------------------------------------------------------------- Replay
+class Replay(NamedTuple):
+    """Ring of the last C steps of n environments, on the device; a row holds an entry of each. A window of H+1 entries
+    may start wherever H more follow without a reset among them. `starts` is a queue of all such entries in order of
+    time, so that a uniform draw from it is a uniform draw of windows. Those of the episode under way are among them
+    (the original waits for its end). With H = 2:
+
+        row       0  1  2  3  4  5  6  7  8     the last row written is 8
+        first     x           x                 episodes of 4 entries, and of 5 so far
+        start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
+        starts    0  1  4  5  6                 a draw of 5 is the window of rows 5, 6, 7
+    """
+
+    obs: jax.Array  # [C, n, O]
+    action: jax.Array  # [C, n, A] that led to the observation
+    reward: jax.Array  # [C, n] that it brought
+    terminated: jax.Array  # [C, n]
+    first: jax.Array  # [C, n] the entry is a reset: action and reward are filler
+    is_start: jax.Array  # [C, n] the entry is in the queue
+    starts: jax.Array  # [C * n] ring of flat indices row * n + environment
+    head: jax.Array  # position of the oldest start in the ring
+    size: jax.Array  # number of starts
+    rows: jax.Array  # number of steps ever written
+
+
+def init_replay(capacity: int, num_envs: int, obs_dim: int, action_dim: int) -> Replay:
+    """Empty replay of `capacity` steps of each environment."""
+    C, n, zero = capacity, num_envs, partial(jnp.zeros, (), jnp.int32)
+    obs, action, reward = jnp.zeros((C, n, obs_dim)), jnp.zeros((C, n, action_dim)), jnp.zeros((C, n))
+    flags = [jnp.zeros((C, n), bool) for _ in range(3)]
+    return Replay(obs, action, reward, *flags, jnp.zeros(C * n, jnp.int32), zero(), zero(), zero())
+
+
+@partial(jax.jit, static_argnames=("horizon",), donate_argnames=("replay",))
+def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) -> Replay:
+    """Writes one step of all environments (obs [n, O], action [n, A], the rest [n]) over the oldest one."""
+    C, n = replay.first.shape
+    row = replay.rows % C
+    expired = replay.is_start[row].sum()  # starts in the row that is overwritten: they are the oldest of the queue
+    head, size = (replay.head + expired) % (C * n), replay.size - expired
+    entry = {"obs": obs, "action": action, "reward": reward, "terminated": terminated, "first": first}
+    written = {k: getattr(replay, k).at[row].set(v) for k, v in entry.items()}
+
+    start = (replay.rows - horizon) % C  # the windows that this step completes start here
+    after_start = (start + 1 + jnp.arange(horizon)) % C
+    valid = ~written["first"][after_start].any(0) & (replay.rows >= horizon)  # [n]
+    slots = jnp.where(valid, (head + size + jnp.cumsum(valid) - 1) % (C * n), C * n)  # C * n: dropped
+    starts = replay.starts.at[slots].set(start * n + jnp.arange(n), mode="drop")
+    is_start = replay.is_start.at[row].set(False).at[start].set(valid)
+    return Replay(**written, is_start=is_start, starts=starts, head=head, size=size + valid.sum(), rows=replay.rows + 1)
+
+
+def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Batch:
+    """Windows drawn uniformly from all valid ones, with replacement."""
+    C, n = replay.first.shape
+    drawn = replay.starts[(replay.head + jax.random.randint(key, (batch_size,), 0, replay.size)) % (C * n)]
+    rows = (drawn // n + jnp.arange(horizon + 1)[:, None]) % C  # [H+1, B]
+    env = drawn % n
+    terminated = replay.terminated[rows[1:], env].astype(jnp.float32)
+    return Batch(replay.obs[rows, env], replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated)
+
+
+@partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
+def train(args: Args, model: WorldModel, state: TrainState, replay: Replay, discount, num_updates: int):
+    """`num_updates` updates on fresh samples in one dispatch. Returns the new state and the means of their scalars."""
+
+    def one(state, _):
+        key, sample_key, noise_key = jax.random.split(state.key, 3)
+        batch = sample(replay, sample_key, args.batch_size, args.horizon)
+        return update(args, model, state._replace(key=key), batch, discount, update_noise(args, model, noise_key))
+
+    state, infos = jax.lax.scan(one, state, None, length=num_updates)
+    return state, jax.tree.map(jnp.mean, infos)
+
+
+def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
+    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
+    init_key, train_key, act_key = jax.random.split(jax.random.key(args.seed), 3)
+    params = init_params(args, model, init_key)
+    return {"train": init_state(args, params, params["q"], 1.0, train_key), "act_key": act_key}
+
+
+# ------------------------------------------------------------------------------------------ For those who build on it
+class World(NamedTuple):
+    """A world model as it is now, and its task: what plans on it without changing it is given this."""
+
+    params: dict[str, Any]
+    target_q: dict[str, Any]
+    mask: jax.Array  # [A] 1 where the task has this action
+    discount: jax.Array
+
+
+def world_of(model: WorldModel, state: TrainState, discount: jax.Array) -> World:
+    """The world model of a learning state, on a task that has all its actions."""
+    return World(state.params, state.target_q, jnp.ones(model.action_dim), discount)
+
+
+def follow(model: WorldModel, world: World, z: jax.Array, actions: jax.Array) -> jax.Array:
+    """Latent states [L, Z] that d predicts, step by step, from z [Z] under actions [L, A]."""
+    predict = partial(model.dynamics.apply, world.params["dynamics"])
+    return jax.lax.scan(lambda z, action: (predict(z, action),) * 2, z, actions)[1]
+
+
+def value(args: Args, model: WorldModel, world: World, z: jax.Array) -> jax.Array:
+    """V(z) [...]: mean of the target Qs at z [..., Z] and the policy's action without noise."""
+    mean = policy(args, model, world.params["pi"], z, jnp.zeros((*z.shape[:-1], model.action_dim))).mean
+    return two_hot_inv(args, q_logits(model, world.target_q, z, mean * world.mask)).mean(0)
+
+
+class Replays(NamedTuple):
+    """The replay of windows of H+1 entries, and one more for its queue of windows of `steps` + 1; the observations and
+    actions of these are those of the first."""
+
+    short: Replay
+    long: Replay
+
+
+def init_replays(args: Args, model: WorldModel) -> Replays:
+    """Empty ones; the second holds a single observation and action, as checkpoints hold no empty arrays."""
+    empty = partial(init_replay, args.buffer_size // args.num_envs, args.num_envs)
+    return Replays(empty(model.obs_dim, model.action_dim), empty(1, 1))
+
+
+@partial(jax.jit, static_argnames=("args", "steps"), donate_argnames=("replays",))
+def add_to_both(args: Args, replays: Replays, steps: int, obs, action, reward, terminated, first) -> Replays:
+    """`add` to both, with windows of `steps` + 1 entries in the second."""
+    long = add(replays.long, steps, obs[:, :1], action[:, :1], reward, terminated, first)
+    return Replays(add(replays.short, args.horizon, obs, action, reward, terminated, first), long)
+
+
+def sample_long(replays: Replays, key: jax.Array, batch_size: int, steps: int) -> Batch:
+    """Windows of `steps` + 1 entries drawn uniformly from all of the second."""
+    return sample(replays.long._replace(obs=replays.short.obs, action=replays.short.action), key, batch_size, steps)

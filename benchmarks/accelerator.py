@@ -142,7 +142,7 @@ def diffusion(turn, args: Args, preset: str) -> dict[str, float]:
     """tdmpc2_jax_diffusion.py, plans from a 1M world model."""
     import tdmpc2_jax_diffusion as td
 
-    its = td.with_model_size(td.with_preset(td.Args(preset=preset, model_size=1)))
+    its = td.world_model.with_model_size(td.with_preset(td.Args(preset=preset, model_size=1)))
     model, rng, entries, key = td.make_model(its, OBS, ACTION, False), np.random.default_rng(0), 5000, jax.random.key(0)
     held = jax.jit(partial(td.fresh, its, model))()
     ones = jax.tree.map(jnp.ones_like, held["state"].stats)

@@ -311,7 +311,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 # -------------------------------------------------------------------------------------------------------- For scripts
 def load_agent(
-    path: str, source_task: str | None, init: Callable[[jax.Array], Params], *scripts: str, obs: str = "state"
+    path: str,
+    source_task: str | None,
+    init: Callable[[jax.Array], Params],
+    *scripts: str,
+    obs: str = "state",
+    task: str | None = None,
 ) -> Agent:
     """The agent of an original .pt file, a run or a quantised file of ours, for single-task networks: one task of a
     multi-task agent (`fold_agent`), without a termination head if they have none, and compared (`check_shapes`).
@@ -322,11 +327,13 @@ def load_agent(
         init: gives fresh parameters of the networks at hand for a key; only their shapes are asked for.
         scripts: whose runs will do.
         obs: what the agent must see, "state" or "rgb".
+        task: the task of a multi-task agent where source_task is None.
 
     Raises:
         UserError: there is no such agent, it is damaged, or it does not fit.
     """
     agent, like = _read(path, obs, scripts), jax.eval_shape(init, jax.random.key(0))
+    source_task = source_task or (None if agent.task_emb is None else task)
     if "linear_0" in like["encoder"]["params"]:  # agents of pictures have one task
         obs_dim = like["encoder"]["params"]["linear_0"]["kernel"].shape[0]
         agent = fold_agent(agent, source_task, obs_dim, like["pi"]["params"]["linear_2"]["bias"].shape[0] // 2, path)

@@ -1,10 +1,14 @@
-"""Recorded episodes of one task in a device's memory, some of them held out, and what is known of the held-out ones.
+"""Recorded episodes of one task in a device's memory, some held out; what is known of these; tables of planners.
 
 recorded = read_recorded("walker-walk", "data", steps=8)     # windows of 9 entries lie within one episode each
 print_measures(measures(answers))                            # of networks, on windows that they have not seen
 """
 
+import dataclasses
 import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +17,7 @@ import numpy as np
 
 from domains.tasks import UserError, task_spec
 from files.datasets import load_dataset
+from files.reports import Evaluation, report_video, write_atomically
 
 
 class Recorded(NamedTuple):
@@ -112,3 +117,42 @@ def print_measures(found: dict[str, Any]) -> None:
     for part in ("advantages", "actions"):
         for name, row in found[part].items():
             print(f"{f'{part}: {name}':<30}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
+
+
+# ------------------------------------------------------------------------------------------------ Planners in a table
+HOW = ("planner", "scorer", "rollouts")
+
+
+def table_rows(args: Any) -> Iterator[Any]:
+    """The arguments of every row of a table of planners: all combinations of the names in args (a dataclass with the
+    fields of `HOW`), but for parts that a planner or scorer ignores."""
+    seen = set()
+    for row in itertools.product(*(getattr(args, name).split(",") for name in HOW)):
+        planner, scorer, rollouts = (row[0], "-", "-") if row[0] in ("mppi", "pi") else row
+        rollouts = "-" if scorer == "random" else rollouts
+        if (planner, scorer, rollouts) not in seen:
+            seen.add((planner, scorer, rollouts))
+            yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
+
+
+def print_planners(row: Any = None, returns: np.ndarray | None = None) -> None:
+    """Prints the table's head or, given the arguments of a row and its returns [E], that row."""
+    if row is None:
+        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}")
+    else:
+        mean, std = returns.mean(), returns.std()
+        print(f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}{mean:>8.1f} {std:>8.1f}", flush=True)
+
+
+def report_planners(
+    args: Any, task: str, rows: list[tuple[Any, np.ndarray]], known: dict[str, Any], last: Evaluation
+) -> None:
+    """Prints what networks know (`measures`; or nothing); writes it and the rows of the table, pairs of arguments and
+    returns, to --json, and the film of the last row; args has the fields checkpoint, json and seed."""
+    if known:
+        print_measures(known)
+    if args.json:
+        table = [{name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()} for row, returns in rows]
+        results = {"task": task, "checkpoint": args.checkpoint, "seed": args.seed, "table": table, "held_out": known}
+        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+    report_video(args.checkpoint, last.frames, last.fps)

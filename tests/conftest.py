@@ -54,7 +54,7 @@ SMALL = {
 
 
 # The longest first: of two processes, neither should end with one of them
-SLOW = "runs", "multitask", "rgb", "learning", "diffusion", "distillation", "golden", "tdmpc1", "model"
+SLOW = "runs", "multitask", "rgb", "learning", "diffusion", "joint", "distillation", "golden", "tdmpc1", "model"
 
 
 def pytest_collection_modifyitems(items):

@@ -29,11 +29,13 @@ COPIES = {
     """.split(),
     "tdmpc_jax": [],  # the first version has the same blocks in the same order, and something else in each
     "world_model": """
-        MODEL_SIZES SIZE_FIELDS with_model_size discount_of
-        symexp two_hot_inv mish simnorm
+        MODEL_SIZES SCRIPTS SIZE_FIELDS with_model_size discount_of
+        symlog symexp two_hot two_hot_inv soft_ce mish simnorm
         Linear MLP WorldModel make_model init_params
-        PolicySample policy q_logits pick_heads
+        PolicySample policy q_logits pick_heads dropout_mask
         PlanNoise plan_noise two_heads estimate_value plan act
+        TrainState Batch UpdateNoise update_noise optimizers init_state td_target model_loss policy_loss update
+        Replay init_replay add sample train fresh_state
     """.split(),
     "tdmpc2_jax_diffusion": ["setup"],
 }
@@ -89,7 +91,7 @@ MEANT = {  # arguments that mean something else in another script
     "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
     "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes",
     "world_model": "",
-    "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq",
+    "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq total_timesteps",
 }
 
 
