@@ -964,6 +964,13 @@ def test_the_users_choice_of_gl_is_respected():
         assert "UserError" in run.stderr.splitlines()[-1] and choice in run.stderr.splitlines()[-1]
 
 
+def test_a_gl_library_that_is_chosen_and_missing_is_one_sentence(tmp_path):
+    (tmp_path / "OpenGL").mkdir()  # what PyOpenGL does when it is imported without the library
+    (tmp_path / "OpenGL" / "__init__.py").write_text("raise AttributeError('no eglQueryString')")
+    run = run_python("import envs; envs.make_env('walker-walk')", MUJOCO_GL="egl", PYTHONPATH=str(tmp_path))
+    assert "UserError: DMControl cannot be imported with MUJOCO_GL=egl" in run.stderr.splitlines()[-1]
+
+
 def test_states_need_no_gl_library_and_no_display():
     code = """
 import envs
