@@ -1,4 +1,4 @@
-r"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
+"""Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
 
 After D-MPC (Zhou et al., arXiv 2410.05364), moved into the latent space of TD-MPC2 (arXiv 2310.16828). Read
 tdmpc2_jax.py first: its networks, planner, updates and replay come from world_model.py, letter for letter, unchanged.
@@ -12,8 +12,7 @@ each, D width of a token, k one of 1000 noise levels, C size of the actions betw
     python tdmpc2_jax.py --task walker-walk --save-episodes data                    # a world model and its episodes
     python tdmpc2_jax_diffusion.py --world-model runs/walker-walk/tdmpc2_jax/1 --data-dir data
     python tdmpc2_jax_diffusion.py --mode joint --task walker-walk     # or both from scratch, acting by these plans
-    python tdmpc2_jax_diffusion.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_diffusion/1 \
-        --planner ssr,mppi,pi --scorer model,random --rollouts diffusion,onestep         # a table of all combinations
+    python tdmpc2_jax_diffusion.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_diffusion/1 --planner ssr,mppi,pi
 """
 
 import dataclasses
@@ -95,7 +94,7 @@ class Args(world_model.Args):
     refine_samples: Count = 256  # action sequences of each
     mppi_min_std: Weight = 0.05  # lower bound of the standard deviation with which refinement starts
     planner_start: Natural = 5_000  # joint: updates of the world model from which on --planner acts; before, MPPI
-    explore_temperature: Positive = 0.5  # joint: plays one of the best --top, by softmax of their scores over this
+    explore_temperature: Positive = 0.5  # joint, ssr: plays one of the best --top, by softmax of their scores over this
 
     # Run
     exp_name: Name = "tdmpc2_jax_diffusion"  # name of this experiment: files go to RUNS_DIR/TASK/EXP_NAME/SEED
@@ -129,7 +128,7 @@ PRESET_FIELDS = (
 )  # fmt: skip
 FREQUENCIES = {"offline": (1_000, 500, 100), "joint": (100_000, 100_000, 2_000)}
 ONLINE = {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING}
-OTHERS = {"offline": ONLINE, "joint": {"world_model", "data_dir", "num_updates"}}  # arguments of the other mode
+OTHERS = {"offline": {*ONLINE, "mpc"}, "joint": {"world_model", "data_dir", "num_updates", "mpc"}}  # without a use
 
 
 def with_preset(args: Args) -> Args:
@@ -766,15 +765,15 @@ def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tup
     keeper.count["evaluated"] = 0  # not before the first update
     agent = load_agent(args.world_model, None, partial(init_params, args, model), *world_model.SCRIPTS, task=args.task)
     world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
-    data = encoded(args, model, world)
-    number = min(8192, 2**18 // window_steps(args))
+    data, number = encoded(args, model, world), min(8192, 2**18 // window_steps(args))
     stats = statistics(args, model, world, windows_at(args, data, spread_out(data.starts, number)))
     return world, jax.device_put(init_diffusion(args, model, stats, jax.random.key(args.seed)), here), data
 
 
 def run_offline(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
-    spec, said, burst = environments.task_spec(args.task), dataclasses.asdict(args), 20  # updates per dispatch
+    spec, burst = environments.task_spec(args.task), 20  # updates per dispatch
+    said = {k: v for k, v in dataclasses.asdict(args).items() if k != "total_timesteps"}
     free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
     with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", RETURNS_COLUMNS, "update", free=free) as keeper:
         envs, model, discount = setup(args, keeper.enter)
@@ -870,7 +869,7 @@ def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     arguments.check_bounds(world_model.with_model_size(args))
     several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
-    joint, longest = args.mode == "joint", environments.task_spec(args.task).episode_length
+    joint, spec = args.mode == "joint", environments.task_spec(args.task)
     arguments.check_rules(
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
@@ -880,7 +879,8 @@ def check_args(args: Args) -> None:
         (args.horizon <= args.future, "--horizon must be at most --future"),
         (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
         (args.num_proposals + args.num_policy, "--num-proposals and --num-policy leave no candidate"),
-        (window_steps(args) <= longest, f"no episode has the {window_steps(args)} steps of --future and --scales"),
+        (window_steps(args) <= spec.episode_length, f"no episode has {window_steps(args)} steps: --future, --scales"),
+        (not (joint and spec.can_terminate) or args.scales == "1", "--scales 1 alone where episodes can terminate"),
     )
     if args.capture_video:
         environments.check_rendering(args.task)

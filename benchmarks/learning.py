@@ -74,15 +74,21 @@ class Args:
     reference: Path | None = None  # table of published curves, drawn beside ours
 
 
+def name_of(row: Row) -> str:
+    """Name of a row's experiment: runs of other settings are others."""
+    return f"{row.script}__{row.label}" if row.label else row.script
+
+
 def folder_of(args: Args, row: Row, seed: int) -> Path:
-    return args.folder / row.task / row.script / str(seed)
+    return args.folder / row.task / name_of(row) / str(seed)
 
 
 def start(args: Args, row: Row, seed: int, flags: str, core: int | None) -> subprocess.Popen:
     """Starts or resumes one run, on one core or on the accelerator that JAX finds."""
     folder = folder_of(args, row, seed)
     command = [sys.executable, str(HERE.parent / f"{row.script}.py"), "--task", row.task, "--seed", str(seed)]
-    command += ["--runs-dir", str(args.folder), "--resume", *flags.split(), *row.flags.split()]
+    command += ["--exp-name", name_of(row), "--runs-dir", str(args.folder), "--resume"]
+    command += [*flags.split(), *row.flags.split()]
     env = dict(os.environ)
     if core is not None:
         env |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}

@@ -217,6 +217,8 @@ def test_equal_seeds_give_equal_networks_bit_for_bit(finished, tmp_path):
         (["--data-dir", "nowhere"], ["--mode joint", "--data-dir"]),
         (["--num-updates", 10], ["--mode joint", "--num-updates"]),
         (["--mode", "offline"], ["--mode offline", "--batch-size", "--planner-start"]),
+        (["--no-mpc"], ["--mode joint", "--no-mpc"]),
+        (["--task", "Hopper-v5", "--scales", "1,4"], ["--scales 1", "terminate"]),
         (["--future", 50], ["no episode", "50 steps"]),
         (["--seed-steps", 4], ["--seed-steps"]),
         (["--checkpoint", "nowhere"], ["--checkpoint", "--evaluate"]),
