@@ -773,7 +773,7 @@ def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tup
 def run_offline(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
     spec, burst = environments.task_spec(args.task), 20  # updates per dispatch
-    said = {k: v for k, v in dataclasses.asdict(args).items() if k != "total_timesteps"}
+    said = {k: v for k, v in dataclasses.asdict(args).items() if k != "total_timesteps"}  # of the other mode
     free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
     with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", RETURNS_COLUMNS, "update", free=free) as keeper:
         envs, model, discount = setup(args, keeper.enter)

@@ -20,6 +20,7 @@ CACHE = None if WORKER else tempfile.TemporaryDirectory(prefix="tdmpc2-jax-tests
 FLAGS = "--xla_backend_optimization_level=0"  # with the next, a third of the time to compile
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones stop at it, as unknown
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "emitters" in FLAGS else {}  # for `lowered.compile`
 os.environ |= {
     "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"] if WORKER else CACHE.name,

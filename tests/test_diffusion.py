@@ -651,6 +651,14 @@ def test_a_run_takes_task_and_sizes_from_its_world_model_and_leaves_curve_and_ch
     assert float(found["world"].discount) == pytest.approx(0.99)
 
 
+def test_a_run_that_has_all_its_updates_says_so_and_does_not_ask_for_more_than_it_would_make(
+    finished, files, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path / NAME)
+    td.main([*files, "--no-compile-cache", "--runs-dir", str(tmp_path), "--resume"])
+    assert "all 400 updates have been made\n" in capsys.readouterr().out, "their number shapes the learning rate"
+
+
 def test_the_table_has_a_row_for_each_combination_and_what_the_networks_know(finished, tmp_path, capsys):
     flags = "--planner ssr,pi --scorer random --eval-episodes 1 --no-compile-cache".split()
     programs = td.act_by._cache_size()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, meta_of
+from conftest import AS_USERS_COMPILE, ROOT, SMALL, meta_of
 from test_runs import read_curve, read_scalars, wait_for
 
 import envs
@@ -178,15 +178,20 @@ def agent():
 
 def test_batches_drawn_ahead_from_the_machines_memory_are_learned_from_as_those_of_the_device(agent):
     args, model, state, replay = agent
-    here, info = rgb.train(args, model, jax.tree.map(jnp.copy, state), replay, 0.9, num_updates=5)
+
+    def learned(source):
+        lowered = rgb.train.lower(args, model, state, source, 0.9, num_updates=5)
+        return lowered.compile(AS_USERS_COMPILE)(jax.tree.map(jnp.copy, state), source, 0.9)
+
+    here, info = learned(replay)
     key, drawn = state.key, []
     for _ in range(5):
         key, sample_key, _ = jax.random.split(key, 3)
         drawn.append(rgb.sample_many(replay, sample_key[None], args.batch_size, H))
     drawn = jax.tree.map(lambda *batches: jnp.concatenate(batches), *drawn)
-    there, other = rgb.train(args, model, jax.tree.map(jnp.copy, state), drawn, 0.9, num_updates=5)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), info, other)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), here.params, there.params)  # steps of 3e-3
+    there, other = learned(drawn)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (here.params, info), (there.params, other))
 
 
 def test_drawing_ahead_gives_the_batches_of_that_update_whatever_happens_to_the_replay(agent):
