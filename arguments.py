@@ -106,7 +106,10 @@ def check_rules(*rules: tuple[Any, str]) -> None:
 
 
 def run_folder(args: Any) -> Path:
-    """The folder of a run of one task; args has the fields runs_dir, task, exp_name and seed."""
+    """The folder of a run of one task; args has the fields runs_dir, task, exp_name and seed. That of several (see
+    `set_folder`) if it has a field tasks that names them."""
+    if getattr(args, "tasks", None):
+        return set_folder(args)
     return Path(args.runs_dir, task_spec(args.task).name.replace("/", "_"), args.exp_name, str(args.seed))
 
 
@@ -114,6 +117,11 @@ def task_set(tasks: str | None) -> str | list[str]:
     """--tasks of a multi-task script as `set_tasks` and `load_dataset` want it."""
     tasks = tasks or "mt30"
     return tasks if tasks in TASK_SETS or re.fullmatch(r"mt\d+", tasks) else tasks.split(",")
+
+
+def task_names(args: Any) -> tuple[str, ...]:
+    """Canonical names of --tasks or, without it, of --task alone."""
+    return set_tasks(task_set(args.tasks)) if args.tasks else (task_spec(args.task).name,)
 
 
 def set_folder(args: Any) -> Path:
@@ -146,7 +154,7 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     if world_model and not args.evaluate:  # whose task says which run --resume means
         record = read_record(world_model, "tdmpc2_jax", "tdmpc2_jax_mt")["args"]
         made = itertools.takewhile(lambda item: item[0] != "exp_name", record.items())
-        record = {name: value for name, value in made if name in its_own}
+        record = {name: value for name, value in made if name in its_own - {"tasks"}}
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
     if args.evaluate or quantize:
         record = read_record(args.checkpoint, *scripts)["args"] | ({"task": source_task} if source_task else {})

@@ -31,33 +31,21 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import arguments
 import envs as environments
 import world_model
-from arguments import Count, Name, Natural, NewFile, Positive, Share, Weight, names
+from arguments import Count, Name, Natural, NewFile, Positive, Share, Weight, names, task_names
 from devices import shapes_on, use_compile_cache, use_huge_pages
 from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
-from files.pretrained import load_agent
-from files.recorded import Recorded, measures, print_planners, read_recorded, report_planners, spread_out, table_rows
-from files.reports import RETURNS_COLUMNS, evaluating, play, returns_head
+from files.recorded import Recorded, Windows, compare_planners, measures, of_one, read_recorded, table_rows, windows_at
+from files.reports import RETURNS_COLUMNS, curve_of, evaluating, play, record_each, returns_head
 from runs import Run
-from world_model import (
-    World,
-    WorldModel,
-    discount_of,
-    estimate_value,
-    follow,
-    init_params,
-    init_replays,
-    make_model,
-    policy,
-    two_hot_inv,
-    value,
-    world_of,
-)
+from world_model import World, WorldModel, follow, init_replays, make_model, policy, two_hot_inv, value, world_of
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
 @dataclasses.dataclass(frozen=True)
 class Args(world_model.Args):
     task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
+    tasks: str | None = None  # or several, offline: mt30, mt80 or names with commas; the world model knows them all
+    task_dim: Natural = 0  # with --tasks: size E of the task embedding; where --world-model is a run, that of the run
     mode: Literal["offline", "joint"] = "offline"  # for a finished world model, from episodes; or online, with one
     data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
 
@@ -122,18 +110,15 @@ PRESETS = {
     "base": (128, 4, 3, 3, 3, 16, 64, 24, True, 4, 16, 256, 3e-4),
     "paper": (256, 8, 5, 5, 10, 32, 64, 0, False, 10, 32, 256, 1e-4),
 }
-PRESET_FIELDS = (
-    "width", "heads", "dynamics_blocks", "proposal_blocks", "objective_blocks", "future", "num_proposals", "num_policy",
-    "warm_start", "dynamics_steps", "proposal_steps", "diffusion_batch_size", "diffusion_lr",
-)  # fmt: skip
 FREQUENCIES = {"offline": (1_000, 500, 100), "joint": (100_000, 100_000, 2_000)}
 ONLINE = {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING}
-OTHERS = {"offline": {*ONLINE, "mpc"}, "joint": {"world_model", "data_dir", "num_updates", "mpc"}}  # without a use
+OTHERS = {"offline": {*ONLINE, "mpc"}, "joint": {"world_model", "data_dir", "num_updates", "mpc", "tasks"}}  # useless
 
 
 def with_preset(args: Args) -> Args:
     """Fills in the fields of the preset that were not given, and the frequencies of the mode."""
-    values = dict(zip(PRESET_FIELDS, PRESETS[args.preset], strict=True))
+    fields = [field.name for field in dataclasses.fields(Args)]
+    values = dict(zip(fields[fields.index("width") : fields.index("anchor")], PRESETS[args.preset], strict=True))
     values |= dict(zip(("eval_freq", "checkpoint_freq", "log_freq"), FREQUENCIES[args.mode], strict=True))
     return dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
 
@@ -183,23 +168,24 @@ class Transformer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """p_d and rho: tokens are the latent state now and F noisy things of size `out` to come."""
+    """p_d and rho: tokens are the task, if it is one of several, the latent state now, F noisy things of size `out`."""
 
     out: int
     body: Transformer
 
     @nn.compact
-    def __call__(self, z, x, k, chunk=None, scale=0):
+    def __call__(self, z, x, k, chunk=None, scale=0, task=None):
         """n(z_t) [Z], x [F, out] at noise level k, for p_d the actions chunk [F, C] that lead from token to token and
-        the index of the scale -> [F, out], of which --prediction says what it means."""
+        the index of the scale, the task's embedding [E] -> [F, out], which means what --prediction says."""
         D, dtype, table = self.body.width, self.body.dtype, nn.initializers.normal(0.02)
         dense, kinds = partial(nn.Dense, D, dtype=dtype), self.param("kinds", table, (2, D))
         level = nn.silu(nn.Dense(4 * D, dtype=dtype, name="level_0")(level_waves(k, D)))
         level = dense(name="level_1")(level) + self.param("scales", table, (2, D))[scale]
         tokens = jnp.concatenate([dense(name="now")(z)[None] + kinds[0], dense(name="x")(x) + kinds[1]])
         tokens = tokens if chunk is None else tokens.at[1:].add(dense(name="chunk")(chunk))
-        tokens = self.body(tokens + dense(name="time")(time_waves(len(x))) + level)  # [F+1, D]
-        return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="head")(tokens[1:])
+        tokens = tokens + dense(name="time")(time_waves(len(x))) + level  # [F+1, D]
+        tokens = tokens if task is None else jnp.concatenate([dense(name="task")(task)[None] + level, tokens])
+        return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="head")(self.body(tokens)[-len(x) :])
 
 
 class Objective(nn.Module):
@@ -208,12 +194,13 @@ class Objective(nn.Module):
     body: Transformer
 
     @nn.compact
-    def __call__(self, zs, actions):
-        """n(z_t), ..., n(z_{t+F}) [F+1, Z] and actions [F, A] -> standardised advantage, a scalar."""
+    def __call__(self, zs, actions, task=None):
+        """n(z_t) ... n(z_{t+F}) [F+1, Z], actions [F, A], the task's embedding [E] -> standardised advantage []."""
         dense = partial(nn.Dense, self.body.width, dtype=self.body.dtype)
         tokens = dense(name="z")(zs) + dense(name="time")(time_waves(len(actions)))
         tokens = tokens.at[:-1].add(dense(name="action")(actions))
         readout = self.param("readout", nn.initializers.normal(0.02), (1, self.body.width))
+        tokens = tokens if task is None else jnp.concatenate([tokens, dense(name="task")(task)[None]])
         tokens = self.body(jnp.concatenate([readout, tokens]))  # [F+2, D]
         return nn.Dense(1, kernel_init=nn.initializers.zeros, name="head")(tokens[0])[0]
 
@@ -231,8 +218,9 @@ def make_nets(args: Args, model: WorldModel) -> dict[str, nn.Module]:
 def init_nets(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters of the three networks."""
     zs, actions = jnp.zeros((args.future + 1, model.dynamics.out)), jnp.zeros((args.future, model.action_dim))
-    inputs = {"dynamics": (zs[0], zs[1:], 0, chunks(args, actions, 1)), "proposal": (zs[0], actions, 0)}
-    inputs |= {"objective": (zs, actions)}
+    task = jnp.zeros(args.task_dim) if args.tasks else None
+    inputs = {"dynamics": (zs[0], zs[1:], 0, chunks(args, actions, 1), 0, task), "objective": (zs, actions, task)}
+    inputs |= {"proposal": (zs[0], actions, 0, None, 0, task)}
     keys = dict(zip(inputs, jax.random.split(key, 3), strict=True))
     return {name: net.init(keys[name], *inputs[name]) for name, net in make_nets(args, model).items()}
 
@@ -288,18 +276,8 @@ def sample_ddim(denoise, key: jax.Array, shape, steps: int, clip: float, predict
 
 
 # -------------------------------------------------------------------------------------- Windows and what is diffused
-class Windows(NamedTuple):
-    """B windows of L+1 consecutive entries; action[j] and reward[j] lead from z[j] to z[j+1]. L is F of the largest
-    scale. Functions of a single window take it without B."""
-
-    z: jax.Array  # [B, L+1, Z]
-    action: jax.Array  # [B, L, A]
-    reward: jax.Array  # [B, L]
-    terminated: jax.Array  # [B, L]
-
-
 class Stats(NamedTuple):
-    """What the networks' inputs and outputs are standardised by, from windows to learn from."""
+    """What the networks' inputs and outputs are standardised by, from windows to learn from; [T, ...] for T tasks."""
 
     mean: jax.Array  # [Z] of latent states
     std: jax.Array  # [Z]
@@ -307,6 +285,12 @@ class Stats(NamedTuple):
     sigma: jax.Array  # [S, F, Z]
     adv_mean: jax.Array  # of advantages y - V(z_t)
     adv_std: jax.Array
+
+
+def part_of(stats: Stats, world: World, task) -> tuple[Stats, World]:
+    """What belongs to one of several tasks, by its index; what belongs to an only task as it is."""
+    its = stats if world.emb is None else jax.tree.map(lambda x: x[task], stats)
+    return its, world_model.of_task(world, task)
 
 
 def normalise(stats: Stats, z: jax.Array) -> jax.Array:
@@ -412,30 +396,36 @@ def dynamics_loss(args: Args, model: WorldModel, params, stats: Stats, world: Wo
     net, now, scale = make_nets(args, model)["dynamics"], normalise(stats, window.z[0]), noise.scale
     steps = jnp.array(scales_of(args))[scale]
     x0 = (rest_of(args, model, world, stats, window, steps) - stats.mu[scale]) / stats.sigma[scale]
-    denoise = partial(net.apply, params["dynamics"], now, chunk=chunks(args, window.action, steps), scale=scale)
+    how = {"chunk": chunks(args, window.action, steps), "scale": scale, "task": world.emb}
+    denoise = partial(net.apply, params["dynamics"], now, **how)
     return denoising_loss(args, denoise, x0, noise.level, noise.latents).mean()
 
 
 def proposal_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
     """rho's loss on one window: it is told n(z_t) and guesses the actions. Those that the task lacks do not count."""
-    denoise = partial(make_nets(args, model)["proposal"].apply, params["proposal"], normalise(stats, window.z[0]))
-    level, x0 = noise.proposal_level, window.action[: args.future]
-    return denoising_loss(args, denoise, x0, level, noise.actions, world.mask).mean() / world.mask.mean()
+    net, x0, mask = make_nets(args, model)["proposal"], window.action[: args.future], world.mask
+    denoise = partial(net.apply, params["proposal"], normalise(stats, window.z[0]), task=world.emb)
+    return denoising_loss(args, denoise, x0, noise.proposal_level, noise.actions, mask).mean() / mask.mean()
 
 
-def objective_loss(args: Args, model: WorldModel, params, stats: Stats, window: Windows, adv: jax.Array):
+def objective_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, adv: jax.Array):
     """J's loss on one window of standardised advantage adv."""
     zs, actions = normalise(stats, window.z[: args.future + 1]), window.action[: args.future]
-    return (make_nets(args, model)["objective"].apply(params["objective"], zs, actions) - adv) ** 2
+    return (make_nets(args, model)["objective"].apply(params["objective"], zs, actions, world.emb) - adv) ** 2
 
 
 def diffusion_losses(args: Args, model: WorldModel, params, stats: Stats, world: World, windows: Windows, noise):
     """The three losses on windows [B, ...]; each depends on the parameters of its own network only."""
-    adv = (jax.vmap(partial(advantage, args, model, world))(windows) - stats.adv_mean) / stats.adv_std  # [B]
+
+    def losses(window, noise):
+        its = part_of(stats, world, window.task)
+        adv = (advantage(args, model, its[1], window) - its[0].adv_mean) / its[0].adv_std
+        dynamics = dynamics_loss(args, model, params, *its, window, noise)
+        proposal = proposal_loss(args, model, params, *its, window, noise)
+        return dynamics, proposal, objective_loss(args, model, params, *its, window, adv), adv
+
+    dynamics, proposal, objective, adv = jax.vmap(losses)(windows, noise)  # [B]
     weight = jnp.minimum(jnp.exp(args.beta * adv), 20.0)
-    dynamics = jax.vmap(partial(dynamics_loss, args, model, params, stats, world))(windows, noise)
-    proposal = jax.vmap(partial(proposal_loss, args, model, params, stats, world))(windows, noise)
-    objective = jax.vmap(partial(objective_loss, args, model, params, stats))(windows, adv)
     proposal = weight / weight.mean() * proposal
     return {"dynamics": dynamics.mean(), "proposal": proposal.mean(), "objective": objective.mean()}
 
@@ -460,7 +450,7 @@ def init_diffusion(args: Args, model: WorldModel, stats: Stats, key: jax.Array) 
 def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world: World, windows: Windows, noise):
     """One gradient step of each network; the world model gets none. Returns the new state and scalars for the log."""
     B, L, Z = len(windows.z), window_steps(args), model.dynamics.out
-    chex.assert_shape(list(windows), [(B, L + 1, Z), (B, L, model.action_dim), (B, L), (B, L)])
+    chex.assert_shape(list(windows[:4]), [(B, L + 1, Z), (B, L, model.action_dim), (B, L), (B, L)])
 
     def loss(params):
         losses = diffusion_losses(args, model, params, state.stats, world, windows, noise)
@@ -476,13 +466,6 @@ def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world
     return DiffusionState(params, ema, opt, state.stats, state.key, state.updates + 1), info
 
 
-def windows_at(args: Args, data: Recorded, starts: jax.Array) -> Windows:
-    """The windows that start at these entries [B] of `encoded` data. Recorded episodes are whole: none terminates."""
-    rows = starts[:, None] + jnp.arange(window_steps(args) + 1)  # [B, L+1]
-    reward = data.reward[rows[:, 1:]]
-    return Windows(data.obs[rows], data.action[rows[:, 1:]], reward, jnp.zeros_like(reward))
-
-
 def sample_windows(args: Args, model: WorldModel, world: World, replays: world_model.Replays, key) -> Windows:
     """Joint mode: windows drawn uniformly from the replay, with the latent states of the world model as it is now."""
     batch = world_model.sample_long(replays, key, args.diffusion_batch_size, window_steps(args))
@@ -492,8 +475,7 @@ def sample_windows(args: Args, model: WorldModel, world: World, replays: world_m
 
 @partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
 def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data, num_updates: int):
-    """`num_updates` updates on windows drawn uniformly from data (`Recorded`, jointly `Replays`), in one dispatch.
-    Returns the new state and means of scalars."""
+    """`num_updates` updates on windows drawn uniformly from data, `Recorded` or `Replays`; means of their scalars."""
 
     def one(state, _):
         (key, window_key, noise_key), B = jax.random.split(state.key, 3), args.diffusion_batch_size
@@ -503,7 +485,8 @@ def train(args: Args, model: WorldModel, state: DiffusionState, world: World, da
             stats = optax.incremental_update(statistics(args, model, world, windows), state.stats, rate)
             state = state._replace(stats=stats)
         else:
-            windows = windows_at(args, data, data.starts[jax.random.randint(window_key, (B,), 0, len(data.starts))])
+            starts = data.starts[jax.random.randint(window_key, (B,), 0, len(data.starts))]
+            windows = windows_at(data, starts, window_steps(args))
         noise = diffusion_noise(args, model, noise_key, B)
         return diffusion_update(args, model, state._replace(key=key), world, windows, noise)
 
@@ -520,9 +503,10 @@ class Planner(NamedTuple):
     world: World
 
 
-def planner_of(state: DiffusionState, world: World) -> Planner:
-    """The planner with the slow copies."""
-    return Planner(state.ema, state.stats, world)
+def planner_of(state: DiffusionState, world: World, task: int = 0) -> Planner:
+    """The planner with the slow copies, for one of the tasks."""
+    stats, its = part_of(state.stats, world, task)
+    return Planner(state.ema, stats, its if world.emb is None else world_model.without_lacking(its))
 
 
 def propose(args: Args, model: WorldModel, planner: Planner, z, best, first, key) -> jax.Array:
@@ -531,7 +515,7 @@ def propose(args: Args, model: WorldModel, planner: Planner, z, best, first, key
     (nets, stats, world), (rho_key, pi_key), candidates = planner, jax.random.split(key), []
     F, A, N_pi = args.future, model.action_dim, args.num_policy
     if args.num_proposals:
-        apply = partial(make_nets(args, model)["proposal"].apply, nets["proposal"], normalise(stats, z))
+        apply = partial(make_nets(args, model)["proposal"].apply, nets["proposal"], normalise(stats, z), task=world.emb)
         shape, how = (args.num_proposals, F, A), (args.prediction, args.eta, world.mask)
         candidates.append(sample_ddim(jax.vmap(apply, (0, None)), rho_key, shape, args.proposal_steps, 1.0, *how))
     if N_pi:
@@ -557,7 +541,7 @@ def rollout(args: Args, model: WorldModel, planner: Planner, z, actions, key, sc
     if args.rollouts == "onestep":
         future = jax.vmap(partial(follow, model, world, z))(actions)[None, :, (np.arange(F) + 1) * s - 1]
     else:
-        apply = partial(make_nets(args, model)["dynamics"].apply, nets["dynamics"], normalise(stats, z))
+        apply = partial(make_nets(args, model)["dynamics"].apply, nets["dynamics"], normalise(stats, z), task=world.emb)
         chunk = jnp.tile(jax.vmap(lambda a: chunks(args, a, s))(actions), (M, 1, 1))  # [M * N, F, C]
         each = jax.vmap(apply, (0, None, 0, None))
         how = (args.dynamics_steps, LATENT_CLIP, args.prediction, args.eta)
@@ -581,7 +565,7 @@ def score_by_model(args: Args, model: WorldModel, world: World, zs: jax.Array, a
 def score_by_objective(args: Args, model: WorldModel, planner: Planner, zs: jax.Array, actions: jax.Array):
     """J's advantage [N] of futures zs [N, F+1, Z] under actions [N, F, A], in the unit of rewards."""
     apply, stats = make_nets(args, model)["objective"].apply, planner.stats
-    adv = jax.vmap(partial(apply, planner.nets["objective"]))(normalise(stats, zs), actions)
+    adv = jax.vmap(partial(apply, planner.nets["objective"], task=planner.world.emb))(normalise(stats, zs), actions)
     return adv * stats.adv_std + stats.adv_mean
 
 
@@ -613,7 +597,7 @@ def refine(args: Args, model: WorldModel, world: World, z, candidates, key) -> j
         sampled = jnp.clip(mean[:, None] + std[:, None] * jax.random.normal(sample_key, (H, samples, A)), -1, 1)
         actions = jnp.concatenate([best, sampled * world.mask], axis=1)
         eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), world_model.two_heads(model, head_key)
-        values = estimate_value(args, model, world.params, z[None], actions, world.discount, heads, eps)
+        values = world_model.estimate_value(args, model, world.params, z[None], actions, world.discount, heads, eps)
         elite_values, elite_indices = jax.lax.top_k(values, min(args.num_elites, len(values)))
         elites, weights = actions[:, elite_indices], jax.nn.softmax(args.temperature * elite_values)
         mean = jnp.einsum("e,hea->ha", weights, elites)
@@ -659,7 +643,7 @@ def act_by(args: Args, model: WorldModel, planner: Planner, obs, best, first, ke
     args, world, H = dataclasses.replace(args, mpc=args.planner == "mppi"), planner.world, args.horizon
     how, mean = {"explore": explore, "random": random}, best[:, :H]
     action, mean, key = world_model.act(args, model, world.params, obs, mean, first, world.discount, key, **how)
-    return action, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
+    return action * world.mask, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
@@ -705,57 +689,66 @@ def answers(args: Args, model: WorldModel, planner: Planner, windows: Windows, k
 
 
 def setup(args: Args, enter):
-    """Environments to evaluate in, which are to be closed by `enter`, the networks and the discount."""
-    spec, render_mode = environments.task_spec(args.task), "rgb_array" if args.capture_video else None
-    envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), render_mode=render_mode))
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    model = make_model(args, obs_dim, action_dim, args.episodic and spec.can_terminate)
-    return envs, model, jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), jax.devices()[0])
+    """For each task environments to evaluate in, which are to be closed by `enter`, and its discount; the networks."""
+    names, render_mode = task_names(args), "rgb_array" if args.capture_video else None
+    specs, sizes = [*map(environments.task_spec, names)], environments.set_sizes(names) if args.tasks else None
+    make = partial(environments.make_envs, render_mode=render_mode, sizes=sizes)
+    envs = [enter(make([name] if args.tasks else name, args.eval_episodes, (args.seed, 1))) for name in names]
+    (obs_dim,), (action_dim,) = envs[0].single_observation_space.shape, envs[0].single_action_space.shape
+    model = make_model(args, obs_dim, action_dim, args.episodic and specs[0].can_terminate)
+    discounts = [jnp.float32(world_model.discount_of(args, spec.episode_length)) for spec in specs]
+    return envs, model, jax.device_put(discounts, jax.devices()[0])
 
 
 def evaluate_checkpoint(args: Args) -> None:
-    """--evaluate: prints a table of planners, scorers and roll-outs over the same episodes, and what the networks know
-    of held-out ones of --data-dir; writes them to --json."""
-    spec, rows, table = environments.task_spec(args.task), [*table_rows(args)], []
-    with evaluating(spec.episode_length * len(rows)) as (enter, go_on):
-        envs, model, discount = setup(args, enter)
-        checkpoint, known, offline = find_checkpoint(args.checkpoint), {}, args.mode == "offline"
+    """--evaluate: prints for each task a table of planners, scorers and roll-outs over the same episodes, and what the
+    networks know of held-out ones of --data-dir; writes them to --json."""
+    names, offline, checkpoint = task_names(args), args.mode == "offline", find_checkpoint(args.checkpoint)
+    meta, steps = read_meta(checkpoint, "tdmpc2_jax_diffusion"), len([*table_rows(args)])
+    arguments.check_rules((meta["args"].get("tasks") == args.tasks, "--tasks: not those that this agent has learned"))
+    with evaluating(steps * sum(environments.task_spec(name).episode_length for name in names)) as (enter, go_on):
+        envs, model, discounts = setup(args, enter)
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
-        meta = read_meta(checkpoint, "tdmpc2_jax_diffusion")
         found = read_checkpoint(checkpoint, meta, **(like if offline else {"learner": like}))
         found = found if offline else found["learner"]
-        world = found["world"] if offline else world_of(model, found["train"], discount)
-        planner, data = planner_of(found["state"], world), encoded(args, model, world) if args.data_dir else None
-        print_planners()
-        for row in rows:
-            result = evaluate(row, model, planner, envs, (args.seed, 1), go_on)
-            table.append((row, result.returns))
-            print_planners(*table[-1])
-    if data:
-        windows = windows_at(args, data, spread_out(data.held_out, 256))
-        known = measures(answers(args, model, planner, windows, jax.random.key(args.seed)))
-    report_planners(args, spec.name, table, known, result)
+        world = found["world"] if offline else world_of(model, found["train"], discounts[0])
+        data = encoded(args, model, world) if args.data_dir else None
+        planners, key = [planner_of(found["state"], world, i) for i in range(len(names))], jax.random.key(args.seed)
+
+        def known(i: int) -> dict[str, Any]:
+            windows = windows_at(data, of_one(data, data.held_out, i, 256), window_steps(args))
+            return measures(answers(args, model, planners[i], windows, key))
+
+        play_row = lambda row, i: evaluate(row, model, planners[i], envs[i], (args.seed, 1), go_on)  # noqa: E731
+        compare_planners(args, names, play_row, known if data else lambda i: {})
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
 def encoded(args: Args, model: WorldModel, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
-    data, encoder = read_recorded(args.task, args.data_dir, window_steps(args)), world.params["encoder"]
-    encode = jax.jit(lambda obs: jax.lax.map(partial(model.encoder.apply, encoder), obs, batch_size=4096))
-    return data._replace(obs=encode(data.obs))
+    data = read_recorded(task_names(args), args.data_dir, window_steps(args))
+
+    def encode(entry):
+        return model.encoder.apply(world_model.of_task(world, entry[1]).params["encoder"], entry[0])
+
+    return data._replace(obs=jax.jit(partial(jax.lax.map, encode, batch_size=4096))((data.obs, data.task)))
 
 
 def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
     """What a checkpoint holds beside a replay: what a joint run starts with; offline, only the shapes count."""
     S, F, Z = len(scales_of(args)), args.future, model.dynamics.out
     stats = Stats(jnp.zeros(Z), jnp.ones(Z), jnp.zeros((S, F, Z)), jnp.ones((S, F, Z)), jnp.zeros(()), jnp.ones(()))
-    state = init_diffusion(args, model, stats, jax.random.fold_in(jax.random.key(args.seed), 1))
-    found = world_model.fresh_state(args, model) | {"state": state}
+    found = world_model.fresh_state(args, model)
     world = world_of(model, found["train"], jnp.float32(0))
-    return found if args.mode == "joint" else {"world": world, "state": state}
+    if args.tasks:
+        T, task_emb = len(task_names(args)), {"task_emb": jnp.zeros(args.task_dim)}
+        stats = jax.tree.map(lambda x: jnp.stack([x] * T), stats)
+        world = world_model.join([world._replace(params=world.params | task_emb)] * T)
+    state = init_diffusion(args, model, stats, jax.random.fold_in(jax.random.key(args.seed), 1))
+    return (found if args.mode == "joint" else {"world": world}) | {"state": state}
 
 
-def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tuple[World, DiffusionState, Recorded]:
+def start_or_resume(args: Args, model: WorldModel, discounts, keeper: Run) -> tuple[World, DiffusionState, Recorded]:
     """World model and learning state of the run's last checkpoint, or of --world-model and anew; and the recorded
     episodes in the latent states of that model."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -763,29 +756,33 @@ def start_or_resume(args: Args, model: WorldModel, discount, keeper: Run) -> tup
         world, state = (restored[1][name] for name in ("world", "state"))
         return world, state, encoded(args, model, world)
     keeper.count["evaluated"] = 0  # not before the first update
-    agent = load_agent(args.world_model, None, partial(init_params, args, model), *world_model.SCRIPTS, task=args.task)
-    world = jax.device_put(World(agent.params, agent.target_q, jnp.ones(model.action_dim), discount), here)
-    data, number = encoded(args, model, world), min(8192, 2**18 // window_steps(args))
-    stats = statistics(args, model, world, windows_at(args, data, spread_out(data.starts, number)))
+    world = jax.device_put(world_model.load_world(args, model, task_names(args), discounts), here)
+    data, number, each = encoded(args, model, world), min(8192, 2**18 // window_steps(args)), []
+    for task in range(len(discounts)):
+        windows = windows_at(data, of_one(data, data.starts, task, number), window_steps(args))
+        each.append(statistics(args, model, world_model.of_task(world, task), windows))
+    stats = jax.tree.map(lambda *x: jnp.stack(x), *each) if args.tasks else each[0]
     return world, jax.device_put(init_diffusion(args, model, stats, jax.random.key(args.seed)), here), data
 
 
 def run_offline(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
-    spec, burst = environments.task_spec(args.task), 20  # updates per dispatch
+    names, burst = task_names(args), 20  # updates per dispatch
     said = {k: v for k, v in dataclasses.asdict(args).items() if k != "total_timesteps"}  # of the other mode
     free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
-    with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", RETURNS_COLUMNS, "update", free=free) as keeper:
-        envs, model, discount = setup(args, keeper.enter)
-        world, state, data = start_or_resume(args, model, discount, keeper)
+    columns, head = curve_of(names, bool(args.tasks))
+    with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", columns, "update", free=free) as keeper:
+        envs, model, discounts = setup(args, keeper.enter)
+        world, state, data = start_or_resume(args, model, discounts, keeper)
         count, step, info = keeper.count, keeper.count["updates"], {}
-        title = f"{spec.name}: {len(data.obs)} entries, {len(data.starts)} windows to learn from"
-        keeper.begin(title, returns_head(spec), state.params, step, args.num_updates)
+        title = f"{', '.join(names)}: {len(data.obs)} entries, {len(data.starts)} windows to learn from"
+        keeper.begin(title, head, state.params, step, args.num_updates)
         while True:
             # Evaluate and save
             finished, count["updates"] = step >= args.num_updates, step
             if keeper.due(step, count["evaluated"], args.eval_freq, finished):
-                keeper.record_returns(step, spec, partial(evaluate, args, model, planner_of(state, world), envs))
+                each = [partial(evaluate, args, model, planner_of(state, world, i), its) for i, its in enumerate(envs)]
+                record_each(keeper, step, names, each)
             if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
                 keeper.save(step, info, world=world, state=state)
             if finished or keeper.stop:
@@ -810,7 +807,7 @@ def run_jointly(args: Args) -> None:
     arguments.check_replay(dataclasses.replace(args, horizon=window_steps(args)), seed_steps)
     with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_diffusion", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
-        eval_envs, model, discount = setup(args, keeper.enter)
+        (eval_envs,), model, (discount,) = setup(args, keeper.enter)
         learner, replays = keeper.start(learner=partial(fresh, args, model), replay=partial(init_replays, args, model))
         agent, state, key = (learner[name] for name in ("train", "state", "act_key"))
         count, step, every = keeper.count, keeper.count["decisions"] * spec.action_repeat, args.diffusion_every
@@ -869,7 +866,7 @@ def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     arguments.check_bounds(world_model.with_model_size(args))
     several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
-    joint, spec = args.mode == "joint", environments.task_spec(args.task)
+    joint, specs = args.mode == "joint", [*map(environments.task_spec, task_names(args))]
     arguments.check_rules(
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
@@ -879,11 +876,14 @@ def check_args(args: Args) -> None:
         (args.horizon <= args.future, "--horizon must be at most --future"),
         (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
         (args.num_proposals + args.num_policy, "--num-proposals and --num-policy leave no candidate"),
-        (window_steps(args) <= spec.episode_length, f"no episode has {window_steps(args)} steps: --future, --scales"),
-        (not (joint and spec.can_terminate) or args.scales == "1", "--scales 1 alone where episodes can terminate"),
+        (
+            all(window_steps(args) <= spec.episode_length for spec in specs),
+            f"no episode has {window_steps(args)} steps: --future, --scales",
+        ),
+        (not (joint and specs[0].can_terminate) or args.scales == "1", "--scales 1 alone where episodes can terminate"),
     )
-    if args.capture_video:
-        environments.check_rendering(args.task)
+    for spec in specs if args.capture_video else ():
+        environments.check_rendering(spec.name)
 
 
 def main(argv: list[str] | None = None) -> None:

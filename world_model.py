@@ -8,6 +8,7 @@ last few, from `World` on, are not from there.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,8 @@ import numpy as np
 import optax
 
 from arguments import Count, Fraction, Natural, Number, Positive, Several, Share, Weight
+from domains.tasks import TASKS, UserError
+from files.pretrained import load_agent, load_parts
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -591,17 +594,77 @@ def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------ For those who build on it
 class World(NamedTuple):
-    """A world model as it is now, and its task: what plans on it without changing it is given this."""
+    """A world model as it is now, and its task: what plans on it without changing it is given this. One of several
+    tasks (`join`) has a leading axis [T] in all that they do not share."""
 
-    params: dict[str, Any]
+    params: dict[str, Any]  # of the components, and task_emb
     target_q: dict[str, Any]
     mask: jax.Array  # [A] 1 where the task has this action
     discount: jax.Array
+
+    @property
+    def emb(self) -> jax.Array | None:
+        """The task's embedding [E], if it is one of several; the biases of first layers know it already."""
+        return self.params.get("task_emb")
 
 
 def world_of(model: WorldModel, state: TrainState, discount: jax.Array) -> World:
     """The world model of a learning state, on a task that has all its actions."""
     return World(state.params, state.target_q, jnp.ones(model.action_dim), discount)
+
+
+def _differs(path) -> bool:
+    """Whether tasks differ in an array of `World`: in the biases of first layers, into which embeddings are folded, in
+    these, and in all that is no parameter."""
+    if path[0].name not in ("params", "target_q"):
+        return True
+    return path[1].key == "task_emb" or [key.key for key in path[-2:]] == ["linear_0", "bias"]
+
+
+def join(worlds: Sequence[World]) -> World:
+    """The world model of several tasks, from what it is for each of them."""
+    stack = lambda path, *leaves: jnp.stack(leaves) if _differs(path) else leaves[0]  # noqa: E731
+    return jax.tree_util.tree_map_with_path(stack, *worlds)
+
+
+def of_task(world: World, task) -> World:
+    """What a world model of several tasks is for one, by its index; that of an only task as it is."""
+    if world.emb is None:
+        return world
+    return jax.tree_util.tree_map_with_path(lambda path, x: x[task] if _differs(path) else x, world)
+
+
+def without_lacking(world: World) -> World:
+    """The same for one task, with actions that the task lacks made ineffective: samples of MPPI have them."""
+
+    def cut(component):
+        layers = component["params"]
+        kernel = layers["linear_0"]["kernel"]  # its last rows are those of the actions
+        rows = jnp.ones(kernel.shape[-2]).at[-len(world.mask) :].set(world.mask)
+        return {"params": layers | {"linear_0": layers["linear_0"] | {"kernel": kernel * rows[:, None]}}}
+
+    params = {name: cut(world.params[name]) for name in ("dynamics", "reward", "q")}
+    return world._replace(params=world.params | params, target_q=cut(world.target_q))
+
+
+def load_world(args: Args, model: WorldModel, tasks: Sequence[str], discounts) -> World:
+    """The world model that args.world_model names, for a single task (of an agent of many its part) or, with
+    args.tasks, for these.
+
+    Raises:
+        UserError: as `files.pretrained.load_agent` and `load_parts`.
+    """
+    init, path = partial(init_params, args, model), args.world_model
+    if not args.tasks:
+        agent = load_agent(path, None, init, *SCRIPTS, task=tasks[0])
+        return World(agent.params, agent.target_q, jnp.ones(model.action_dim), discounts[0])
+    parts, worlds = load_parts(path, tasks, init, *SCRIPTS), []
+    if parts[0][1].shape != (args.task_dim,):
+        raise UserError(f"{path} does not fit: it has --task-dim {len(parts[0][1])}")
+    for task, discount, (agent, emb) in zip(tasks, discounts, parts, strict=True):
+        mask = jnp.float32(np.arange(model.action_dim) < TASKS[task].action_size)
+        worlds.append(World(agent.params | {"task_emb": jnp.asarray(emb)}, agent.target_q, mask, discount))
+    return join(worlds)
 
 
 def follow(model: WorldModel, world: World, z: jax.Array, actions: jax.Array) -> jax.Array:

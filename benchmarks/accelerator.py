@@ -153,9 +153,8 @@ def diffusion(turn, args: Args, preset: str) -> dict[str, float]:
         rng.uniform(-1, 1, (entries, ACTION)),
     )
     starts = np.arange(entries - its.future)
-    data = jax.tree.map(
-        jnp.asarray, Recorded(z, action.astype(np.float32), np.ones(entries, np.float32), starts, starts)
-    )
+    reward, task = np.ones(entries, np.float32), np.zeros(entries, np.int32)
+    data = jax.tree.map(jnp.asarray, Recorded(z, action.astype(np.float32), reward, task, starts, starts))
     planner = jax.tree.map(jnp.copy, td.planner_of(held["state"], world))
     obs, best, first = jnp.ones((1, OBS)), jnp.zeros((1, its.future, ACTION)), jnp.zeros(1, bool)
 

@@ -31,6 +31,7 @@ import envs as environments
 import tdmpc2_jax_diffusion as td
 from benchmarks.speed import UNIT, count_products, interleave, products_alone, square_product, total_gflop
 from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
+from files.recorded import spread_out, windows_at
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # flags of --evaluate
@@ -94,7 +95,7 @@ def load(checkpoint: str):
 def imagined(checkpoint: str, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Rewards [B, F] and values [B, F+1] that the world model's heads see in held-out futures: true, p_d's, d's."""
     args, model, planner, _, data = load(checkpoint)
-    windows = td.windows_at(args, data, td.spread_out(data.held_out, number))
+    windows = windows_at(data, spread_out(data.held_out, number), td.window_steps(args))
     futures = td.answers(args, model, planner, windows, jax.random.key(0))["futures"]["1"]
     decoded = {}
     for name in ("true", "p_d", "d"):

@@ -1,13 +1,13 @@
-"""Recorded episodes of one task in a device's memory, some held out; what is known of these; tables of planners.
+"""Recorded episodes in a device's memory, some held out; what is known of these; tables of planners.
 
-recorded = read_recorded("walker-walk", "data", steps=8)     # windows of 9 entries lie within one episode each
+recorded = read_recorded(["walker-walk"], "data", steps=8)   # windows of 9 entries lie within one episode each
 print_measures(measures(answers))                            # of networks, on windows that they have not seen
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,45 +27,77 @@ class Recorded(NamedTuple):
     obs: jax.Array  # [entries, O]
     action: jax.Array  # [entries, A]
     reward: jax.Array  # [entries]
+    task: jax.Array  # [entries] index of the task
     starts: jax.Array  # [W] entries at which windows to learn from start
     held_out: jax.Array  # [V] and those at which windows of the other episodes start
 
 
-def window_starts(lengths: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Entries at which windows of steps + 1 entries start, in episodes of these lengths, one after the other: those to
-    learn from, and those of every tenth episode, or of the middle one of fewer, which are held out.
+class Windows(NamedTuple):
+    """B windows of L+1 consecutive entries; action[j] and reward[j] lead from z[j] to z[j+1]. Functions of a single
+    window take it without B."""
+
+    z: jax.Array  # [B, L+1, Z] observations, or the latent states that were made of them
+    action: jax.Array  # [B, L, A]
+    reward: jax.Array  # [B, L]
+    terminated: jax.Array  # [B, L]
+    task: jax.Array | None = None  # [B] index of the task, where there are several
+
+
+def window_starts(lengths: np.ndarray, steps: int, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entries at which windows of steps + 1 entries start, in episodes of these lengths and tasks, one after the other:
+    those to learn from, and those of every tenth episode of a task, or of the middle one of fewer, which are held out.
 
     Raises:
-        UserError: there are not both.
+        UserError: there are not both, of each task.
     """
-    count, firsts = len(lengths), np.cumsum(lengths) - lengths
-    held = np.arange(count) % 10 == min(5, count // 2)
+    firsts, held = np.cumsum(lengths) - lengths, np.zeros(len(lengths), bool)
     inside = [np.arange(first, first + max(length - steps, 0)) for first, length in zip(firsts, lengths, strict=True)]
+    for task in np.unique(tasks):
+        its = np.flatnonzero(tasks == task)
+        held[its] = np.arange(len(its)) % 10 == min(5, len(its) // 2)
+        windows = np.array([len(inside[i]) for i in its])
+        if not windows[held[its]].sum() or not windows[~held[its]].sum():
+            entries = f"{len(its)} episode(s) of at most {max(lengths[its])} entries"
+            raise UserError(f"{entries} are too few: two or more with windows of {steps + 1} entries are needed")
     starts, held_out = (np.concatenate([*itertools.compress(inside, some), []]).astype(int) for some in (~held, held))
-    if not len(starts) or not len(held_out):
-        entries = f"{count} episode(s) of at most {max(lengths)} entries"
-        raise UserError(f"{entries} are too few: two or more with windows of {steps + 1} entries are needed")
     return starts, held_out
 
 
-def read_recorded(task: str, data_dir: str, steps: int) -> Recorded:
-    """The task's episodes, as tdmpc2_jax.py --save-episodes leaves them, on the first device.
+def read_recorded(tasks: Sequence[str], data_dir: str, steps: int) -> Recorded:
+    """Episodes of these tasks, in the sizes of the largest, as tdmpc2_jax.py --save-episodes leaves them or as
+    `load_dataset` finds them, on the first device.
 
     Raises:
-        UserError: there are none, they are damaged or of another task, or too few for windows of steps + 1 entries.
+        UserError: there are none, they are damaged or of other tasks, or too few for windows of steps + 1 entries.
     """
-    data = load_dataset([task_spec(task).name], data_dir)
+    data = load_dataset(tasks, data_dir)
     data.check_files()
-    lengths = np.concatenate([[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks])
-    starts = window_starts(lengths, steps)
-    entries = data.read(0, data.num_entries)
+    entries, lengths = data.read(0, data.num_entries), [[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks]
+    lengths, absent = np.concatenate(lengths), {*range(len(tasks))} - {*np.unique(entries["task"]).tolist()}
+    if absent:
+        raise UserError(f"{data_dir} holds no episodes of {tasks[min(absent)]}")
+    starts = window_starts(lengths, steps, entries["task"][np.cumsum(lengths) - lengths])
     arrays = [jnp.asarray(entries[name], jnp.float32) for name in ("obs", "action", "reward")]
-    return jax.device_put(Recorded(*arrays, *map(jnp.asarray, starts)), jax.devices()[0])
+    arrays = [*arrays, jnp.asarray(entries["task"], jnp.int32), *map(jnp.asarray, starts)]
+    return jax.device_put(Recorded(*arrays), jax.devices()[0])
+
+
+def of_one(recorded: Recorded, starts: jax.Array, task: int, number: int) -> jax.Array:
+    """At most so many of the windows that start there and are of this task, evenly spread."""
+    return spread_out(starts[recorded.task[starts] == task], number)
 
 
 def spread_out(starts: jax.Array, number: int) -> jax.Array:
     """At most so many of them, evenly spread."""
     return starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)]
+
+
+def windows_at(recorded: Recorded, starts: jax.Array, steps: int) -> Windows:
+    """The windows of steps + 1 entries that start at these [B]. Recorded episodes are whole: none terminates."""
+    rows = starts[:, None] + jnp.arange(steps + 1)  # [B, L+1]
+    reward = recorded.reward[rows[:, 1:]]
+    action, ended = recorded.action[rows[:, 1:]], jnp.zeros_like(reward)
+    return Windows(recorded.obs[rows], action, reward, ended, recorded.task[starts])
 
 
 # ---------------------------------------------------------------------------------------------------------- Measures
@@ -135,24 +167,34 @@ def table_rows(args: Any) -> Iterator[Any]:
             yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
 
 
-def print_planners(row: Any = None, returns: np.ndarray | None = None) -> None:
-    """Prints the table's head or, given the arguments of a row and its returns [E], that row."""
-    if row is None:
-        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}")
-    else:
-        mean, std = returns.mean(), returns.std()
-        print(f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}{mean:>8.1f} {std:>8.1f}", flush=True)
-
-
-def report_planners(
-    args: Any, task: str, rows: list[tuple[Any, np.ndarray]], known: dict[str, Any], last: Evaluation
+def compare_planners(
+    args: Any, tasks: Sequence[str], evaluate: Callable[[Any, int], Evaluation], know: Callable[[int], dict[str, Any]]
 ) -> None:
-    """Prints what networks know (`measures`; or nothing); writes it and the rows of the table, pairs of arguments and
-    returns, to --json, and the film of the last row; args has the fields checkpoint, json and seed."""
-    if known:
-        print_measures(known)
+    """What --evaluate leaves: for each task a table of planners, scorers and roll-outs, and what the networks know;
+    all of it in --json, and films of the last rows. args has the fields of `HOW`, checkpoint, json and seed.
+
+    Args:
+        evaluate: called with the arguments of a row and a task's index.
+        know: called with a task's index; returns what `measures` does, or nothing.
+    """
+    parts = []
+    for i, task in enumerate(tasks):
+        spec, table = task_spec(task), []
+        print(f"\n{task}\n" if len(tasks) > 1 else "", end="")
+        rate = f"{'success':>9}" * spec.success
+        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}{rate}", flush=True)
+        for row in table_rows(args):
+            returns, successes, frames, fps = evaluate(row, i)
+            rate = f"{successes.mean():>9.2f}" * spec.success
+            how = f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}"
+            print(f"{how}{returns.mean():>8.1f} {returns.std():>8.1f}{rate}", flush=True)
+            table.append({name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()})
+            table[-1] |= {"successes": successes.tolist()} if spec.success else {}
+        if known := know(i):
+            print_measures(known)
+        parts.append({"task": task, "table": table, "held_out": known})
+        report_video(args.checkpoint, frames, fps, task if len(tasks) > 1 else "")
     if args.json:
-        table = [{name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()} for row, returns in rows]
-        results = {"task": task, "checkpoint": args.checkpoint, "seed": args.seed, "table": table, "held_out": known}
+        parts = parts[0] if len(tasks) == 1 else {"tasks": parts}
+        results = {"checkpoint": args.checkpoint, "seed": args.seed} | parts
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
-    report_video(args.checkpoint, last.frames, last.fps)

@@ -1,9 +1,10 @@
 """What evaluations leave: a printed table, a JSON file, a film."""
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,12 +80,14 @@ def report_returns(args: Any, spec: TaskSpec, result: Evaluation) -> None:
     report_video(args.checkpoint, result.frames, result.fps)
 
 
-def report_video(checkpoint: str, frames: list[np.ndarray], fps: int) -> None:
-    """Writes the film of --evaluate, if there is one, to the folder of the run (or beside the .pt) and prints where."""
+def report_video(checkpoint: str, frames: list[np.ndarray], fps: int, task: str = "") -> None:
+    """Writes the film of --evaluate, if there is one, to the folder of the run (or beside the .pt) and prints where;
+    `task` is for its name, where each of several has one."""
     if frames:
         path = Path(checkpoint)  # a file, a run's folder, its checkpoints/ or one of these
         runs = [folder for folder in (path, *path.parents) if (folder / "args.json").exists()]
-        film = runs[0] / "videos" / "evaluate.mp4" if runs else path.parent / f"{path.stem}-evaluate.mp4"
+        name = f"evaluate{f'-{task}' if task else ''}.mp4"
+        film = runs[0] / "videos" / name if runs else path.parent / f"{path.stem}-{name}"
         write_video(film, frames, fps)
         print(f"film: {film}")
 
@@ -116,6 +119,9 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- Several tasks
+SCORES_COLUMNS = ("step", "task", "reward", "success", "seed")  # of eval.csv, where a run is of several tasks
+
+
 class SetEvaluation(NamedTuple):
     """E episodes of each of T tasks."""
 
@@ -172,6 +178,32 @@ def report_scores(args: Any, result: SetEvaluation) -> None:
     if args.json:
         results |= {"checkpoint": args.checkpoint, "mpc": args.mpc, "seed": args.seed}
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+
+
+def curve_of(tasks: Sequence[str], several: bool) -> tuple[tuple[str, ...], str]:
+    """Columns of eval.csv and head of the printed table, of a run of one task or of several."""
+    if several:
+        return SCORES_COLUMNS, f"{'update':>10} {'minutes':>8}  result"
+    return RETURNS_COLUMNS, returns_head(task_spec(tasks[0]))
+
+
+def record_each(
+    run: Any, step: int, tasks: Sequence[str], evaluate: Sequence[Callable[..., Evaluation | None]]
+) -> None:
+    """`record_scores` of what these functions, one for each task, return for (seed=..., go_on=...), called one after
+    the other; nothing if a signal comes before the last has ended. `Run.record_returns` where the run is of one task.
+    """
+    if "task" not in run.columns:
+        return run.record_returns(step, task_spec(tasks[0]), evaluate[0])
+    minutes, results, seed = run.seconds() / 60, [], (run.args["seed"], 1, step)
+    with run.aside(f"evaluating at step {step}", sum(task_spec(task).episode_length for task in tasks)) as go_on:
+        for play_task in evaluate:
+            results.append(play_task(seed=seed, go_on=go_on))
+            if results[-1] is None:
+                return
+    returns, successes, films, _ = zip(*results, strict=True)
+    frames = [grid(pictures) for pictures in itertools.zip_longest(*films)]
+    record_scores(run, step, minutes, SetEvaluation(tuple(tasks), np.stack(returns), np.stack(successes), frames))
 
 
 def record_scores(run: Any, step: int, minutes: float, result: SetEvaluation) -> None:

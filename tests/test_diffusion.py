@@ -232,11 +232,11 @@ def recorded(tmp_path_factory):
     """Episodes as they are read, with observations where latent states will be."""
     folder = tmp_path_factory.mktemp("recorded")
     write_dataset(folder, make_dataset())
-    return read_recorded("cartpole-swingup", folder, F)
+    return read_recorded(["cartpole-swingup"], folder, F)
 
 
 def test_actions_and_rewards_of_a_window_lead_from_one_latent_state_to_the_next(recorded):
-    windows = td.windows_at(changed(scales="1"), recorded, recorded.starts)
+    windows = td.windows_at(recorded, recorded.starts, F)
     assert all(np.isfinite(x).all() for x in windows), "filler is never read"
     obs, action, reward = windows.z, windows.action, windows.reward
     assert obs.shape[1:] == (F + 1, 5) and action.shape[1:] == (F, 1)
@@ -255,9 +255,10 @@ def test_latent_states_are_those_of_the_observations(recorded, made, monkeypatch
 def test_every_tenth_episode_is_held_out(recorded):
     episodes = [{*np.asarray(recorded.obs[starts, 4])} for starts in (recorded.starts, recorded.held_out)]
     assert episodes == [{*range(12)} - {5}, {5}]
-    lengths = np.full(31, 20)
-    assert {*(window_starts(lengths, F)[1] // 20)} == {5, 15, 25}
-    assert {*(window_starts(lengths[:2], F)[1] // 20)} == {1}
+    lengths, task = np.full(31, 20), np.zeros(31, int)
+    assert {*(window_starts(lengths, F, task)[1] // 20)} == {5, 15, 25}
+    assert {*(window_starts(lengths[:2], F, task[:2])[1] // 20)} == {1}
+    assert {*(window_starts(lengths, F, np.arange(31) % 3)[1] // 20)} == {15, 16, 17}, "of each task every tenth"
     few = spread_out(recorded.starts, 50)
     assert len(few) == 50 and {*np.asarray(recorded.obs[few, 4])} == episodes[0]
     assert len(spread_out(recorded.starts, 10_000)) == len(recorded.starts)
@@ -274,7 +275,7 @@ def test_what_is_left_open_and_put_back_is_the_true_future(made, anchor, monkeyp
         x0 = (rest - stats.mu[scale]) / stats.sigma[scale]
         abar = jnp.asarray(td.signal_powers(), jnp.float32)
         window = jax.tree.map(lambda x: x[0], windows)
-        oracle = lambda self, params, now, x, k, *condition: answer_of("v", x0[0], x, abar[k.astype(int)])  # noqa: E731, B023
+        oracle = lambda self, params, now, x, k, *condition, task: answer_of("v", x0[0], x, abar[k.astype(int)])  # noqa: E731, B023
         monkeypatch.setattr(td.Denoiser, "apply", oracle)
         monkeypatch.setattr(td, "LATENT_CLIP", 1e6)
         planner = td.Planner({"dynamics": None}, stats, world)
@@ -449,8 +450,11 @@ def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays(made)
     windows = make_windows(16, steps=F)
     rows = jnp.arange(16) * (F + 1)
     filler = lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)).reshape(-1, *x.shape[2:])  # noqa: E731
-    data = td.Recorded(windows.z.reshape(-1, Z), filler(windows.action), filler(windows.reward), rows, rows)
-    np.testing.assert_array_equal(td.windows_at(args, data, rows).action, windows.action)
+    reward = filler(windows.reward)
+    data = td.Recorded(
+        windows.z.reshape(-1, Z), filler(windows.action), reward, jnp.zeros(len(reward), int), rows, rows
+    )
+    np.testing.assert_array_equal(td.windows_at(data, rows, F).action, windows.action)
     before = jax.tree.map(np.array, planner.world)
     stats = td.statistics(args, MODEL, planner.world, windows)
     state = td.init_diffusion(args, MODEL, stats, jax.random.key(0))
@@ -551,7 +555,7 @@ def test_refinement_improves_on_the_value_of_where_it_starts(made):
     args, world, heads = changed(refine_iterations=4, mppi_min_std=0.5), planner.world, jnp.array([0, 1])
 
     def worth(mean):
-        return static(td.estimate_value)(
+        return static(td.world_model.estimate_value)(
             args, MODEL, world.params, z[None], mean[:, None], world.discount, heads, jnp.zeros((1, A))
         )
 
