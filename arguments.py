@@ -152,7 +152,12 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
     quantize, world_model = getattr(args, "quantize", None), getattr(args, "world_model", None)
     its_own = {*names[: names.index("exp_name")]} - ({"data_dir"} if quantize else set())
     if world_model and not args.evaluate:  # whose task says which run --resume means
-        record = read_record(world_model, "tdmpc2_jax", "tdmpc2_jax_mt")["args"]
+        record = read_record(world_model, "tdmpc2_jax", "tdmpc2_jax_mt")
+        known, record = record.get("tasks", ()), record["args"]
+        unknown = [name for name in (task_names(args) if args.tasks else ()) if known and name not in known]
+        check_rules(
+            (not unknown, f"{world_model} was not trained on {', '.join(unknown)}: it knows {', '.join(known)}")
+        )
         made = itertools.takewhile(lambda item: item[0] != "exp_name", record.items())
         record = {name: value for name, value in made if name in its_own - {"tasks"}}
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)

@@ -44,7 +44,7 @@ from world_model import World, WorldModel, follow, init_replays, make_model, pol
 @dataclasses.dataclass(frozen=True)
 class Args(world_model.Args):
     task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
-    tasks: str | None = None  # or several, offline: mt30, mt80 or names with commas; the world model knows them all
+    tasks: str | None = None  # or several, offline: mt30, mt80 or names with commas, in the order of the dataset's ids
     task_dim: Natural = 0  # with --tasks: size E of the task embedding; where --world-model is a run, that of the run
     mode: Literal["offline", "joint"] = "offline"  # for a finished world model, from episodes; or online, with one
     data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
@@ -90,7 +90,7 @@ class Args(world_model.Args):
     seed: Natural = 1  # of the parameters, the environments and every random draw
     total_timesteps: Count = 4_000_000  # joint: length of the run in simulator steps (decisions x action repeat)
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
-    world_model: str | None = None  # a run (its task and arguments are taken) or a .pt; of many tasks: --task's part
+    world_model: str | None = None  # a run (its task and arguments are taken) or a .pt; of many tasks: the parts named
     checkpoint: str | None = None  # with --evaluate: the run to evaluate
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table and exit
     json: NewFile | None = None  # with --evaluate: write the results to this file
@@ -112,7 +112,7 @@ PRESETS = {
 }
 FREQUENCIES = {"offline": (1_000, 500, 100), "joint": (100_000, 100_000, 2_000)}
 ONLINE = {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING}
-OTHERS = {"offline": {*ONLINE, "mpc"}, "joint": {"world_model", "data_dir", "num_updates", "mpc", "tasks"}}  # useless
+OTHERS = {"offline": {*ONLINE, "mpc"}, "joint": {"world_model", "data_dir", "num_updates", "mpc", "tasks"}}  # of no use
 
 
 def with_preset(args: Args) -> Args:
@@ -705,7 +705,7 @@ def evaluate_checkpoint(args: Args) -> None:
     networks know of held-out ones of --data-dir; writes them to --json."""
     names, offline, checkpoint = task_names(args), args.mode == "offline", find_checkpoint(args.checkpoint)
     meta, steps = read_meta(checkpoint, "tdmpc2_jax_diffusion"), len([*table_rows(args)])
-    arguments.check_rules((meta["args"].get("tasks") == args.tasks, "--tasks: not those that this agent has learned"))
+    arguments.check_rules((meta["args"].get("tasks") == args.tasks, f"--tasks must be {meta['args'].get('tasks')}"))
     with evaluating(steps * sum(environments.task_spec(name).episode_length for name in names)) as (enter, go_on):
         envs, model, discounts = setup(args, enter)
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
@@ -717,7 +717,7 @@ def evaluate_checkpoint(args: Args) -> None:
 
         def known(i: int) -> dict[str, Any]:
             windows = windows_at(data, of_one(data, data.held_out, i, 256), window_steps(args))
-            return measures(answers(args, model, planners[i], windows, key))
+            return measures(answers(args, model, planners[i], windows, key), int(planners[i].world.mask.sum()))
 
         play_row = lambda row, i: evaluate(row, model, planners[i], envs[i], (args.seed, 1), go_on)  # noqa: E731
         compare_planners(args, names, play_row, known if data else lambda i: {})
@@ -741,9 +741,8 @@ def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
     found = world_model.fresh_state(args, model)
     world = world_of(model, found["train"], jnp.float32(0))
     if args.tasks:
-        T, task_emb = len(task_names(args)), {"task_emb": jnp.zeros(args.task_dim)}
-        stats = jax.tree.map(lambda x: jnp.stack([x] * T), stats)
-        world = world_model.join([world._replace(params=world.params | task_emb)] * T)
+        stats = jax.tree.map(lambda x: jnp.stack([x] * len(task_names(args))), stats)
+        world = world_model.join([world.told(jnp.zeros(args.task_dim))] * len(task_names(args)))
     state = init_diffusion(args, model, stats, jax.random.fold_in(jax.random.key(args.seed), 1))
     return (found if args.mode == "joint" else {"world": world}) | {"state": state}
 
@@ -867,19 +866,18 @@ def check_args(args: Args) -> None:
     arguments.check_bounds(world_model.with_model_size(args))
     several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
     joint, specs = args.mode == "joint", [*map(environments.task_spec, task_names(args))]
+    shortest = min(spec.episode_length for spec in specs)
     arguments.check_rules(
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
         (args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
+        (args.task_dim or not args.tasks, "--tasks needs an agent of many tasks and, if it is a .pt, its --task-dim"),
         (args.evaluate or not several, f"several names for {' and '.join(several)} go with --evaluate"),
         (args.width % (2 * args.heads) == 0, "--width must be a multiple of twice --heads"),
         (args.horizon <= args.future, "--horizon must be at most --future"),
         (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
         (args.num_proposals + args.num_policy, "--num-proposals and --num-policy leave no candidate"),
-        (
-            all(window_steps(args) <= spec.episode_length for spec in specs),
-            f"no episode has {window_steps(args)} steps: --future, --scales",
-        ),
+        (window_steps(args) <= shortest, f"no episode has {window_steps(args)} steps: --future, --scales"),
         (not (joint and specs[0].can_terminate) or args.scales == "1", "--scales 1 alone where episodes can terminate"),
     )
     for spec in specs if args.capture_video else ():
@@ -889,7 +887,8 @@ def check_args(args: Args) -> None:
 def main(argv: list[str] | None = None) -> None:
     with arguments.one_sentence():
         args = with_preset(arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion"))
-        arguments.check_named(argv, set() if args.evaluate else OTHERS[args.mode], args.mode)
+        useless = {"task"} if args.tasks else {"task_dim"}
+        arguments.check_named(argv, useless | (set() if args.evaluate else OTHERS[args.mode]), args.mode)
         check_args(args)
         use_compile_cache(args.compile_cache)
         evaluate_checkpoint(args) if args.evaluate else {"offline": run_offline, "joint": run_jointly}[args.mode](args)

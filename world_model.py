@@ -607,6 +607,10 @@ class World(NamedTuple):
         """The task's embedding [E], if it is one of several; the biases of first layers know it already."""
         return self.params.get("task_emb")
 
+    def told(self, emb: jax.Array) -> "World":
+        """The same, with this embedding."""
+        return self._replace(params=self.params | {"task_emb": emb})
+
 
 def world_of(model: WorldModel, state: TrainState, discount: jax.Array) -> World:
     """The world model of a learning state, on a task that has all its actions."""
@@ -658,12 +662,14 @@ def load_world(args: Args, model: WorldModel, tasks: Sequence[str], discounts) -
     if not args.tasks:
         agent = load_agent(path, None, init, *SCRIPTS, task=tasks[0])
         return World(agent.params, agent.target_q, jnp.ones(model.action_dim), discounts[0])
-    parts, worlds = load_parts(path, tasks, init, *SCRIPTS), []
-    if parts[0][1].shape != (args.task_dim,):
-        raise UserError(f"{path} does not fit: it has --task-dim {len(parts[0][1])}")
+    worlds, parts = [], load_parts(path, tasks, init, *SCRIPTS)
     for task, discount, (agent, emb) in zip(tasks, discounts, parts, strict=True):
+        if emb.shape != (args.task_dim,):
+            raise UserError(f"{path} does not fit: it has --task-dim {len(emb)}")
         mask = jnp.float32(np.arange(model.action_dim) < TASKS[task].action_size)
-        worlds.append(World(agent.params | {"task_emb": jnp.asarray(emb)}, agent.target_q, mask, discount))
+        world = World(agent.params, agent.target_q, mask, discount).told(jnp.asarray(emb))
+        shared = lambda path, own, first: own if _differs(path) else first  # noqa: E731
+        worlds.append(jax.tree_util.tree_map_with_path(shared, world, worlds[0] if worlds else world))
     return join(worlds)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,7 +344,7 @@ def load_agent(
 
 def load_parts(
     path: str, tasks: Sequence[str], init: Callable[[jax.Array], Params], *scripts: str
-) -> list[tuple[Agent, np.ndarray]]:
+) -> Iterator[tuple[Agent, np.ndarray]]:
     """What a multi-task agent is for each of these tasks (`fold_agent`), compared, and the task's embedding [E]; the
     arguments and what is refused are as in `load_agent`, an agent of one task, too."""
     agent, like = _read(path, "state", scripts), jax.eval_shape(init, jax.random.key(0))
@@ -354,14 +354,13 @@ def load_parts(
         raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
     agent = agent._replace(tasks=agent.tasks or tuple(tasks))
     inputs, outputs = (like[name]["params"] for name in ("encoder", "pi"))
-    sizes, parts = (inputs["linear_0"]["kernel"].shape[0], outputs["linear_2"]["bias"].shape[0] // 2), []
+    sizes = inputs["linear_0"]["kernel"].shape[0], outputs["linear_2"]["bias"].shape[0] // 2
     for task in tasks:
         part = fold_agent(agent, task, *sizes, path)
         part.params.pop("termination", None)
         check_shapes(part.params, like, path, "these tasks and sizes")
         emb = np.asarray(agent.task_emb[agent.tasks.index(task)])
-        parts.append((part, emb / max(1.0, np.linalg.norm(emb))))
-    return parts
+        yield part, emb / max(1.0, np.linalg.norm(emb))
 
 
 def load_multitask(path: str, named: Sequence[str], *scripts: str, parts: Sequence[str] = ()) -> Agent:

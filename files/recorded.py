@@ -43,7 +43,9 @@ class Windows(NamedTuple):
     task: jax.Array | None = None  # [B] index of the task, where there are several
 
 
-def window_starts(lengths: np.ndarray, steps: int, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def window_starts(
+    lengths: np.ndarray, steps: int, tasks: np.ndarray, names: Sequence[str] = ("",)
+) -> tuple[np.ndarray, np.ndarray]:
     """Entries at which windows of steps + 1 entries start, in episodes of these lengths and tasks, one after the other:
     those to learn from, and those of every tenth episode of a task, or of the middle one of fewer, which are held out.
 
@@ -57,8 +59,9 @@ def window_starts(lengths: np.ndarray, steps: int, tasks: np.ndarray) -> tuple[n
         held[its] = np.arange(len(its)) % 10 == min(5, len(its) // 2)
         windows = np.array([len(inside[i]) for i in its])
         if not windows[held[its]].sum() or not windows[~held[its]].sum():
+            where = f"{names[task]}: " * (len(names) > 1)
             entries = f"{len(its)} episode(s) of at most {max(lengths[its])} entries"
-            raise UserError(f"{entries} are too few: two or more with windows of {steps + 1} entries are needed")
+            raise UserError(f"{where}{entries} are too few: two or more with windows of {steps + 1} entries are needed")
     starts, held_out = (np.concatenate([*itertools.compress(inside, some), []]).astype(int) for some in (~held, held))
     return starts, held_out
 
@@ -76,7 +79,7 @@ def read_recorded(tasks: Sequence[str], data_dir: str, steps: int) -> Recorded:
     lengths, absent = np.concatenate(lengths), {*range(len(tasks))} - {*np.unique(entries["task"]).tolist()}
     if absent:
         raise UserError(f"{data_dir} holds no episodes of {tasks[min(absent)]}")
-    starts = window_starts(lengths, steps, entries["task"][np.cumsum(lengths) - lengths])
+    starts = window_starts(lengths, steps, entries["task"][np.cumsum(lengths) - lengths], tasks)
     arrays = [jnp.asarray(entries[name], jnp.float32) for name in ("obs", "action", "reward")]
     arrays = [*arrays, jnp.asarray(entries["task"], jnp.int32), *map(jnp.asarray, starts)]
     return jax.device_put(Recorded(*arrays), jax.devices()[0])
@@ -121,12 +124,13 @@ def variety(actions: np.ndarray) -> dict[str, float]:
     return {"std": float(centred.std()), "correlation": float(lag_1)}
 
 
-def measures(answers: dict[str, Any]) -> dict[str, Any]:
+def measures(answers: dict[str, Any], action_size: int | None = None) -> dict[str, Any]:
     """What networks know of held-out windows.
 
     Args:
         answers: arrays; "futures": for each scale {"true": [B, F, Z], name: [B, F, Z]}; "advantages": {"true": [B],
             name: [B]}; "actions": {name: [B, F, A]}.
+        action_size: of the task, if A is that of a larger one.
 
     Returns:
         {"nmse": {scale: {name: [F]}}, "advantages": {name: {r2, spearman}}, "actions": {name: {std, correlation}}}.
@@ -135,7 +139,8 @@ def measures(answers: dict[str, Any]) -> dict[str, Any]:
     futures, advantages = answers["futures"], answers["advantages"]
     errors = {scale: {k: nmse(x, of["true"]) for k, x in of.items() if k != "true"} for scale, of in futures.items()}
     agreements = {k: agreement(x, advantages["true"]) for k, x in advantages.items() if k != "true"}
-    return {"nmse": errors, "advantages": agreements, "actions": {k: variety(x) for k, x in answers["actions"].items()}}
+    varieties = {name: variety(actions[..., :action_size]) for name, actions in answers["actions"].items()}
+    return {"nmse": errors, "advantages": agreements, "actions": varieties}
 
 
 def print_measures(found: dict[str, Any]) -> None:

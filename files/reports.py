@@ -1,7 +1,6 @@
 """What evaluations leave: a printed table, a JSON file, a film."""
 
 import contextlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -202,7 +201,9 @@ def record_each(
             if results[-1] is None:
                 return
     returns, successes, films, _ = zip(*results, strict=True)
-    frames = [grid(pictures) for pictures in itertools.zip_longest(*films)]
+    longest = max(map(len, films))  # what has ended stands still
+    films = [film + film[-1:] * (longest - len(film)) for film in films]
+    frames = [grid(pictures) for pictures in zip(*films, strict=True)]
     record_scores(run, step, minutes, SetEvaluation(tuple(tasks), np.stack(returns), np.stack(successes), frames))
 
 

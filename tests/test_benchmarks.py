@@ -195,6 +195,14 @@ def test_a_suites_curves_are_those_of_its_runs_one_seed_below_the_other(tmp_path
     assert list(args.curves.iterdir()) == [curve], "what has not begun has no curve"
 
 
+def test_runs_of_other_settings_have_folders_of_their_own():
+    args, settings = learning.Args("cpu"), {}
+    for flags, rows in learning.SUITES.values():
+        for row in rows:
+            folder = learning.folder_of(args, row, 1)
+            assert settings.setdefault(folder, (flags, row.flags)) == (flags, row.flags), folder
+
+
 def test_reward_errors_are_those_of_the_entries_after_the_first_of_each_episode(tmp_path, monkeypatch):
     tasks = ("cartpole-balance", "pendulum-swingup")
     for i, task in enumerate(tasks):

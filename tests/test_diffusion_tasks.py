@@ -1,9 +1,11 @@
 """Latent diffusion MPC on several tasks: the parts of a multi-task agent, mixed windows, masks, runs of all tasks."""
 
+import contextlib
 import csv
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ import tdmpc2_jax_mt as mt
 import world_model
 from domains.tasks import TASKS
 from files.checkpoints import write_checkpoint
+from files.recorded import measures
+from files.reports import Evaluation, record_each
 
 SCRIPT = td
 TASK_NAMES = ("cartpole-swingup", "cup-catch", "pendulum-spin")  # of 5, 8 and 3 observations, 1, 2 and 1 actions
@@ -187,6 +191,14 @@ def test_all_networks_are_told_the_task(made):
         assert abs(float(loss) - float(losses[1][name])) > 1e-4, f"{name}, by the embedding alone"
 
 
+def test_what_is_said_of_a_tasks_actions_is_of_those_that_it_has():
+    actions = np.random.default_rng(0).normal(size=(50, F, 2))
+    padded = np.concatenate([actions, np.zeros((50, F, 3))], axis=-1)
+    of = {"futures": {}, "advantages": {"true": np.zeros(50)}, "actions": {"recorded": actions}}
+    assert measures(of | {"actions": {"recorded": padded}}, 2) == measures(of)
+    assert measures(of | {"actions": {"recorded": padded}}) != measures(of)
+
+
 # --------------------------------------------------------------------------------------------------------------- Runs
 FLAGS = [*TINY, "--num-updates", "40", "--checkpoint-freq", "20", "--eval-freq", "40"]
 
@@ -244,9 +256,31 @@ def test_what_does_not_fit_is_refused_in_one_sentence(refused, agent, flags, wor
     assert all(word in sentence for word in words), sentence
 
 
-def test_tasks_without_episodes_and_worlds_of_one_task_are_refused(refused, agent, finished, tmp_path):
+def test_tasks_without_episodes_and_worlds_of_one_task_are_refused(refused, agent, finished, golden, tmp_path):
     files = ["--world-model", agent[0] / "world", "--tasks", ",".join(TASK_NAMES)]
+    data = ["--data-dir", agent[0] / "data"]
+    assert "--task-dim" in refused("--world-model", golden("multitask.pt"), *data, "--tasks", ",".join(TASK_NAMES))
+    single = ["--world-model", golden("single.pt"), "--task-dim", E]
+    assert "single-task" in refused(*single, *data, "--tasks", ",".join(TASK_NAMES))
+    assert "no use of --task" in refused(*files, *data, "--task", "walker-walk")
+    assert "no use of --task" in refused("--evaluate", "--checkpoint", finished, "--task", "pendulum-spin")
     write_episodes(tmp_path, TASK_NAMES[0])
     assert "cup-catch" in refused(*files, "--data-dir", tmp_path)
     assert "--mode joint" in refused("--mode", "joint", "--tasks", ",".join(TASK_NAMES))
-    assert "--tasks" in refused("--evaluate", "--checkpoint", finished, "--tasks", "cup-catch")
+    assert ",".join(TASK_NAMES) in refused("--evaluate", "--checkpoint", finished, "--tasks", "cup-catch")
+
+
+def test_in_a_film_of_several_tasks_what_has_ended_stands_still():
+    seen = {}
+    film = lambda number: [np.full((4, 4, 3), i, np.uint8) for i in range(number)]  # noqa: E731
+    results = [Evaluation(np.ones(2), np.ones(2), film(number), 25) for number in (3, 5)]
+    run = SimpleNamespace(
+        columns=("step", "task"), args={"seed": 1}, seconds=lambda: 0.0, aside=lambda *x: contextlib.nullcontext()
+    )
+    run.record = lambda step, line, rows, scalars, frames, fps: seen.update(frames=frames, rows=rows)
+    record_each(run, 7, TASK_NAMES[:2], [lambda r=r, **how: r for r in results])
+    assert [frame.shape for frame in seen["frames"]] == [(4, 8, 3)] * 5
+    assert [frame[0, 0, 0] for frame in seen["frames"]] == [0, 1, 2, 2, 2] and len(seen["rows"]) == 2
+    seen.clear()
+    record_each(run, 7, TASK_NAMES[:2], [lambda **how: results[0], lambda **how: None])
+    assert not seen, "a signal came before the second had ended"
