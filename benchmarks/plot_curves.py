@@ -24,7 +24,7 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = ("#1f6fb2", "#c8502d", "#3b8f4f", "#7b4fa3", "#b0892c", "#2f9c9c")
+COLOURS = ("#1f6fb2", "#c8502d", "#3b8f4f", "#7b4fa3", "#b0892c", "#2f9c9c", "#d4669f", "#3f3f3f", "#8fbf3f")
 GREY = "#6b6b6b"
 STYLE = {
     "font.size": 10,
