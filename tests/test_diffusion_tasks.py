@@ -200,7 +200,7 @@ def test_what_is_said_of_a_tasks_actions_is_of_those_that_it_has():
 
 
 # --------------------------------------------------------------------------------------------------------------- Runs
-FLAGS = [*TINY, "--num-updates", "40", "--checkpoint-freq", "20", "--eval-freq", "40"]
+FLAGS = [*TINY, *"--num-updates 40 --checkpoint-freq 20 --eval-freq 40 --planner pi".split()]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Latent diffusion MPC, joint mode: what is learned together with the world model, from the same replay."""
+"""Latent diffusion MPC: learning by heart, and joint mode, together with the world model from the same replay."""
 
 import csv
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SMALL as FIRST_SMALL
 from conftest import meta_of
-from test_diffusion import MODEL, OBS, SMALL, A, F, compile_in_less_time, made, static  # noqa: F401
+from test_diffusion import MODEL, OBS, SMALL, A, F, Z, compile_in_less_time, made, make_windows, static  # noqa: F401
 from test_runs import wait_for
 
 import tdmpc2_jax as first_script
@@ -18,6 +18,7 @@ import tdmpc2_jax_diffusion as td
 import world_model
 from files.checkpoints import complete_checkpoints, read_checkpoint, read_meta
 from files.pretrained import load_agent, read_original
+from files.recorded import agreement
 
 SCRIPT = td
 TINY = """--width 16 --heads 2 --dynamics-blocks 1 --proposal-blocks 1 --objective-blocks 1 --future 4 --num-proposals 2
@@ -75,7 +76,7 @@ def test_statistics_are_means_over_the_windows_of_all_updates_and_move_slowly_la
         obs, action = rng.normal(size=(1, 5)).astype(np.float32), rng.uniform(-1, 1, (1, A)).astype(np.float32)
         no = np.zeros(1, bool)
         replays = world_model.add_to_both(args, replays, F, obs, action, np.ones(1, np.float32), no, no | (i == 0))
-    state = td.fresh(args, MODEL)["state"]
+    state = static(td.fresh)(args, MODEL)["state"]
     seen, updates = [], []
     for start in (0, 1, 5000):
         key = state.key
@@ -88,6 +89,41 @@ def test_statistics_are_means_over_the_windows_of_all_updates_and_move_slowly_la
     for (before, after), new, rate in zip(updates, seen, (1, 1 / 2, 0.001), strict=True):
         expected = jax.tree.map(lambda x, y, rate=rate: x + rate * (y - x), before, new)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ By heart
+def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays(made):  # noqa: F811
+    planner, _ = made
+    args = dataclasses.replace(SMALL, width=32, diffusion_lr=5e-3, num_updates=600, scales="1")
+    windows = make_windows(16, steps=F)
+    rows = jnp.arange(16) * (F + 1)
+    filler = lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)).reshape(-1, *x.shape[2:])  # noqa: E731
+    reward = filler(windows.reward)
+    data = td.Recorded(
+        windows.z.reshape(-1, Z), filler(windows.action), reward, jnp.zeros(len(reward), int), rows, rows
+    )
+    np.testing.assert_array_equal(td.windows_at(data, rows, F).action, windows.action)
+    before = jax.tree.map(np.array, planner.world)
+    stats = td.statistics(args, MODEL, planner.world, windows)
+    state = td.init_diffusion(args, MODEL, stats, jax.random.key(0))
+    state, info = td.train(args, MODEL, state, planner.world, data, num_updates=600)
+    jax.tree.map(np.testing.assert_array_equal, before, planner.world)
+    assert int(state.updates) == 600 and all(np.isfinite(x) for x in info.values())
+    planner = td.planner_of(state, planner.world)
+
+    def samples(window, key):
+        alone = dataclasses.replace(args, num_proposals=1, num_policy=0, warm_start=False)
+        keys = jax.random.split(key)
+        action = td.propose(alone, MODEL, planner, window.z[0], None, None, keys[0])[0]
+        return action, td.rollout(args, MODEL, planner, window.z[0], window.action[None], keys[1])[0, 0]
+
+    action, zs = jax.jit(jax.vmap(samples))(windows, jax.random.split(jax.random.key(1), 16))
+    assert float(((action - windows.action) ** 2).mean() / windows.action.var()) < 0.05
+    error = (td.normalise(stats, zs) - td.normalise(stats, windows.z))[:, 1:] / stats.sigma[0]
+    assert float((error**2).mean()) < 0.05
+    truth = jax.vmap(lambda w: td.advantage(args, MODEL, planner.world, w))(windows)
+    guess = td.score_by_objective(args, MODEL, planner, windows.z, windows.action)
+    assert agreement(np.asarray(guess), np.asarray(truth))["r2"] > 0.95
 
 
 # --------------------------------------------------------------------------------------------------------- Exploration
