@@ -155,9 +155,8 @@ def parse(Args: type, argv: list[str] | None, description: str, folder_of: Calla
         record = read_record(world_model, "tdmpc2_jax", "tdmpc2_jax_mt")
         known, record = record.get("tasks", ()), record["args"]
         unknown = [name for name in (task_names(args) if args.tasks else ()) if known and name not in known]
-        check_rules(
-            (not unknown, f"{world_model} was not trained on {', '.join(unknown)}: it knows {', '.join(known)}")
-        )
+        some = ", ".join(unknown[:3]) + f" and {len(unknown) - 3} more" * (len(unknown) > 3)
+        check_rules((not unknown, f"{world_model} was not trained on {some}: it knows {', '.join(known[:9])}"))
         made = itertools.takewhile(lambda item: item[0] != "exp_name", record.items())
         record = {name: value for name, value in made if name in its_own - {"tasks"}}
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **record), description=description)
