@@ -71,6 +71,7 @@ def compile_in_less_time(tmp_path_factory):
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # as it was
     compilation_cache.reset_cache()
 
 
