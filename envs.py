@@ -21,13 +21,14 @@ from typing import Any
 
 import gymnasium as gym
 
-from domains import vector
-from domains.parts import Task
-from domains.rendering import FRAME, PIXELS
-from domains.tasks import DOMAINS, TASK_SETS, TASKS, TaskSpec, UserError, set_sizes, set_tasks, task_spec
-from domains.vector import default_workers
-from files.datasets import Chunk, Dataset, EpisodeWriter, load_dataset
-from files.pt import load_pt, save_tensordict
+from tdmpc2_support.data.datasets import Chunk, Dataset, EpisodeWriter, load_dataset
+from tdmpc2_support.data.pt import load_pt, save_tensordict
+from tdmpc2_support.envs import vector
+from tdmpc2_support.envs.parts import Task
+from tdmpc2_support.envs.rendering import FRAME, PIXELS
+from tdmpc2_support.envs.tasks import DOMAINS, TASK_SETS, TASKS, TaskSpec, set_sizes, set_tasks, task_spec
+from tdmpc2_support.envs.vector import default_workers
+from tdmpc2_support.errors import UserError
 
 __all__ = [
     "DOMAINS", "FRAME", "PIXELS", "TASKS", "TASK_SETS", "Chunk", "Dataset", "EpisodeWriter", "TaskSpec", "UserError",
@@ -77,7 +78,7 @@ def make_env(
     if render_mode not in (None, "rgb_array"):
         raise UserError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
     room = DOMAINS[spec.domain].room if spec.domain in DOMAINS else "gym_ids"
-    parts = importlib.import_module(f"domains.{room}").make(spec, render_mode)
+    parts = importlib.import_module(f"tdmpc2_support.envs.{room}").make(spec, render_mode)
     try:
         return Task(parts, spec, seed, obs, render_mode, shadows)
     except UserError:

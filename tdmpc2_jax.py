@@ -22,13 +22,13 @@ import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-import arguments
 import envs as environments
-from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
-from devices import use_compile_cache, use_huge_pages
-from files.pretrained import load_agent
-from files.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
-from runs import Run
+from tdmpc2_support import cli
+from tdmpc2_support.agents.pretrained import load_agent
+from tdmpc2_support.cli import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.devices import use_compile_cache, use_huge_pages
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
+from tdmpc2_support.run.runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -677,8 +677,8 @@ def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
     spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
     seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-    arguments.check_replay(args, seed_steps)
-    with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax", RETURNS_COLUMNS) as keeper:
+    cli.check_replay(args, seed_steps)
+    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
         eval_envs, model, discount = setup(args, keeper.enter)
         state, key, replay = start_or_resume(args, model, keeper)
@@ -735,9 +735,9 @@ def run(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, arguments.run_folder, *SCRIPTS)
-        arguments.check_bounds(with_model_size(args))
+    with cli.one_sentence():
+        args = cli.parse(Args, argv, __doc__, cli.run_folder, *SCRIPTS)
+        cli.check_bounds(with_model_size(args))
         if args.capture_video:
             environments.check_rendering(args.task)
         use_compile_cache(args.compile_cache)

@@ -28,15 +28,24 @@ import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-import arguments
 import envs as environments
 import world_model
-from arguments import Count, Name, Natural, NewFile, Positive, Share, Weight, names, task_names
-from devices import shapes_on, use_compile_cache, use_huge_pages
-from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
-from files.recorded import Recorded, Windows, compare_planners, measures, of_one, read_recorded, table_rows, windows_at
-from files.reports import RETURNS_COLUMNS, curve_of, evaluating, play, record_each, returns_head
-from runs import Run
+from tdmpc2_support import cli
+from tdmpc2_support.cli import Count, Name, Natural, NewFile, Positive, Share, Weight, names, task_names
+from tdmpc2_support.data.recorded import (
+    Recorded,
+    Windows,
+    compare_planners,
+    measures,
+    of_one,
+    read_recorded,
+    table_rows,
+    windows_at,
+)
+from tdmpc2_support.devices import shapes_on, use_compile_cache, use_huge_pages
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint, read_meta
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, curve_of, evaluating, play, record_each, returns_head
+from tdmpc2_support.run.runs import Run
 from world_model import World, WorldModel, follow, init_replays, make_model, policy, two_hot_inv, value, world_of
 
 
@@ -705,7 +714,7 @@ def evaluate_checkpoint(args: Args) -> None:
     networks know of held-out ones of --data-dir; writes them to --json."""
     names, offline, checkpoint = task_names(args), args.mode == "offline", find_checkpoint(args.checkpoint)
     meta, steps = read_meta(checkpoint, "tdmpc2_jax_diffusion"), len([*table_rows(args)])
-    arguments.check_rules((meta["args"].get("tasks") == args.tasks, f"--tasks must be {meta['args'].get('tasks')}"))
+    cli.check_rules((meta["args"].get("tasks") == args.tasks, f"--tasks must be {meta['args'].get('tasks')}"))
     with evaluating(steps * sum(environments.task_spec(name).episode_length for name in names)) as (enter, go_on):
         envs, model, discounts = setup(args, enter)
         like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
@@ -770,7 +779,7 @@ def run_offline(args: Args) -> None:
     said = {k: v for k, v in dataclasses.asdict(args).items() if k != "total_timesteps"}  # of the other mode
     free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
     columns, head = curve_of(names, bool(args.tasks))
-    with Run(arguments.run_folder(args), said, "tdmpc2_jax_diffusion", columns, "update", free=free) as keeper:
+    with Run(cli.run_folder(args), said, "tdmpc2_jax_diffusion", columns, "update", free=free) as keeper:
         envs, model, discounts = setup(args, keeper.enter)
         world, state, data = start_or_resume(args, model, discounts, keeper)
         count, step, info = keeper.count, keeper.count["updates"], {}
@@ -803,8 +812,8 @@ def run_jointly(args: Args) -> None:
     """Trains a world model as tdmpc2_jax.py does and, between its updates, the three networks on the same replay."""
     spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
     seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-    arguments.check_replay(dataclasses.replace(args, horizon=window_steps(args)), seed_steps)
-    with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_diffusion", RETURNS_COLUMNS) as keeper:
+    cli.check_replay(dataclasses.replace(args, horizon=window_steps(args)), seed_steps)
+    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_diffusion", RETURNS_COLUMNS) as keeper:
         envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
         (eval_envs,), model, (discount,) = setup(args, keeper.enter)
         learner, replays = keeper.start(learner=partial(fresh, args, model), replay=partial(init_replays, args, model))
@@ -863,11 +872,11 @@ def run_jointly(args: Args) -> None:
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(world_model.with_model_size(args))
+    cli.check_bounds(world_model.with_model_size(args))
     several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
     joint, specs = args.mode == "joint", [*map(environments.task_spec, task_names(args))]
     shortest = min(spec.episode_length for spec in specs)
-    arguments.check_rules(
+    cli.check_rules(
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
         (args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
@@ -885,10 +894,10 @@ def check_args(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with arguments.one_sentence():
-        args = with_preset(arguments.parse(Args, argv, __doc__, arguments.run_folder, "tdmpc2_jax_diffusion"))
+    with cli.one_sentence():
+        args = with_preset(cli.parse(Args, argv, __doc__, cli.run_folder, "tdmpc2_jax_diffusion"))
         useless = {"task"} if args.tasks else {"task_dim"}
-        arguments.check_named(argv, useless | (set() if args.evaluate else OTHERS[args.mode]), args.mode)
+        cli.check_named(argv, useless | (set() if args.evaluate else OTHERS[args.mode]), args.mode)
         check_args(args)
         use_compile_cache(args.compile_cache)
         evaluate_checkpoint(args) if args.evaluate else {"offline": run_offline, "joint": run_jointly}[args.mode](args)

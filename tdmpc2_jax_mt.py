@@ -29,17 +29,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-import arguments
-import devices
 import envs as environments
-from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
-from devices import available_everywhere, bytes_of, everywhere, local_copy, on_devices, split
-from files.checkpoints import checksums
-from files.device_data import DeviceData, choose_storage, data_shapes, describe, to_devices
-from files.pretrained import Agent, check_shapes, load_multitask, load_teacher, sizes_of, write_quantized
-from files.quantized import Visited, compare, print_comparison
-from files.reports import SetEvaluation, evaluating, grid, record_scores, report_scores
-from runs import Run
+from tdmpc2_support import cli, devices
+from tdmpc2_support.agents.pretrained import (
+    Agent,
+    check_shapes,
+    load_multitask,
+    load_teacher,
+    sizes_of,
+    write_quantized,
+)
+from tdmpc2_support.agents.quantized import Visited, compare, print_comparison
+from tdmpc2_support.cli import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.data.device_data import DeviceData, choose_storage, data_shapes, describe, to_devices
+from tdmpc2_support.devices import available_everywhere, bytes_of, everywhere, local_copy, on_devices, split
+from tdmpc2_support.run.checkpoints import checksums
+from tdmpc2_support.run.reports import SetEvaluation, evaluating, grid, record_scores, report_scores
+from tdmpc2_support.run.runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -785,9 +791,9 @@ def play_tasks(args: Args, model: WorldModel, agent: Agent, names: tuple[str, ..
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
     args, model, agent = load_agent(args)
-    names = environments.set_tasks(arguments.task_set(args.tasks)) if args.tasks else agent.tasks
+    names = environments.set_tasks(cli.task_set(args.tasks)) if args.tasks else agent.tasks
     unknown = [name for name in names if name not in agent.tasks]
-    arguments.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
+    cli.check_rules((not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}"))
     report_scores(args, play_tasks(args, model, agent, names)[0])
 
 
@@ -826,7 +832,7 @@ def quantize_checkpoint(args: Args) -> None:
 def load_agent(args: Args) -> tuple[Args, WorldModel, Agent]:
     """The agent of --checkpoint, the arguments completed by its sizes, and its networks; the task embeddings are among
     its parameters."""
-    named = environments.set_tasks(arguments.task_set(args.tasks)) if args.tasks else ()
+    named = environments.set_tasks(cli.task_set(args.tasks)) if args.tasks else ()
     agent = load_multitask(args.checkpoint, named, *SCRIPTS)
     unsaid = {name: size for name, size in sizes_of(agent.params).items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unsaid)
@@ -857,11 +863,11 @@ def make_eval_envs(args: Args, names: tuple[str, ...], known: tuple[str, ...]):
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    arguments.check_bounds(args)
-    tasks = environments.set_tasks(arguments.task_set(args.tasks))
+    cli.check_bounds(args)
+    tasks = environments.set_tasks(cli.task_set(args.tasks))
     cluster, none = (args.coordinator, args.num_processes, args.process_id), (None, None, None)
     flags, single = "--coordinator, --num-processes and --process-id", args.evaluate or args.quantize
-    arguments.check_rules(
+    cli.check_rules(
         (
             with_model_size(args, tasks).latent_dim % args.simnorm_dim == 0,
             "--latent-dim must be a multiple of --simnorm-dim",
@@ -882,20 +888,20 @@ def check_args(args: Args) -> None:
 def prepare(args: Args, names: tuple[str, ...], keeper: Run):
     """Opens what may be refused: the dataset, the run's folder, the agents. Returns the arguments with the sizes of the
     agent that goes on learning, what its checkpoints say of it, the dataset, the agent of --checkpoint, the teacher."""
-    data = environments.load_dataset(arguments.task_set(args.tasks), args.data_dir)
+    data = environments.load_dataset(cli.task_set(args.tasks), args.data_dir)
     data.window_table(args.horizon)
     uneven = f"--batch-size {args.batch_size} cannot be split over {jax.device_count()} devices evenly"
-    arguments.check_rules((args.batch_size % jax.device_count() == 0, uneven))
+    cli.check_rules((args.batch_size % jax.device_count() == 0, uneven))
     its_args, agent, teacher = with_model_size(args, names), None, make_teacher(args, names)
     mark = sum(checksums({"teacher": teacher}).values())
     if meta := keeper.read_meta():
         other = f"{args.teacher} is another agent than the one that has taught this run"
-        arguments.check_rules((meta.get("teacher", 0) == mark, other))
+        cli.check_rules((meta.get("teacher", 0) == mark, other))
         its_args = Args(**{name: meta["args"].get(name) for name in SIZE_FIELDS})
     elif args.checkpoint:
         its_args, _, agent = load_agent(args)
         same = f"{args.checkpoint} knows other tasks than --tasks names, or in another order"
-        arguments.check_rules((agent.tasks == names, same))
+        cli.check_rules((agent.tasks == names, same))
     args = dataclasses.replace(args, **{name: getattr(its_args, name) for name in SIZE_FIELDS})
     return args, {"args": dataclasses.asdict(args), "tasks": names, "teacher": mark}, data, agent, teacher
 
@@ -932,10 +938,10 @@ def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh
 def run(args: Args) -> None:
     """Trains one agent: learns from batch after batch, and keeps the run's files. With --distributed, process 0 does
     what is not computation on all devices: it evaluates and writes; the others wait."""
-    names, said = environments.set_tasks(arguments.task_set(args.tasks)), dataclasses.asdict(args)
+    names, said = environments.set_tasks(cli.task_set(args.tasks)), dataclasses.asdict(args)
     mesh, free = Mesh(np.array(jax.devices()), "devices"), ("tasks", "data_dir", "storage", "readers", "shard_params")
     columns = ("step", "task", "reward", "success", "seed")
-    keeper = Run(arguments.set_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
+    keeper = Run(cli.set_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
     with devices.agree(keeper.open):
         args, meta, data, agent, teacher = devices.agree(lambda: prepare(args, names, keeper))
         model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
@@ -986,8 +992,8 @@ def run(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, arguments.set_folder, *SCRIPTS)
+    with cli.one_sentence():
+        args = cli.parse(Args, argv, __doc__, cli.set_folder, *SCRIPTS)
         check_args(args)
         devices.use_compile_cache(args.compile_cache)
         if args.distributed:

@@ -23,14 +23,14 @@ import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-import arguments
 import envs as environments
-from arguments import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
-from convolution import convolve
-from devices import place_replay, use_compile_cache, use_huge_pages
-from files.pretrained import load_agent
-from files.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
-from runs import Run
+from tdmpc2_support import cli
+from tdmpc2_support.agents.pretrained import load_agent
+from tdmpc2_support.cli import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.convolution import convolve
+from tdmpc2_support.devices import place_replay, use_compile_cache, use_huge_pages
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
+from tdmpc2_support.run.runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -733,8 +733,8 @@ def evaluate_checkpoint(args: Args) -> None:
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     sized, spec = with_model_size(args), environments.task_spec(args.task)
-    arguments.check_bounds(sized)
-    arguments.check_rules(
+    cli.check_bounds(sized)
+    cli.check_rules(
         (sized.latent_dim % 16 == 0, "--latent-dim must be a multiple of 16, the units of a channel of the encoder"),
         (args.shadows or spec.domain != "Gymnasium", "--no-shadows goes with DMControl and Meta-World"),
     )
@@ -779,8 +779,8 @@ def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
     spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
     seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-    arguments.check_replay(args, seed_steps)
-    with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_rgb", RETURNS_COLUMNS) as keeper:
+    cli.check_replay(args, seed_steps)
+    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_rgb", RETURNS_COLUMNS) as keeper:
         envs = environments.make_envs(args.task, n, (args.seed, 0), obs="rgb", shadows=args.shadows)
         envs = keeper.enter(RecordEpisodeStatistics(envs))
         eval_envs, model, discount = setup(args, keeper.enter)
@@ -838,8 +838,8 @@ def run(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with arguments.one_sentence():
-        args = arguments.parse(Args, argv, __doc__, arguments.run_folder, *SCRIPTS)
+    with cli.one_sentence():
+        args = cli.parse(Args, argv, __doc__, cli.run_folder, *SCRIPTS)
         check_args(args)
         use_compile_cache(args.compile_cache)
         evaluate_checkpoint(args) if args.evaluate else run(args)

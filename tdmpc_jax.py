@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-import arguments
 import envs as environments
-from arguments import Count, Name, Natural, NewFile, Positive, Share, Weight
-from devices import use_compile_cache, use_huge_pages
-from files.pretrained import load_tdmpc
-from files.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
-from runs import Run
+from tdmpc2_support import cli
+from tdmpc2_support.agents.pretrained import load_tdmpc
+from tdmpc2_support.cli import Count, Name, Natural, NewFile, Positive, Share, Weight
+from tdmpc2_support.devices import use_compile_cache, use_huge_pages
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
+from tdmpc2_support.run.runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -627,8 +627,8 @@ def run(args: Args) -> None:
     """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
     spec, n, seed_steps = environments.task_spec(args.task, args.action_repeat), args.num_envs, args.seed_steps
     burst = max(1, int(args.utd * n))
-    arguments.check_replay(args, seed_steps)
-    with Run(arguments.run_folder(args), dataclasses.asdict(args), "tdmpc_jax", RETURNS_COLUMNS) as keeper:
+    cli.check_replay(args, seed_steps)
+    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc_jax", RETURNS_COLUMNS) as keeper:
         envs = environments.make_envs(args.task, n, (args.seed, 0), action_repeat=args.action_repeat)
         envs = keeper.enter(RecordEpisodeStatistics(envs))
         eval_envs, model = setup(args, keeper.enter)
@@ -686,9 +686,9 @@ def run(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with arguments.one_sentence():
-        args = with_task_defaults(arguments.parse(Args, argv, __doc__, arguments.run_folder, *SCRIPTS))
-        arguments.check_bounds(args)
+    with cli.one_sentence():
+        args = with_task_defaults(cli.parse(Args, argv, __doc__, cli.run_folder, *SCRIPTS))
+        cli.check_bounds(args)
         if args.capture_video:
             environments.check_rendering(args.task)
         use_compile_cache(args.compile_cache)

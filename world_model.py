@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arguments import Count, Fraction, Natural, Number, Positive, Several, Share, Weight
-from domains.tasks import TASKS, UserError
-from files.pretrained import load_agent, load_parts
+from tdmpc2_support.agents.pretrained import load_agent, load_parts
+from tdmpc2_support.cli import Count, Fraction, Natural, Number, Positive, Several, Share, Weight
+from tdmpc2_support.envs.tasks import TASKS
+from tdmpc2_support.errors import UserError
 
 
 # ------------------------------------------------------------------------------------------------------------- Args

@@ -32,7 +32,7 @@ import envs as environments
 from benchmarks import speed
 from benchmarks.distillation import Args as DistillationArgs
 from benchmarks.distillation import cost
-from files.recorded import Recorded
+from tdmpc2_support.data.recorded import Recorded
 
 TASK, DISCOUNT = "walker-walk", speed.DISCOUNT
 OBS, ACTION = 24, 6  # its sizes

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs as environments
 import tdmpc2_jax_diffusion as td
 from benchmarks.speed import UNIT, count_products, interleave, products_alone, square_product, total_gflop
-from files.checkpoints import find_checkpoint, read_checkpoint, read_meta
-from files.recorded import spread_out, windows_at
+from tdmpc2_support.data.recorded import spread_out, windows_at
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint, read_meta
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # flags of --evaluate

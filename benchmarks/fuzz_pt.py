@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from domains.tasks import UserError
-from files import pt
+from tdmpc2_support.data import pt
+from tdmpc2_support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = 64 * 2**20  # bytes beyond twice the file

@@ -117,7 +117,7 @@ def measure(checkouts: tuple[Path, ...], names: tuple[str, ...], rounds: int, *c
     ends, processes = [], []
     try:
         for checkout in checkouts:
-            devices = checkout / "devices.py"
+            devices = checkout / "tdmpc2_support" / "devices.py"
             huge = (
                 devices.exists() and "use_huge_pages" in devices.read_text()
             )  # what its scripts start themselves with

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs as environments
 import tdmpc2_jax_rgb as rgb
-from domains import rendering
+from tdmpc2_support.envs import rendering
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from arguments import as_flag  # noqa: E402
-from files.checkpoints import find_checkpoint, read_meta  # noqa: E402
+from tdmpc2_support.cli import as_flag  # noqa: E402
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_meta  # noqa: E402
 
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
 SMALL = (

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import meta_of
 
-import runs
-from domains.tasks import UserError
-from files.checkpoints import complete_checkpoints, read_checkpoint, read_meta
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run import runs
+from tdmpc2_support.run.checkpoints import complete_checkpoints, read_checkpoint, read_meta
 
 
 def items_of(step):

@@ -102,29 +102,6 @@ def test_the_arguments_that_two_scripts_share_have_the_same_type_default_and_exp
     assert differ == {*MEANT[script].split()}
 
 
-def imports(path):
-    """Names of the project's modules that a file imports."""
-    own = {p.stem for p in ROOT.glob("*.py")} | {"domains", "files", "tests", "benchmarks"}
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-        yield from (name for name in names if name.partition(".")[0] in own)
-
-
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("domains/*.py"), *ROOT.glob("files/*.py")], ids=str)
-def test_a_room_imports_only_rooms_below_it(path):
-    floor = {"domains", "files"}
-    below = {
-        "arguments": floor, "devices": {"domains"}, "convolution": set(), "runs": floor | {"arguments", "devices"},
-        "envs": floor, "world_model": floor | {"arguments"},
-    }  # fmt: skip
-    room = path.stem if path.parent == ROOT else path.parent.name
-    allowed = {"domains": {"domains"}, "files": {"files", "devices", "domains.tasks"}} | below
-    allowed |= {script: floor | {*below} for script in SCRIPTS}
-    for name in imports(path):
-        assert name in allowed[room] or name.partition(".")[0] in allowed[room], f"{path.name} imports {name}"
-
-
 def test_importing_envs_loads_no_simulator_and_no_jax():
     code = "import sys, envs; print(*(m for m in sys.modules if m in sys.argv))"
     heavy = ["mujoco", "dm_control", "metaworld", "myosuite", "mani_skill", "jax", "flax", "orbax", "torch"]

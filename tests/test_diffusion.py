@@ -21,7 +21,8 @@ import envs
 import tdmpc2_jax as first_script
 import tdmpc2_jax_diffusion as td
 from benchmarks import diffusion as benchmark
-from files.checkpoints import (
+from tdmpc2_support.data.recorded import agreement, nmse, read_recorded, spread_out, variety, window_starts
+from tdmpc2_support.run.checkpoints import (
     complete_checkpoints,
     find_checkpoint,
     read_agent,
@@ -29,7 +30,6 @@ from files.checkpoints import (
     read_meta,
     write_checkpoint,
 )
-from files.recorded import agreement, nmse, read_recorded, spread_out, variety, window_starts
 
 SCRIPT = td
 A, Z, F = 2, 16, 4

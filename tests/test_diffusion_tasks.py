@@ -18,10 +18,10 @@ import envs
 import tdmpc2_jax_diffusion as td
 import tdmpc2_jax_mt as mt
 import world_model
-from domains.tasks import TASKS
-from files.checkpoints import write_checkpoint
-from files.recorded import measures
-from files.reports import Evaluation, record_each
+from tdmpc2_support.data.recorded import measures
+from tdmpc2_support.envs.tasks import TASKS
+from tdmpc2_support.run.checkpoints import write_checkpoint
+from tdmpc2_support.run.reports import Evaluation, record_each
 
 SCRIPT = td
 TASK_NAMES = ("cartpole-swingup", "cup-catch", "pendulum-spin")  # of 5, 8 and 3 observations, 1, 2 and 1 actions

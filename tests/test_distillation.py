@@ -18,7 +18,7 @@ from test_runs import read_scalars, wait_for
 
 import envs
 import tdmpc2_jax_mt as mt
-from files import checkpoints, pretrained
+from tdmpc2_support.run import checkpoints, pretrained
 
 SCRIPT = mt
 
@@ -237,7 +237,7 @@ def test_a_run_goes_on_with_the_teacher_that_it_had_only(refused, flags, whole, 
         with pytest.raises(SystemExit, match="is another agent than the one that has taught this run"):
             mt.main([*map(str, args)])
     without = [word for word in map(str, args) if word not in ("--teacher", str(teacher))]
-    assert mt.arguments.parse(mt.Args, without, "", mt.arguments.set_folder, "tdmpc2_jax_mt").teacher == str(teacher)
+    assert mt.cli.parse(mt.Args, without, "", mt.cli.set_folder, "tdmpc2_jax_mt").teacher == str(teacher)
 
 
 DEVICES = """

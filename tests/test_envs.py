@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import envs
-from domains import dmcontrol, rendering
-from domains.vector import env_seeds
+from tdmpc2_support.envs import dmcontrol, rendering
+from tdmpc2_support.envs.vector import env_seeds
 
 ROOT = Path(envs.__file__).parent
 DMCONTROL = [name for name, row in envs.TASKS.items() if row.domain == "DMControl"]
@@ -935,7 +935,7 @@ def test_workers_draw_on_several_gpus_in_turn_unless_the_user_says_where():
 
 
 def test_a_gpu_that_cannot_be_opened_is_passed_over(gl):
-    code = "from domains import rendering; rendering._worker = 1; import envs; "
+    code = "from tdmpc2_support.envs import rendering; rendering._worker = 1; import envs; "
     code += "env = envs.make_env('cartpole-swingup', obs='rgb'); assert env.reset()[0].std() > 10; print('drawn')"
     run = run_python(code, CUDA_VISIBLE_DEVICES="0,99")
     assert "drawn" in run.stdout, run.stderr

@@ -11,7 +11,7 @@ import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 import tdmpc2_jax_rgb as rgb
-from files.pretrained import check_shapes, fold_task, from_torch
+from tdmpc2_support.agents.pretrained import check_shapes, fold_task, from_torch
 
 pytestmark = pytest.mark.golden
 MODELS = ["single", "wide", "episodic", "two_q"]

@@ -16,9 +16,9 @@ from test_runs import wait_for
 import tdmpc2_jax as first_script
 import tdmpc2_jax_diffusion as td
 import world_model
-from files.checkpoints import complete_checkpoints, read_checkpoint, read_meta
-from files.pretrained import load_agent, read_original
-from files.recorded import agreement
+from tdmpc2_support.agents.pretrained import load_agent, read_original
+from tdmpc2_support.data.recorded import agreement
+from tdmpc2_support.run.checkpoints import complete_checkpoints, read_checkpoint, read_meta
 
 SCRIPT = td
 TINY = """--width 16 --heads 2 --dynamics-blocks 1 --proposal-blocks 1 --objective-blocks 1 --future 4 --num-proposals 2
@@ -276,7 +276,7 @@ def test_of_a_multi_task_world_model_the_part_of_the_task_is_taken(golden):
 
 def load_agent_of(path, source_task, **options):
     """The agent for a task of 5 observations and 1 action, whatever its sizes."""
-    from files.pretrained import fold_agent
+    from tdmpc2_support.agents.pretrained import fold_agent
 
     like = fold_agent(read_original(path), source_task or options["task"], 5, 1, path).params
     return load_agent(path, source_task, lambda key: like, "tdmpc2_jax", **options)

@@ -19,8 +19,8 @@ from test_runs import read_scalars, wait_for
 
 import envs
 import tdmpc2_jax_mt as mt
-from files.checkpoints import complete_checkpoints, find_checkpoint
-from files.pretrained import load_multitask
+from tdmpc2_support.agents.pretrained import load_multitask
+from tdmpc2_support.run.checkpoints import complete_checkpoints, find_checkpoint
 
 SCRIPT = mt
 TASKS = ("cartpole-balance", "mw-reach")

@@ -10,8 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 from test_pt_files import pickled, tensor, write_pt
 
-from domains.tasks import TASK_SETS, UserError
-from files import checkpoints, pretrained
+from tdmpc2_support.envs.tasks import TASK_SETS
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run import checkpoints, pretrained
 
 LAYOUTS = ["", "_released_layout"]
 STATES = ["single", "wide", "episodic", "two_q", "multitask"]

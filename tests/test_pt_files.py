@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from benchmarks import fuzz_pt
-from domains.tasks import UserError
-from files.pt import check_pt, load_pt, save_tensordict
+from tdmpc2_support.data.pt import check_pt, load_pt, save_tensordict
+from tdmpc2_support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,9 +13,18 @@ from test_distillation import TASKS, write_agent, write_episodes
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
-from domains.tasks import UserError
-from files import pretrained
-from files.quantized import Visited, dequantize, errors, flat, nested, quantize, read_safetensors, write_safetensors
+from tdmpc2_support.agents import pretrained
+from tdmpc2_support.agents.quantized import (
+    Visited,
+    dequantize,
+    errors,
+    flat,
+    nested,
+    quantize,
+    read_safetensors,
+    write_safetensors,
+)
+from tdmpc2_support.errors import UserError
 
 SCRIPT = mt
 MT = "tdmpc2_jax_mt"
@@ -240,12 +249,12 @@ def test_quantising_prints_what_each_component_costs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="exists: choose another --output"):
         mt.main([*flags, str(tmp_path / "data")])
     said = ["--evaluate", "--checkpoint", str(other)]
-    args = mt.arguments.parse(mt.Args, said, "", mt.arguments.set_folder, MT)
+    args = mt.cli.parse(mt.Args, said, "", mt.cli.set_folder, MT)
     assert (args.vmin, args.num_bins, args.data_dir, args.teacher) == (-8, 51, None, None), "as the run was started"
     mt.check_args(args)
     assert mt.load_agent(args)[2].tasks == TASKS
     said += ["--source-task", TASKS[0]]
-    args = td.arguments.parse(td.Args, said, "", td.arguments.run_folder, "tdmpc2_jax", MT)
+    args = td.cli.parse(td.Args, said, "", td.cli.run_folder, "tdmpc2_jax", MT)
     assert (args.task, args.vmin, args.num_bins) == (TASKS[0], -8, 51), "of one task, too"
 
 

@@ -17,10 +17,10 @@ from test_runs import read_curve, read_scalars, wait_for
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_rgb as rgb
-from convolution import convolve_on_cpu
-from devices import shapes_on
-from domains import rendering
-from files.checkpoints import find_checkpoint, read_checkpoint
+from tdmpc2_support.convolution import convolve_on_cpu
+from tdmpc2_support.devices import shapes_on
+from tdmpc2_support.envs import rendering
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint
 
 H = 3
 SCRIPT = rgb
@@ -313,7 +313,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import jax
 import tdmpc2_jax_rgb as rgb
-from convolution import convolve_on_cpu
+from tdmpc2_support.convolution import convolve_on_cpu
 rgb.place_replay = lambda *_: jax.devices()[1]
 rgb.main()
 """

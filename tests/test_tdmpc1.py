@@ -12,7 +12,7 @@ from test_runs import read_scalars
 import envs
 import tdmpc_jax as td
 from benchmarks.speed_tdmpc1 import apart
-from files import pretrained
+from tdmpc2_support.agents import pretrained
 
 H = 3  # of the replay tests
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from domains.tasks import UserError
+from tdmpc2_support.errors import UserError
 
 
 def use_compile_cache(wanted: bool) -> None:

@@ -21,8 +21,9 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from domains.tasks import TASK_SETS, UserError, set_tasks, task_spec
-from files.pretrained import read_record
+from tdmpc2_support.agents.pretrained import read_record
+from tdmpc2_support.envs.tasks import TASK_SETS, set_tasks, task_spec
+from tdmpc2_support.errors import UserError
 
 
 class Bounds(NamedTuple):

@@ -15,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from devices import available_everywhere, bytes_of, everywhere, on_devices, split
-from domains.tasks import UserError
-from files.datasets import Dataset
+from tdmpc2_support.data.datasets import Dataset
+from tdmpc2_support.devices import available_everywhere, bytes_of, everywhere, on_devices, split
+from tdmpc2_support.errors import UserError
 
 
 class DeviceData(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from domains.tasks import UserError
+from tdmpc2_support.errors import UserError
 
 FRAME = 384  # height and width of render()
 PIXELS = 64  # height and width of an rgb observation

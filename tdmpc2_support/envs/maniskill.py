@@ -5,9 +5,10 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from domains.parts import Parts
-from domains.rendering import FRAME
-from domains.tasks import PACKAGE_IDS, TaskSpec, UserError, import_simulator
+from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.rendering import FRAME
+from tdmpc2_support.envs.tasks import PACKAGE_IDS, TaskSpec, import_simulator
+from tdmpc2_support.errors import UserError
 
 _ASSETS = {"pick-ycb": "ycb", "turn-faucet": "partnet_mobility_faucet"}
 
@@ -19,7 +20,7 @@ def make(spec: TaskSpec, render_mode: str | None) -> Parts:
     from mani_skill.utils import assets
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
-    from domains import maniskill_tasks  # noqa: F401  registers LiftCube-v1
+    from tdmpc2_support.envs import maniskill_tasks  # noqa: F401  registers LiftCube-v1
 
     torch.set_num_threads(1)  # its tensors have one row, and the cores are XLA's
     sources = assets.expand_data_group_into_individual_data_source_ids(PACKAGE_IDS[spec.name])

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domains.tasks import TASKS, UserError, set_sizes, set_tasks, task_spec
-from files.pt import check_pt, load_pt, save_tensordict
+from tdmpc2_support.data.pt import check_pt, load_pt, save_tensordict
+from tdmpc2_support.envs.tasks import TASKS, set_sizes, set_tasks, task_spec
+from tdmpc2_support.errors import UserError
 
 _CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
 

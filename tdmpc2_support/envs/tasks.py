@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-
-class UserError(Exception):
-    """A mistake of the user; its text is the one sentence to print."""
+from tdmpc2_support.errors import UserError
 
 
 class TaskSpec(NamedTuple):

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domains.tasks import TASK_SETS, UserError, set_sizes, task_spec
-from files.checkpoints import find_checkpoint, read_agent, read_meta
-from files.pt import check_pt, load_pt
-from files.quantized import VARIANTS, dequantize, nested, quantize, read_safetensors, write_safetensors
+from tdmpc2_support.agents.quantized import VARIANTS, dequantize, nested, quantize, read_safetensors, write_safetensors
+from tdmpc2_support.data.pt import check_pt, load_pt
+from tdmpc2_support.envs.tasks import TASK_SETS, set_sizes, task_spec
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_agent, read_meta
 
 Params = dict[str, Any]  # of networks, by component
 

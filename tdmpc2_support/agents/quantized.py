@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from domains.tasks import UserError
+from tdmpc2_support.errors import UserError
 
 VARIANTS = ("float16", "int8", "mixed")  # all float16; kernels int8; kernels int8 but for those of the encoder
 Params = dict[str, Any]  # of networks, by component

@@ -19,8 +19,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-from domains import rendering
-from domains.tasks import TASKS, UserError
+from tdmpc2_support.envs import rendering
+from tdmpc2_support.envs.tasks import TASKS
+from tdmpc2_support.errors import UserError
 
 
 class Padded(gym.Wrapper):
@@ -184,8 +185,8 @@ class WorkerVectorEnv(TaskVectorEnv):
         ours, theirs = Pipe()
         # Ctrl-C and a batch system's SIGTERM reach the whole process group; it is the parent that decides on the end.
         code = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN); import sys; "
-        code += "sys.path.insert(0, sys.argv[1]); from domains import vector as v; v._work(*map(int, sys.argv[2:]))"
-        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        code += "sys.path.insert(0, sys.argv[1]); from tdmpc2_support.envs import vector as v; v._work(*map(int, sys.argv[2:]))"
+        here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}  # cores are XLA's
         with theirs:
             process = subprocess.Popen(

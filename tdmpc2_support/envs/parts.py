@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from domains import rendering
-from domains.tasks import TaskSpec, UserError, check_action_space, is_image
+from tdmpc2_support.envs import rendering
+from tdmpc2_support.envs.tasks import TaskSpec, check_action_space, is_image
+from tdmpc2_support.errors import UserError
 
 
 class Parts(NamedTuple):

@@ -1,8 +1,8 @@
 """Any registered Gymnasium id whose actions are a Box and whose observations are a flat Box."""
 
-from domains import rendering
-from domains.parts import Parts
-from domains.tasks import TaskSpec, gym_spec, open_gym
+from tdmpc2_support.envs import rendering
+from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.tasks import TaskSpec, gym_spec, open_gym
 
 
 def make(spec: TaskSpec, render_mode: str | None) -> Parts:

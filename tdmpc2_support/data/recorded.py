@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domains.tasks import UserError, task_spec
-from files.datasets import load_dataset
-from files.reports import Evaluation, report_video, write_atomically
+from tdmpc2_support.data.datasets import load_dataset
+from tdmpc2_support.envs.tasks import task_spec
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run.reports import Evaluation, report_video, write_atomically
 
 
 class Recorded(NamedTuple):

@@ -31,11 +31,12 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from arguments import as_flag
-from devices import shapes_on
-from domains.tasks import TaskSpec, UserError
-from files.checkpoints import complete_checkpoints, read_checkpoint, read_meta, write_checkpoint
-from files.reports import Evaluation, write_atomically, write_video
+from tdmpc2_support.cli import as_flag
+from tdmpc2_support.devices import shapes_on
+from tdmpc2_support.envs.tasks import TaskSpec
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run.checkpoints import complete_checkpoints, read_checkpoint, read_meta, write_checkpoint
+from tdmpc2_support.run.reports import Evaluation, write_atomically, write_video
 
 
 class Run:

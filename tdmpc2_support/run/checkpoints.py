@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from domains.tasks import UserError
+from tdmpc2_support.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs at length what it raises, too
 

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
-from domains.tasks import DOMAINS, TaskSpec, task_spec
+from tdmpc2_support.envs.tasks import DOMAINS, TaskSpec, task_spec
 
 
 class Evaluation(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from domains.parts import Parts
-from domains.rendering import turn_upright
-from domains.tasks import PACKAGE_IDS, TaskSpec, import_simulator
+from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.rendering import turn_upright
+from tdmpc2_support.envs.tasks import PACKAGE_IDS, TaskSpec, import_simulator
 
 
 def make(spec: TaskSpec, render_mode: str | None) -> Parts:

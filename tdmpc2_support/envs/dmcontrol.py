@@ -7,15 +7,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from domains.parts import Parts
-from domains.tasks import TASKS, TaskSpec, UserError, import_simulator, is_image
+from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.tasks import TASKS, TaskSpec, import_simulator, is_image
+from tdmpc2_support.errors import UserError
 
 
 def make(spec: TaskSpec, render_mode: str | None) -> Parts:
     """A task of the table from dm_control's suite or our own ones; another `dm_control/…` id by way of shimmy."""
     import_simulator(spec.domain)
     if spec.name in TASKS:
-        from domains import dmcontrol_tasks
+        from tdmpc2_support.envs import dmcontrol_tasks
 
         env = DMControl(dmcontrol_tasks.load(spec.name))
         seconds = env.dm_env.control_timestep()

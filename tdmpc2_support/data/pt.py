@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domains.tasks import UserError
+from tdmpc2_support.errors import UserError
 
 # What a file may cost: all of it together stays below twice the file + 64 MB. Checkpoints of TD-MPC2 have pickles of
 # 10 kB that take 3000 steps, and directories of 100 members.

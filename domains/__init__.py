@@ -1,1 +1,0 @@
-"""The simulators, one room each; `envs.py` is their face."""

@@ -1,0 +1,1 @@
+"""Agents that were made elsewhere, by other code or in other types."""

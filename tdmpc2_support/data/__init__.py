@@ -1,0 +1,1 @@
+"""Files: the .pt format without PyTorch, offline datasets, recorded episodes."""

@@ -1,0 +1,1 @@
+"""The simulators, one module each; `envs.py` is their public side."""
