@@ -42,7 +42,7 @@ from tdmpc2_support.agents.pretrained import (
 from tdmpc2_support.agents.quantized import Visited, compare, print_comparison
 from tdmpc2_support.cli import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.data.device_data import DeviceData, choose_storage, data_shapes, describe, to_devices
-from tdmpc2_support.devices import available_everywhere, bytes_of, everywhere, local_copy, on_devices, split
+from tdmpc2_support.devices import bytes_of, global_arrays, least_available_bytes, local_replica, replicated, split
 from tdmpc2_support.run.checkpoints import checksums
 from tdmpc2_support.run.reports import SetEvaluation, evaluating, grid, record_scores, report_scores
 from tdmpc2_support.run.runs import Run
@@ -683,7 +683,7 @@ def placed(shapes, mesh: Mesh, shard: bool):
 
     def place(x):
         axes = [i for i in range(x.ndim) if x.shape[i] % mesh.size == 0] if shard else []
-        sharding = split(mesh, max(axes, key=lambda i: x.shape[i])) if axes else everywhere(mesh)
+        sharding = split(mesh, max(axes, key=lambda i: x.shape[i])) if axes else replicated(mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(place, shapes)
@@ -707,7 +707,7 @@ def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, sourc
     Returns the program, with the teacher on the devices bound to it, and the shapes of the learning state. These two
     are split over the devices if --shard-params says so or, by default, if copies would take more than half of each.
     """
-    free = available_everywhere()
+    free = least_available_bytes()
     shapes = jax.eval_shape(partial(fresh_state, args, model)), teacher
     state, its = placed(shapes, mesh, args.shard_params == "yes")
     if args.shard_params == "auto" and mesh.size > 1 and 2 * bytes_of((state, its)) > free:
@@ -720,7 +720,7 @@ def compile_train(args: Args, model: WorldModel, mesh: Mesh, tasks: Tasks, sourc
     program = None
     if sum(parts.values()) <= free:  # compiling takes its time
         places, its_places = jax.tree.map(lambda x: x.sharding, (state, its))
-        compute = jax.jit(train, static_argnums=(0, 1, 2), donate_argnums=4, out_shardings=(places, everywhere(mesh)))
+        compute = jax.jit(train, static_argnums=(0, 1, 2), donate_argnums=4, out_shardings=(places, replicated(mesh)))
         program = compute.lower(args, model, mesh, tasks, state, source, its).compile()
         parts["activations"] = program.memory_analysis().temp_size_in_bytes
     text = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
@@ -743,7 +743,7 @@ def sources(args: Args, data, mesh: Mesh, first: int):
     batches = data.batches(args.seed, args.batch_size, args.horizon, first, args.readers, rows)
     with contextlib.closing(batches):
         for batch in batches:
-            yield jax.tree.map(on_devices, Batch(**batch), batch_shardings(mesh))
+            yield jax.tree.map(global_arrays, Batch(**batch), batch_shardings(mesh))
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
@@ -921,7 +921,7 @@ def start_or_resume(args: Args, model: WorldModel, keeper: Run, shapes: TrainSta
 
 def evaluate_all(args: Args, model: WorldModel, tasks, params, names, envs, mesh: Mesh, keeper: Run, step: int) -> bool:
     """Evaluates in process 0 while the others wait; whether a signal came in the middle."""
-    params, result, minutes = local_copy(params, mesh), None, keeper.seconds() / 60
+    params, result, minutes = local_replica(params, mesh), None, keeper.seconds() / 60
     steps = max(environments.task_spec(name).episode_length for name in names)
     with keeper.aside(f"evaluating at update {step}", steps) as go_on:
         if keeper.primary:
@@ -942,16 +942,19 @@ def run(args: Args) -> None:
     mesh, free = Mesh(np.array(jax.devices()), "devices"), ("tasks", "data_dir", "storage", "readers", "shard_params")
     columns = ("step", "task", "reward", "success", "seed")
     keeper = Run(cli.set_folder(args), said, "tdmpc2_jax_mt", columns, "update", jax.process_index() == 0, free)
-    with devices.agree(keeper.open):
-        args, meta, data, agent, teacher = devices.agree(lambda: prepare(args, names, keeper))
-        model, tasks = make_model(args, names), on_devices(make_tasks(args, names), everywhere(mesh))
+    with devices.on_all_processes(keeper.open):
+        args, meta, data, agent, teacher = devices.on_all_processes(lambda: prepare(args, names, keeper))
+        model, tasks = make_model(args, names), global_arrays(make_tasks(args, names), replicated(mesh))
         storage = choose_storage(args.storage, data, args.storage_dtype, mesh)
-        devices.agree(data.check_files if storage != "disk" else lambda: None)  # what is read whole can be checked
+        if storage != "disk":  # what is read whole can be checked
+            devices.on_all_processes(data.check_files)
         source_shapes = (
             data_shapes(data, args.storage_dtype, mesh) if storage == "device" else batch_shapes(args, model, mesh)
         )
         program, shapes = compile_train(args, model, mesh, tasks, source_shapes, teacher)
-        envs = devices.agree(lambda: keeper.enter(make_eval_envs(args, names, names)) if keeper.primary else None)
+        envs = devices.on_all_processes(
+            lambda: keeper.enter(make_eval_envs(args, names, names)) if keeper.primary else None
+        )
         state = start_or_resume(args, model, keeper, shapes, agent)
         held = {
             "disk": lambda: data,
@@ -959,7 +962,7 @@ def run(args: Args) -> None:
             "device": lambda: to_devices(data, args.storage_dtype, mesh, args.horizon),
         }
         agent = teacher = None  # they are on the devices
-        held, count, step = devices.agree(held[storage]), keeper.count, keeper.count["updates"]
+        held, count, step = devices.on_all_processes(held[storage]), keeper.count, keeper.count["updates"]
         batches, head = keeper.enter(sources(args, held, mesh, step)), f"{'update':>10} {'minutes':>8}  result"
         title = f"{len(names)} task(s): {model.obs_dim} observations, {model.action_dim} actions, "
         keeper.begin(title + describe(data, storage), head, state.params, step, args.num_updates)

@@ -153,7 +153,7 @@ def cost(args: Args, interleave=interleave) -> dict[str, Any]:
     kernels = jax.tree.map(lambda x: np.asarray(x, args.compute_dtype if x.ndim == 2 else x.dtype), params)
     params = kernels | {"task_emb": params["task_emb"]}  # as `make_teacher` keeps them
     teacher = jax.tree_util.Partial(partial(mt.predict_reward, its_args, its_model), params)
-    constants = mt.on_devices(mt.make_tasks(student, tasks), mt.everywhere(mesh))
+    constants = mt.global_arrays(mt.make_tasks(student, tasks), mt.replicated(mesh))
     shapes = mt.batch_shapes(student, model, mesh)
     batch = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes)
     steps, rows = {}, {}

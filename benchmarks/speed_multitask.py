@@ -96,7 +96,7 @@ class Learner:
     def __init__(self, args: mt.Args, source):
         self.args, self.mesh = args, jax.sharding.Mesh(np.array(jax.devices()), "devices")
         self.model = mt.make_model(args, TASKS)
-        self.tasks = mt.on_devices(mt.make_tasks(args, TASKS), mt.everywhere(self.mesh))
+        self.tasks = mt.global_arrays(mt.make_tasks(args, TASKS), mt.replicated(self.mesh))
         shapes = mt.batch_shapes(args, self.model, self.mesh) if source is None else source(self.mesh)
         self.program, places = mt.compile_train(args, self.model, self.mesh, self.tasks, shapes)
         places = jax.tree.map(lambda x: x.sharding, places)
@@ -121,7 +121,7 @@ def random_batch(learner: Learner) -> mt.Batch:
         rng.uniform(0, 2, (H, B)).astype(np.float32),
         rng.integers(len(TASKS), size=B).astype(np.int32),
     )
-    return jax.tree.map(mt.on_devices, arrays, mt.batch_shardings(learner.mesh))
+    return jax.tree.map(mt.global_arrays, arrays, mt.batch_shardings(learner.mesh))
 
 
 def measure_updates(args: Args) -> list[dict[str, Any]]:

@@ -24,14 +24,19 @@ def use_compile_cache(wanted: bool) -> None:
     if not wanted or jax.config.jax_compilation_cache_dir:
         return
     with contextlib.suppress(OSError):  # without a home that can be written to there is no cache
-        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
-        kind = hashlib.sha256("".join(sorted({*re.findall("(?m)^(?:flags|Features).*", cpu)})).encode()).hexdigest()[
-            :12
-        ]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tdmpc2-jax", kind)
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(caches, "tdmpc2-jax", processor_kind())
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def processor_kind() -> str:
+    """A short name of what this processor can do: programs compiled for another may not run on it."""
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else platform.processor()
+    features = {*re.findall("(?m)^(?:flags|Features).*", text)}
+    return hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:12]
 
 
 def use_huge_pages() -> None:
@@ -84,39 +89,74 @@ def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, total_
     device = jax.devices()[0]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
     fits = size < 0.7 * available_bytes(device)  # the rest is for learning
-    reason = "there is room" if fits else "the device's is too small"
     if storage != "auto":
         reason = f"--storage {storage}"
-    if storage == "host" or storage == "auto" and not fits:
-        try:
-            device = jax.devices("cpu")[0]
-        except RuntimeError as error:
-            what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
-            raise UserError(what) from error
-    on_host, staged = device.platform == "cpu", jax.default_backend() != "cpu"
-    place = "the machine's memory" if on_host else "device memory"
-    copies = on_host + 1 + staged  # beside accelerators, checkpoints pass through pinned memory
-    room = 0.9 * min(available_bytes(device), available_bytes() / copies) / size
-    if room < 1:
-        free = "" if on_host else f"{available_bytes(device) / 1e9:.1f} GB and "
-        free += f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {int(room * buffer_size)}"
-        short = f"; the run is {total_timesteps} simulator steps long" if total_timesteps < buffer_size else ""
-        again = "twice " * staged + "as much " + ("again" if on_host else "of the machine's")
-        sizes = f"takes {size / 1e9:.1f} GB of {place}, and {again} whenever a checkpoint is written"
-        raise UserError(f"--buffer-size {buffer_size} {sizes}; {free}{short}")
+    else:
+        reason = "there is room" if fits else "the device's is too small"
+    if storage == "host" or (storage == "auto" and not fits):
+        device = host_device()
+    place = "the machine's memory" if device.platform == "cpu" else "device memory"
+    check_replay_fits(size, device, place, buffer_size, total_timesteps)
     print(f"replay of {buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
     return device
 
 
+def host_device() -> jax.Device:
+    """The CPU as JAX sees it.
+
+    Raises:
+        UserError: JAX_PLATFORMS leaves it out.
+    """
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError as error:
+        what = "a replay in the machine's memory needs JAX's CPU backend, too: add it to JAX_PLATFORMS"
+        raise UserError(what) from error
+
+
+def check_replay_fits(size: int, device: jax.Device, place: str, buffer_size: int, total_timesteps: int) -> None:
+    """Refuses a replay of `size` bytes that does not fit into a device's memory, named `place`, with its copies."""
+    on_host = device.platform == "cpu"
+    with_accelerator = jax.default_backend() != "cpu"
+    copies = on_host + 1 + with_accelerator  # beside accelerators, checkpoints pass through pinned memory
+    largest = 0.9 * min(available_bytes(device), available_bytes() / copies)
+    if size <= largest:
+        return
+    takes = f"takes {size / 1e9:.1f} GB of {place}, and "
+    if with_accelerator:
+        takes += "twice "
+    takes += "as much again" if on_host else "as much of the machine's"
+    free = f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {int(largest / size * buffer_size)}"
+    if not on_host:
+        free = f"{available_bytes(device) / 1e9:.1f} GB and {free}"
+    if total_timesteps < buffer_size:
+        free += f"; the run is {total_timesteps} simulator steps long"
+    raise UserError(f"--buffer-size {buffer_size} {takes} whenever a checkpoint is written; {free}")
+
+
+def committed(tree: Any) -> Any:
+    """The same arrays, placed on the device that learns.
+
+    An array is committed to a device if it was put there, or if a jitted function with such an argument returned it;
+    what jnp.zeros(...) or jax.random.key(...) return is not. JAX compiles a program for each pattern of committed
+    arguments: a loop with a committed replay and other arguments that are not compiles again in its second round.
+    """
+    return jax.device_put(tree, jax.devices()[0])
+
+
 # ---------------------------------------------------------------------------------------- Several devices and processes
-def available_everywhere() -> int:
+def least_available_bytes() -> int:
     """Memory that each device may use, of several processes the least, so that all decide alike; CPU devices share."""
     device = jax.local_devices()[0]
-    free = available_bytes(device) // (jax.local_device_count() if device.platform == "cpu" else 1)
-    return free if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(free)).min())
+    free = available_bytes(device)
+    if device.platform == "cpu":
+        free //= jax.local_device_count()
+    if jax.process_count() == 1:
+        return free
+    return int(multihost_utils.process_allgather(np.float64(free)).min())
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -126,15 +166,15 @@ def split(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "devices"))
 
 
-def on_devices(values: Any, sharding: NamedSharding) -> Any:
-    """Arrays of this process, equal in all processes if the sharding says everywhere, as arrays of all devices."""
+def global_arrays(values: Any, sharding: NamedSharding) -> Any:
+    """Arrays of this process, equal in all processes if the sharding is replicated, as arrays of all devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), values)
 
 
-def local_copy(params: Any, mesh: Mesh) -> Any:
+def local_replica(params: Any, mesh: Mesh) -> Any:
     """The parameters whole on this process's first device; all processes must ask at the same time."""
     if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
-        params = jax.jit(lambda x: x, out_shardings=everywhere(mesh))(params)
+        params = jax.jit(lambda x: x, out_shardings=replicated(mesh))(params)
     return jax.tree.map(lambda x: x.addressable_data(0), params)
 
 
@@ -145,10 +185,11 @@ def any_process(flag: Any) -> bool:
     return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
 
 
-def agree(prepare: Callable[[], Any]) -> Any:
+def on_all_processes(prepare: Callable[[], Any]) -> Any:
     """What prepare() returns in this process. If it raises a UserError in any process, it ends all of them: that one
     with its sentence, the others with another."""
-    result, problem = None, None
+    result = None
+    problem = None
     try:
         result = prepare()
     except UserError as error:

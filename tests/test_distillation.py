@@ -18,7 +18,8 @@ from test_runs import read_scalars, wait_for
 
 import envs
 import tdmpc2_jax_mt as mt
-from tdmpc2_support.run import checkpoints, pretrained
+from tdmpc2_support.agents import pretrained
+from tdmpc2_support.run import checkpoints
 
 SCRIPT = mt
 
@@ -250,7 +251,7 @@ data, model = envs.load_dataset(tasks, {data_dir!r}), mt.make_model(args, tasks)
 
 def losses(devices, shard):
     mesh = Mesh(np.array(jax.devices()[:devices]), "devices")
-    constants = mt.on_devices(mt.make_tasks(args, tasks), mt.everywhere(mesh))
+    constants = mt.global_arrays(mt.make_tasks(args, tasks), mt.replicated(mesh))
     chosen, source = mt.dataclasses.replace(args, shard_params=shard), mt.data_shapes(data, "files", mesh)
     program, shapes = mt.compile_train(chosen, model, mesh, constants, source, mt.make_teacher(args, tasks))
     state = jax.jit(lambda: mt.fresh_state(args, model), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()

@@ -158,7 +158,7 @@ data, model = envs.load_dataset(tasks, {data_dir!r}), mt.make_model(args, tasks)
 
 def losses(devices, storage, shard):
     mesh = Mesh(np.array(jax.devices()[:devices]), "devices")
-    constants = mt.on_devices(mt.make_tasks(args, tasks), mt.everywhere(mesh))
+    constants = mt.global_arrays(mt.make_tasks(args, tasks), mt.replicated(mesh))
     chosen = mt.dataclasses.replace(args, shard_params=shard)
     source = mt.batch_shapes(args, model, mesh)
     source = mt.data_shapes(data, args.storage_dtype, mesh) if storage == "device" else source
@@ -310,12 +310,12 @@ def test_what_cannot_fit_into_memory_is_refused_before_anything_is_allocated(ref
     flags = ("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
     sentence = refused(*flags, "--batch-size", 2**20)  # 317M parameters take long to count
     assert "GB do not fit into" in sentence and "--batch-size" in sentence
-    monkeypatch.setattr(mt, "available_everywhere", lambda: 4 * 10**9)
+    monkeypatch.setattr(mt, "least_available_bytes", lambda: 4 * 10**9)
     assert "4.00 GB" in refused(*flags), "317M parameters, target values and two moments are 5 GB"
 
 
 def test_the_largest_model_is_as_large_as_it_is_called_and_says_so(capsys, refused, data_dir, monkeypatch):
-    monkeypatch.setattr(mt, "available_everywhere", lambda: 10**9)
+    monkeypatch.setattr(mt, "least_available_bytes", lambda: 10**9)
     refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
     words = capsys.readouterr().out.split()
     parameters, optimiser = (float(words[words.index(name) + 1]) for name in ("parameters", "optimiser"))

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tdmpc2_support.data.datasets import Dataset
-from tdmpc2_support.devices import available_everywhere, bytes_of, everywhere, on_devices, split
+from tdmpc2_support.devices import bytes_of, global_arrays, least_available_bytes, replicated, split
 from tdmpc2_support.errors import UserError
 
 
@@ -44,7 +44,7 @@ def data_shapes(data: Dataset, storage_dtype: str, mesh: Mesh) -> DeviceData:
     """Shapes, types and places of the dataset in device memory; its length is rounded up to be split evenly."""
     length = -(-data.num_entries // mesh.size) * mesh.size
     floats = partial(jax.ShapeDtypeStruct, dtype=data_dtype(data, storage_dtype), sharding=split(mesh, 0))
-    table = [jax.ShapeDtypeStruct((len(data.chunks),), np.int32, sharding=everywhere(mesh)) for _ in range(3)]
+    table = [jax.ShapeDtypeStruct((len(data.chunks),), np.int32, sharding=replicated(mesh)) for _ in range(3)]
     task = jax.ShapeDtypeStruct((length,), np.int16, sharding=split(mesh, 0))
     shapes = (length, data.obs_size), (length, data.action_size), (length,)
     return DeviceData(*map(floats, shapes), task, *table)
@@ -55,11 +55,11 @@ def choose_storage(storage: str, data: Dataset, storage_dtype: str, mesh: Mesh) 
     if storage != "auto":
         return storage
     on_device = bytes_of(data_shapes(data, storage_dtype, mesh))
-    if jax.devices()[0].platform != "cpu" and on_device < 0.6 * available_everywhere():
+    if jax.devices()[0].platform != "cpu" and on_device < 0.6 * least_available_bytes():
         return "device"
     host = np.array(zlib.crc32(socket.gethostname().encode()), np.uint32)
     neighbours = 1 if jax.process_count() == 1 else int((multihost_utils.process_allgather(host) == host).sum())
-    return "host" if neighbours * data.nbytes < 0.4 * available_everywhere() * jax.local_device_count() else "disk"
+    return "host" if neighbours * data.nbytes < 0.4 * least_available_bytes() * jax.local_device_count() else "disk"
 
 
 def describe(data: Dataset, storage: str) -> str:
@@ -95,5 +95,5 @@ def to_devices(data: Dataset, storage_dtype: str, mesh: Mesh, horizon: int) -> D
         jax.make_array_from_single_device_arrays(getattr(shapes, k).shape, split(mesh, 0), [part[k] for part in parts])
         for k in names
     ]
-    table = [on_devices(values.astype(np.int32), everywhere(mesh)) for values in data.window_table(horizon)]
+    table = [global_arrays(values.astype(np.int32), replicated(mesh)) for values in data.window_table(horizon)]
     return DeviceData(*whole, *table)
