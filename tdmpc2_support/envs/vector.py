@@ -185,7 +185,8 @@ class WorkerVectorEnv(TaskVectorEnv):
         ours, theirs = Pipe()
         # Ctrl-C and a batch system's SIGTERM reach the whole process group; it is the parent that decides on the end.
         code = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN); import sys; "
-        code += "sys.path.insert(0, sys.argv[1]); from tdmpc2_support.envs import vector as v; v._work(*map(int, sys.argv[2:]))"
+        code += "sys.path.insert(0, sys.argv[1]); from tdmpc2_support.envs import vector as v; "
+        code += "v._work(*map(int, sys.argv[2:]))"
         here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}  # cores are XLA's
         with theirs:

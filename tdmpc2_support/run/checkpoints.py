@@ -4,24 +4,123 @@ A checkpoint is a folder `.../checkpoints/STEP` with an item `meta` (JSON: the s
 and checksums) and an item for each pytree of arrays. Those written before there were checksums are read as they are.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import shutil
+import sys
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from tdmpc2_support.devices import shapes_on
 from tdmpc2_support.errors import UserError
+
+if TYPE_CHECKING:
+    from tdmpc2_support.run.folder import RunFolder
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs at length what it raises, too
 
 
+class Checkpoints:
+    """The checkpoints of a run that is trained: a context manager that writes and reads them.
+
+    Args:
+        folder: the run's.
+        script: name of the script, which its checkpoints carry.
+    """
+
+    def __init__(self, folder: "RunFolder", script: str):
+        self.folder = folder.path
+        self.settings = folder.settings
+        self.primary = folder.primary
+        self.script = script
+        self._manager: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def read_meta(self) -> dict[str, Any] | None:
+        """What the newest checkpoint that can be read records beside arrays; None if there is none."""
+        for checkpoint in complete_checkpoints(self.folder):
+            with contextlib.suppress(UserError):  # `restore` tells
+                return read_meta(checkpoint, self.script)
+        return None
+
+    def restore(self, **like: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What the newest whole checkpoint records (`read_meta`), and the items named, in the structure, shapes and
+        places of `like`; None if there is none. A damaged one is renamed, with a sentence, for the one before it.
+
+        Raises:
+            UserError: there are only damaged ones.
+        """
+        problems = []
+        for checkpoint in complete_checkpoints(self.folder):
+            try:
+                meta = read_meta(checkpoint, self.script)
+                items = read_checkpoint(checkpoint, meta, **like)
+            except UserError as error:
+                problems.append((checkpoint, error))
+                continue
+            for damaged, error in problems if self.primary else ():
+                name = f"damaged-{damaged.name}-{int(time.time())}"
+                damaged.rename(self.folder / name)
+                print(f"{error}; it is kept as {name}, the run goes on from {checkpoint}", file=sys.stderr)
+            return meta, items
+        if problems:
+            raise UserError("; ".join(str(error) for _, error in problems))
+        return None
+
+    def restore_or_make(
+        self, count: dict[str, Any], devices: dict[str, jax.Device] | None = None, **make: Callable[[], Any]
+    ) -> list[Any]:
+        """The items of these names in the last whole checkpoint, whose counters go to `count`, or what the functions
+        return; on the first device or where `devices` has another for an item."""
+        places = dict.fromkeys(make, jax.devices()[0]) | (devices or {})
+        like = {}
+        for name, function in make.items():
+            like[name] = shapes_on(jax.sharding.SingleDeviceSharding(places[name]), function)
+        if restored := self.restore(**like):
+            meta, items = restored
+            count |= meta["count"]
+            return [items[name] for name in make]
+        items = []
+        for name, function in make.items():
+            with jax.default_device(places[name]):
+                items.append(jax.device_put(function(), places[name]))  # committed, as what jitted functions return
+        return items
+
+    def save(self, step: int, count: dict[str, Any], meta: dict[str, Any] | None = None, **items: Any) -> None:
+        """Writes pytrees of arrays as the checkpoint of a step, and keeps the one before it.
+
+        Args:
+            step: of the run.
+            count: the run's counters.
+            meta: what else the checkpoint records, as JSON; its `args` take the place of the settings.
+            items: pytrees by their names.
+
+        Raises:
+            UserError: the disk is full; what was written of it is removed, and the checkpoints before it are kept.
+        """
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager((self.folder / "checkpoints").absolute(), options=options)
+        meta = {"script": self.script, "args": self.settings, "count": count} | (meta or {})
+        write_checkpoint(self._manager, step, meta, **items)
+
+
+# ------------------------------------------------------------------------------------------------ Files of checkpoints
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a run's folder that were written to their end, the newest first."""
     folder = Path(folder, "checkpoints")
@@ -45,19 +144,21 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_meta(checkpoint: Path, *scripts: str) -> dict[str, Any]:
-    """What a checkpoint says of itself: its script, arguments, counters, sizes and checksums.
+    """What a checkpoint records beside arrays: its script, arguments, counters, sizes and checksums.
 
     Raises:
-        UserError: it is damaged, or of none of `scripts`.
+        UserError: it is damaged, or of none of `scripts`, if any are named.
     """
     try:
         meta = json.loads((checkpoint / "meta" / "metadata").read_text())
-        script, whole = meta["script"], meta.get("checksum") in (None, _text_sum(meta))
+        script = meta["script"]
+        whole = meta.get("checksum") in (None, _text_sum(meta))
     except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(checkpoint, f"or not a checkpoint of {scripts[0]}.py") from None
+        kind = f"a checkpoint of {scripts[0]}.py" if scripts else "one of this project"
+        raise _damaged(checkpoint, f"or not {kind}") from None
     if not whole:
         raise _damaged(checkpoint, "meta has another checksum")
-    if script not in scripts:
+    if scripts and script not in scripts:
         raise UserError(f"{checkpoint} is a checkpoint of {script}.py, not of {scripts[0]}.py")
     return meta
 

@@ -1,0 +1,236 @@
+"""The folder of a run while it is trained: its lock, its arguments, and the signals that end it.
+
+with RunFolder(path, settings) as folder, Signals() as signals:
+    folder.begin()                                        # from here on it holds a run: args.json is written
+    while not signals:
+        ...
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from tdmpc2_support.agents.pretrained import read_record
+from tdmpc2_support.cli import MAY_CHANGE, as_flag, saved_fields
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.files import write_atomically
+from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
+
+
+class RunFolder:
+    """A run's folder: a context manager that holds its lock, so that no other process trains there.
+
+    Args:
+        path: the folder.
+        settings: the run's arguments by name (`cli.settings`). When the run is resumed, those may differ from the ones
+            it was started with that `cli.MAY_CHANGE` names.
+        primary: whether this process writes files (one of several does).
+
+    Raises:
+        UserError: on entering, if the folder is in use, holds a run that is not to be resumed or was started with other
+            arguments, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], primary: bool = True):
+        self.path = path
+        self.settings = settings
+        self.primary = primary
+        self._lock = None
+        self._refused = False  # by a live run: the folder is left as it is
+        self._begun = False
+
+    def __enter__(self) -> "RunFolder":
+        if not self.primary:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            self._check()
+        except OSError as error:
+            self._clean_up()
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+        except UserError:
+            self._clean_up()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self._clean_up()
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has begun here, in this process or in another one before."""
+        files = (self.path / name for name in ("args.json", "eval.csv"))
+        return any(path.exists() for path in files) or bool(complete_checkpoints(self.path))
+
+    def begin(self) -> None:
+        """From here on the folder holds a run: writes args.json."""
+        self._begun = True
+        if self.primary:
+            write_atomically(self.path / "args.json", json.dumps(self.settings, indent=2))
+
+    def _take_lock(self) -> None:
+        """Opens `.lock` and locks it until the process ends, however it does."""
+        path = self.path / ".lock"
+        while True:
+            self._lock = open(path, "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._refused = True
+                raise UserError(f"{self.path} is in use by a live run; choose another --exp-name or --seed") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"{self.path} lies where files cannot be locked: start no second run there", file=sys.stderr)
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path)):
+                    return
+            self._lock.close()  # between opening and locking, a start that was refused has removed the file
+
+    def _check(self) -> None:
+        if not self.holds_run:
+            return
+        if not self.settings.get("resume"):
+            raise UserError(f"{self.path} holds a run; go on with --resume, or choose another --exp-name or --seed")
+        before = started_with(self.path)
+        changed = [
+            name for name, value in self.settings.items() if name not in MAY_CHANGE and before.get(name, value) != value
+        ]
+        if changed:
+            flags = ", ".join(as_flag(name, before[name]) for name in changed)
+            raise UserError(f"--resume continues a run as it was started: {flags}")
+
+    def _clean_up(self) -> None:
+        """Releases the lock. A start that was refused leaves nothing behind: neither its lock nor empty folders."""
+        if self.primary and not self._begun and not self._refused and self.path.exists() and not self.holds_run:
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is locked: see _take_lock
+            with contextlib.suppress(OSError):  # the first folder that is not empty
+                for folder in (self.path / "checkpoints", self.path, *self.path.parents[:2]):
+                    if folder.exists():
+                        folder.rmdir()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def started_with(folder: Path) -> dict[str, Any]:
+    """The settings of a run: those of args.json or, if that file is damaged or gone, of the newest checkpoint.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((folder / "args.json").read_text())
+        if isinstance(record, dict):
+            return record
+    for checkpoint in complete_checkpoints(folder):
+        with contextlib.suppress(UserError):
+            return read_meta(checkpoint)["args"]
+    raise UserError(
+        f"{folder}/args.json cannot be read, nor a checkpoint: the run cannot be continued as it was started"
+    )
+
+
+def recorded_settings(
+    args: Any, run_folder: Callable[[Any], Path], scripts: tuple[str, ...], of_run: tuple[str, ...] = ("task",)
+) -> dict[str, Any]:
+    """What an earlier run has recorded of the arguments that the command line leaves out: all of them if --resume
+    continues it or, if --evaluate takes its agent, those of the agent and of_run.
+
+    Args:
+        args: has the fields agent, evaluate, checkpoint, resume and perhaps source_task.
+        run_folder: called with args, returns the run's folder.
+        scripts: whose agents --evaluate takes.
+        of_run: arguments beside the agent's that an evaluation takes from the agent's run.
+
+    Raises:
+        UserError: the agent or the run's record cannot be read.
+    """
+    if args.evaluate:
+        wanted = {field.name for field in saved_fields(type(args.agent))} | {*of_run}
+        record = read_record(args.checkpoint, *scripts)["args"]
+        record = {name: value for name, value in record.items() if name in wanted}
+        if getattr(args, "source_task", None):
+            record["task"] = args.source_task
+        return record
+    if args.resume:
+        folder = RunFolder(run_folder(args), {})
+        if folder.holds_run:
+            record = started_with(folder.path)
+            return {name: value for name, value in record.items() if name not in ("resume", "runs_dir")}
+    return {}
+
+
+class Signals:
+    """Notes the signals that ask a run to end, so that its loop can end in order: a context manager, true after one.
+
+    SIGTERM and SIGUSR1 may come any number of times: schedulers send several. A second Ctrl-C, when a second has passed
+    since the first, does not wait any longer.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None  # the first one's number
+        self._interrupted = None  # when the first Ctrl-C came
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted is not None and now - self._interrupted > 1:
+            raise KeyboardInterrupt
+        self._interrupted = self._interrupted or now
+
+    def exit_if_received(self, where: str, primary: bool = True) -> None:
+        """Ends the process with the status that shells give to a signal, if one has come; says where the run stopped,
+        as "simulator step 1000"."""
+        if self.received is None:
+            return
+        if primary:
+            name = signal.Signals(self.received).name
+            print(f"stopped by {name} at {where}; --resume continues the run", file=sys.stderr)
+        sys.exit(128 + self.received)
+
+
+def check_finite(folder: Path, where: str, **values: Any) -> None:
+    """Stops the run with a UserError when a number that it lives on is no longer one.
+
+    Args:
+        folder: the run's.
+        where: as "simulator step 1000".
+        values: arrays of this process by their names.
+    """
+    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
+    if bad:
+        kept = "its last checkpoint is kept" if complete_checkpoints(folder) else "no checkpoint was written yet"
+        raise UserError(f"{bad[0]} is not finite at {where}: {folder} stops here; {kept}")

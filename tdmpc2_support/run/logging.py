@@ -1,0 +1,284 @@
+"""The curves of a run: eval.csv, TensorBoard events, Weights & Biases, the printed table and the progress bar.
+
+with Logger(folder, RETURNS_COLUMNS) as logger:
+    logger.begin(title, table_head, params, step, total, count)
+    logger.log_losses(step, info)
+    with logger.paused("evaluating", total=500) as advance:
+        ...
+    logger.record_returns(step, spec, evaluation)
+"""
+
+import contextlib
+import csv
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from tdmpc2_support.envs.tasks import TaskSpec
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.files import write_atomically
+from tdmpc2_support.run.folder import RunFolder, check_finite
+from tdmpc2_support.run.reports import Evaluation, SetEvaluation, headline, summary
+from tdmpc2_support.run.video import write_video
+
+
+class Logger:
+    """Curves, table and progress of a run: a context manager.
+
+    Args:
+        folder: the run's.
+        columns: of eval.csv; the first is the step.
+        unit: what steps are called in sentences.
+
+    Raises:
+        UserError: a file cannot be written, in every method that writes.
+    """
+
+    def __init__(self, folder: RunFolder, columns: tuple[str, ...], unit: str = "simulator step"):
+        self.folder = folder.path
+        self.settings = folder.settings
+        self.primary = folder.primary  # whether this process shows and writes anything
+        self.columns = columns
+        self.unit = unit
+        self.logged = 0  # step at which losses were last logged
+        self._stack = contextlib.ExitStack()
+        self._events: EventFile | None = None
+        self._wandb: Any = None
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self._stack.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def begin(self, title: str, table_head: str, params: Any, step: int, total: int, count: dict[str, Any]) -> None:
+        """Opens the curves, prints title and head of the table, and shows a progress bar (on a terminal). Points and
+        rows beyond those that the last checkpoint knows of are dropped.
+
+        Args:
+            title: what is trained.
+            params: whose size is printed.
+            step: where the run is.
+            total: where it ends.
+            count: the run's counters: "evaluated", step of the last evaluation, and "seconds" that the run has taken.
+        """
+        self.logged = step
+        self._total = total
+        self._tick = time.time()
+        self._began = time.time() - count["seconds"]
+        if self.primary:
+            with self._unwritable():
+                self._drop_rows_after(count["evaluated"])
+                self._events = self._stack.enter_context(EventFile(self.folder))
+                self._events.restart_at(step + 1 if step else 0)
+                rows = "\n".join(f"|{name}|{value}|" for name, value in self.settings.items())
+                self._events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+            if self.settings.get("track"):
+                self._start_wandb()
+            self._print_title(title, table_head, params, step)
+        options = {"unit": f" {self.unit}s", "mininterval": 1, "dynamic_ncols": True}
+        bar = tqdm(total=total, initial=step, disable=None if self.primary else True, **options)
+        self._bar = self._stack.enter_context(bar)
+
+    def _print_title(self, title: str, table_head: str, params: Any, step: int) -> None:
+        size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+        devices = jax.devices()
+        where = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
+        print(f"{title}, {size:.1f}M parameters, on {where}; from {self.unit} {step}, in {self.folder}")
+        if step >= self._total:
+            more = ": ask for more to go on" if {"total_timesteps", "num_updates"} & self.settings.keys() else ""
+            print(f"all {self._total} {self.unit}s have been made{more}")
+        print(table_head, flush=True)
+
+    # ------------------------------------------------------------------------------------------------------- Progress
+    def seconds(self) -> float:
+        """How long the run has taken, in all its sessions."""
+        return time.time() - self._began
+
+    @contextlib.contextmanager
+    def paused(self, text: str = "", total: int = 0) -> Iterator[Callable[[], None]]:
+        """For what is not learning: its time does not count in the speed of learning. With a text it has a bar of
+        `total` steps of its own, which the function that it yields advances."""
+        began = time.time()
+        with tqdm(total=total, desc=text, leave=False, disable=None if text and self.primary else True) as bar:
+            bar.set_postfix_str("compiling ...")
+
+            def advance() -> None:
+                bar.set_postfix_str("", refresh=False)
+                bar.update()
+
+            yield advance
+        self._tick += time.time() - began
+
+    def with_bar(self, text: str, items: Iterable[Any]) -> Iterator[Any]:
+        """The items; many of them get a bar of their own."""
+        items = list(items)
+        hidden = None if len(items) > 50 and self.primary else True
+        return iter(tqdm(items, desc=text, leave=False, disable=hidden))
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to this step."""
+        self._bar.update(min(step, self._total) - self._bar.n)
+
+    # --------------------------------------------------------------------------------------------------------- Curves
+    def log(self, step: int, scalars: dict[str, Any]) -> None:
+        """Adds points to the trackers' curves."""
+        if self._events is None:
+            return
+        with self._unwritable():
+            self._events.add_scalars(scalars, step)
+        if self._wandb is not None:
+            self._wandb.log({name: float(value) for name, value in scalars.items()} | {"global_step": step})
+
+    def log_episodes(self, step: int, done: np.ndarray, infos: dict[str, Any]) -> None:
+        """Adds points for the episodes that have just ended, as `RecordEpisodeStatistics` describes them."""
+        for i in np.flatnonzero(done):
+            episode_return = infos["episode"]["r"][i]
+            length = infos["episode"]["l"][i]
+            self.log(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+            self._bar.set_postfix_str(f"return {episode_return:.1f}", refresh=False)
+
+    def log_losses(self, step: int, info: dict[str, Any], speed: str = "charts/SPS") -> None:
+        """Adds points for the losses (on the device until here) and for steps per second of learning."""
+        values = jax.device_get(info)
+        check_finite(self.folder, f"{self.unit} {step}", **values)
+        scalars = {f"losses/{name}": value for name, value in values.items()}
+        scalars[speed] = (step - self.logged) / max(time.time() - self._tick, 1e-9)
+        self.log(step, scalars)
+        self.logged = step
+        self._tick = time.time()
+
+    # ---------------------------------------------------------------------------------------------------- Evaluations
+    def record_returns(self, step: int, spec: TaskSpec, result: Evaluation) -> None:
+        """Adds an evaluation in one task to the printed table, eval.csv, the trackers and the films."""
+        returns = result.returns
+        successes = result.successes
+        rate = f"{successes.mean():>7.2f} " if spec.success else ""
+        line = f"{step:>10} {rate}{returns.mean():>9.1f} {returns.std():>8.1f} {self.seconds() / 60:>8.1f}"
+        row = [step, returns.mean(), successes.mean(), self.settings["seed"]]
+        scalars = {
+            "eval/episodic_return": returns.mean(),
+            "eval/episodic_return_std": returns.std(),
+            "eval/success_rate": successes.mean(),
+        }
+        self._record(step, line, [row], scalars, result.frames, result.fps)
+
+    def record_scores(self, step: int, result: SetEvaluation) -> None:
+        """Adds an evaluation in several tasks to the printed table, eval.csv, the trackers and the films."""
+        results = summary(result)
+        rows = []
+        scalars = {"eval/normalized_score": results["normalized_score"]}
+        for task, returns, successes in zip(result.tasks, result.returns, result.successes, strict=True):
+            rows.append([step, task, returns.mean(), successes.mean(), self.settings["seed"]])
+            scalars[f"eval/score/{task}"] = results["tasks"][task]["score"]
+        for domain, row in results["domains"].items():
+            scalars[f"eval/mean/{domain}"] = row["mean"]
+        line = f"{step:>10} {self.seconds() / 60:>8.1f}  {headline(results)}"
+        self._record(step, line, rows, scalars, result.frames, result.fps)
+
+    def _record(
+        self, step: int, line: str, rows: list[list], scalars: dict[str, Any], frames: list[np.ndarray], fps: int
+    ) -> None:
+        self._bar.write(line)
+        sys.stdout.flush()
+        with self._unwritable():
+            with (self.folder / "eval.csv").open("a") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+            self.log(step, scalars)
+            if not frames:
+                return
+            path = self.folder / "videos" / f"step-{step:09d}.mp4"
+            write_video(path, frames, fps)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"eval/video": wandb.Video(str(path)), "global_step": step})
+
+    def _drop_rows_after(self, last: int) -> None:
+        """Drops the rows of eval.csv after this step, and half written ones."""
+        path = self.folder / "eval.csv"
+        rows = []
+        if path.exists():
+            with path.open() as file:
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        rows = [row for row in rows if int(row[self.columns[0]]) <= last]
+        lines = [self.columns, *([row[name] for name in self.columns] for row in rows)]
+        write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
+
+    def _start_wandb(self) -> None:
+        """Joins Weights & Biases: the same run there when this one is resumed, by a name kept in the folder."""
+        import wandb
+
+        path = self.folder / ".wandb_run_id"
+        if not path.exists():
+            write_atomically(path, uuid.uuid4().hex)
+        names = {"project": self.settings["wandb_project_name"], "entity": self.settings["wandb_entity"]}
+        name = "__".join(self.folder.parts[-3:])
+        self._wandb = wandb.init(
+            **names, name=name, id=path.read_text(), config=self.settings, resume="allow", dir=self.folder
+        )
+        self._wandb.define_metric("*", step_metric="global_step")
+
+    @contextlib.contextmanager
+    def _unwritable(self) -> Iterator[None]:
+        """Turns what the system says of a file that cannot be written into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}") from error
+
+
+class EventFile:
+    """A file of TensorBoard events, each written when it is added: a context manager."""
+
+    def __init__(self, folder: Path):
+        name = (
+            f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        )
+        self._file: IO[bytes] = open(folder / name, "wb")
+        self._writer = RecordWriter(self._file)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def __enter__(self) -> "EventFile":
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self._file.close()
+
+    def restart_at(self, step: int) -> None:
+        """Points of earlier files from this step on are no longer shown."""
+        self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_scalars(self, scalars: dict[str, Any], step: int) -> None:
+        """Adds a point to each curve, by its tag."""
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Adds a text in Markdown."""
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape)
+        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        value = Summary.Value(tag=f"{tag}/text_summary", metadata=kind, tensor=tensor)
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+
+    def _add(self, event: Event) -> None:
+        self._writer.write(event.SerializeToString())
+        self._file.flush()

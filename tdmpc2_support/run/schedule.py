@@ -1,0 +1,54 @@
+"""What is due at a step of a run (evaluations, checkpoints, updates), and its random streams."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from tdmpc2_support.envs.tasks import TaskSpec
+
+
+class Streams(NamedTuple):
+    """The random streams of a run, one for each use; the environments have others, of NumPy."""
+
+    init: jax.Array  # of the parameters
+    train: jax.Array
+    act: jax.Array
+    evaluate: jax.Array
+
+
+def random_streams(seed: int) -> Streams:
+    """The streams of the run with this seed."""
+    return Streams(*jax.random.split(jax.random.key(seed), 4))
+
+
+def due(step: int, last: int, freq: int, end: bool = False) -> bool:
+    """Whether a multiple of freq lies in (last, step], or the run ends at a step where it was not done."""
+    return step // freq > last // freq or (end and last != step)
+
+
+def seed_steps_of(args: Any, spec: TaskSpec) -> int:
+    """Random decisions at the start of a run: --seed-steps, or the larger of 1000 and five episodes."""
+    if args.seed_steps is not None:
+        return args.seed_steps
+    return max(1000, 5 * spec.episode_length)
+
+
+def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst: int, windows: Any) -> int:
+    """How many dispatches of `burst` updates are to be made now.
+
+    Nothing is learned in the first seed_steps decisions, which are random. Then as many updates are made at once, and
+    from there on utd for every decision. A run with updates behind it has a window to learn from; before the first one
+    it is asked for, since all episodes until then may have been shorter than a window.
+
+    Args:
+        decisions: made so far, in all environments.
+        updates: made so far.
+        seed_steps: see `seed_steps_of`.
+        utd: updates per decision.
+        burst: updates of one dispatch.
+        windows: number of windows in the replay; on the device, and only read before the first update.
+    """
+    if decisions < seed_steps or (updates == 0 and not windows):
+        return 0
+    total = int(seed_steps + (decisions - seed_steps) * utd)
+    return (total - updates) // burst
