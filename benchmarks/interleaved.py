@@ -50,6 +50,49 @@ def calls_of(task: str, model_size: int, compute_dtype: str) -> dict[str, Callab
     import envs as environments
     import tdmpc2_jax as td
 
+    if not hasattr(td, "Agent"):
+        return calls_of_earlier(task, model_size, compute_dtype)
+    from tdmpc2_support.run.schedule import random_streams
+
+    envs = environments.make_envs(task, 1, seed=0)
+    agent = td.for_task(td.Agent(model_size=model_size, compute_dtype=compute_dtype), task, envs)
+    state = td.fresh_state(agent, random_streams(1))["train"]
+    key, (obs, _) = jax.random.key(2), envs.reset(seed=0)
+    replay = td.init_replay(10_000, 1, agent.obs_dim, agent.action_dim)
+    prev_mean = jnp.zeros((1, agent.horizon, agent.action_dim))
+    no, filler = np.zeros(1, bool), np.zeros(1, np.float32)
+    for _ in range(100):
+        action = np.random.default_rng(0).uniform(-1, 1, (1, agent.action_dim)).astype(np.float32)
+        replay = td.add(replay, agent.horizon, td.Step(obs, action, filler, no, no))
+
+    def update():
+        nonlocal state  # the one passed in is consumed
+        state, info = td.train(agent, state, replay, num_updates=1)
+        jax.block_until_ready((state, info))
+
+    def plan():
+        nonlocal prev_mean, key
+        action, prev_mean, key = td.act(agent, state.params, obs, prev_mean, no, key, explore=True)
+        return np.asarray(action)
+
+    step = td.Step(obs, np.zeros((1, agent.action_dim), np.float32), filler, no, no)
+
+    def decision():
+        nonlocal state, replay, step, prev_mean, key
+        replay, action, prev_mean, key = td.add_and_act(agent, state.params, replay, step, prev_mean, key, random=False)
+        state, _ = td.train(agent, state, replay, num_updates=1)
+        now, reward, terminated, _, _ = envs.step(np.asarray(action))
+        step = td.Step(now, action, reward.astype(np.float32), terminated, no)
+        jax.block_until_ready((state, replay))
+
+    return {"update": update, "plan": plan, "decision": decision}
+
+
+def calls_of_earlier(task: str, model_size: int, compute_dtype: str) -> dict[str, Callable[[], Any]]:
+    """`calls_of` for a checkout from before `Agent` was a dataclass of its own."""
+    import envs as environments
+    import tdmpc2_jax as td
+
     args = td.Args(task=task, model_size=model_size, compute_dtype=compute_dtype)
     envs = environments.make_envs(task, 1, seed=0)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
@@ -117,11 +160,7 @@ def measure(checkouts: tuple[Path, ...], names: tuple[str, ...], rounds: int, *c
     ends, processes = [], []
     try:
         for checkout in checkouts:
-            devices = checkout / "tdmpc2_support" / "devices.py"
-            huge = (
-                devices.exists() and "use_huge_pages" in devices.read_text()
-            )  # what its scripts start themselves with
-            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" if huge else ""
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # for all alike
             mine, theirs = spawn.Pipe()
             processes.append(spawn.Process(target=serve, args=(theirs, str(checkout.resolve()), *config), daemon=True))
             processes[-1].start()

@@ -58,7 +58,8 @@ def readings(args: Args) -> list[dict[str, Any]]:
         action, reward, terminated = np.zeros(shape, np.float32), np.zeros(1, np.float32), np.zeros(1, bool)
         first, done, start = np.ones(1, bool), np.zeros(1, bool), time.time()
         for pushed in range(1, args.decisions + 1):
-            replay = tdmpc2_jax.add(replay, args.horizon, obs, action, reward, terminated, first)
+            step = tdmpc2_jax.Step(obs, action, reward, terminated, first)
+            replay = tdmpc2_jax.add(replay, args.horizon, step)
             if pushed % 100 == 0:
                 jax.block_until_ready(draw(replay, jax.random.key(pushed)))
             if pushed % args.report_freq == 0:

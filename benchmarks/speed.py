@@ -40,9 +40,10 @@ import numpy as np
 import tyro
 
 import envs as environments
-import tdmpc2_jax
+import tdmpc2_jax as td
+from tdmpc2_support.cli import settings
+from tdmpc2_support.run.schedule import random_streams
 
-DISCOUNT = 0.99
 UNIT = 2048  # side of the float32 product in which times are quoted
 
 
@@ -158,36 +159,35 @@ def interleave(
     return {name: np.array(ms[1:]) for name, ms in times.items()}
 
 
-def filled_replay(args: tdmpc2_jax.Args, model: tdmpc2_jax.WorldModel, steps: int = 100) -> tdmpc2_jax.Replay:
-    """A replay with `steps` random entries per environment."""
-    rng, n = np.random.default_rng(0), args.num_envs
-    replay = tdmpc2_jax.init_replay(10_000, n, model.obs_dim, model.action_dim)
+def filled_replay(agent: td.Agent, n: int, steps: int = 100) -> td.Replay:
+    """A replay of n environments with `steps` random entries each."""
+    rng = np.random.default_rng(0)
+    replay = td.init_replay(10_000, n, agent.obs_dim, agent.action_dim)
     for i in range(steps):
-        obs = rng.standard_normal((n, model.obs_dim)).astype(np.float32)
-        action, reward = rng.uniform(-1, 1, (n, model.action_dim)).astype(np.float32), rng.random(n, np.float32)
-        replay = tdmpc2_jax.add(replay, args.horizon, obs, action, reward, np.zeros(n, bool), np.full(n, i == 0))
+        obs = rng.standard_normal((n, agent.obs_dim)).astype(np.float32)
+        action = rng.uniform(-1, 1, (n, agent.action_dim)).astype(np.float32)
+        step = td.Step(obs, action, rng.random(n, np.float32), terminated=np.zeros(n, bool), first=np.full(n, i == 0))
+        replay = td.add(replay, agent.horizon, step)
     return replay
 
 
-def loop_decisions_per_s(args: tdmpc2_jax.Args, model: tdmpc2_jax.WorldModel, state, envs, seconds: float):
-    """Acts, learns (one update per decision), steps the environments and writes, in the order of the training loop.
-    Returns decisions per second and the learning state."""
-    n, key, replay = args.num_envs, jax.random.key(0), filled_replay(args, model)
+def loop_decisions_per_s(agent: td.Agent, n: int, state, envs, seconds: float):
+    """Acts, learns (one update per decision) and steps the environments, in the order of the training loop. Returns
+    decisions per second and the learning state."""
+    key, replay = jax.random.key(0), filled_replay(agent, n)
     obs, _ = envs.reset(seed=0)
-    prev_mean, first, done = jnp.zeros((n, args.horizon, model.action_dim)), np.ones(n, bool), np.zeros(n, bool)
+    prev_mean, done = jnp.zeros((n, agent.horizon, agent.action_dim)), np.zeros(n, bool)
+    step = td.Step(obs, np.zeros((n, agent.action_dim), np.float32), np.zeros(n, np.float32), done, ~done)
     warmup, steps, start = 3, 0, math.inf
     while steps < warmup + 5 or time.perf_counter() - start < seconds:
         if steps == warmup:
             jax.block_until_ready(state)
             start = time.perf_counter()
-        action, prev_mean, key = tdmpc2_jax.act(
-            args, model, state.params, obs, prev_mean, first, DISCOUNT, key, explore=True
-        )
-        action = np.asarray(action)
-        state, _ = tdmpc2_jax.train(args, model, state, replay, DISCOUNT, num_updates=n)
-        obs, reward, terminated, truncated, _ = envs.step(action)
-        first, done = done, terminated | truncated
-        replay = tdmpc2_jax.add(replay, args.horizon, obs, action, reward.astype(np.float32), terminated, first)
+        replay, action, prev_mean, key = td.add_and_act(agent, state.params, replay, step, prev_mean, key, random=False)
+        state, _ = td.train(agent, state, replay, num_updates=n)
+        obs, reward, terminated, truncated, _ = envs.step(np.asarray(action))
+        step = td.Step(obs, action, reward.astype(np.float32), terminated, first=done)
+        done = terminated | truncated
         steps += 1
     jax.block_until_ready((state, replay))
     return n * (steps - warmup) / (time.perf_counter() - start), state
@@ -209,36 +209,37 @@ def memory_mb() -> dict[str, float | None]:
 
 
 def measure(
-    args: tdmpc2_jax.Args, obs_dim: int | None, action_dim: int | None, repeats: int, loop_s: float = 5
+    args: td.Args, obs_dim: int | None, action_dim: int | None, repeats: int, loop_s: float = 5
 ) -> dict[str, Any]:
     """All figures of one configuration; sizes that are None are the task's. The loop is run for loop_s seconds."""
     n, key = args.num_envs, jax.random.key(1)
     with closing(environments.make_envs(args.task, n, seed=0)) as envs:
-        sizes = obs_dim or envs.single_observation_space.shape[0], action_dim or envs.single_action_space.shape[0]
-        model = tdmpc2_jax.make_model(args, *sizes, environments.task_spec(args.task).can_terminate)
-        state, replay = tdmpc2_jax.fresh_state(args, model)["train"], filled_replay(args, model)
-        obs = np.random.default_rng(1).standard_normal((n, model.obs_dim)).astype(np.float32)
-        prev_mean, first = jnp.zeros((n, args.horizon, model.action_dim)), np.zeros(n, bool)
+        agent = td.for_task(args.agent, args.task, envs)
+        sizes = {"obs_dim": obs_dim or agent.obs_dim, "action_dim": action_dim or agent.action_dim}
+        agent = dataclasses.replace(agent, **sizes)
+        state, replay = td.fresh_state(agent, random_streams(0))["train"], filled_replay(agent, n)
+        obs = np.random.default_rng(1).standard_normal((n, agent.obs_dim)).astype(np.float32)
+        prev_mean, first = jnp.zeros((n, agent.horizon, agent.action_dim)), np.zeros(n, bool)
 
         def update():
             nonlocal state  # the one passed in is consumed
-            state, info = tdmpc2_jax.train(args, model, state, replay, DISCOUNT, num_updates=1)
+            state, info = td.train(agent, state, replay, num_updates=1)
             return state, info
 
         def plan():
-            return tdmpc2_jax.act(args, model, state.params, obs, prev_mean, first, DISCOUNT, key, explore=True)
+            return td.act(agent, state.params, obs, prev_mean, first, key, explore=True)
 
         first_call = {"update": first_call_s(update), "plan": first_call_s(plan)}
         loop = None
         if obs_dim is None and action_dim is None:
-            loop, state = loop_decisions_per_s(args, model, state, envs, loop_s)
+            loop, state = loop_decisions_per_s(agent, n, state, envs, loop_s)
         memory = memory_mb()  # before the products below take theirs
 
-    traced_update = tdmpc2_jax.train.trace(args, model, state, replay, DISCOUNT, num_updates=1)
-    traced_plan = tdmpc2_jax.act.trace(args, model, state.params, obs, prev_mean, first, DISCOUNT, key, explore=True)
+    traced_update = td.train.trace(agent, state, replay, num_updates=1)
+    traced_plan = td.act.trace(agent, state.params, obs, prev_mean, first, key, explore=True)
     products = {"update": count_products(traced_update.jaxpr), "plan": count_products(traced_plan.jaxpr)}
-    update_noise = jax.jit(partial(tdmpc2_jax.update_noise, args, model))
-    plan_noise = jax.jit(partial(tdmpc2_jax.plan_noise, args, model, n=n))
+    update_noise = jax.jit(partial(td.update_noise, agent))
+    plan_noise = jax.jit(partial(td.plan_noise, agent, n=n))
     timed = {
         "unit": square_product(UNIT, "float32"),
         "update": update,
@@ -249,15 +250,15 @@ def measure(
         "plan_draws": lambda: plan_noise(key),
     }
     peak_side = UNIT if jax.default_backend() == "cpu" else 8192
-    if (peak_side, args.compute_dtype) != (UNIT, "float32"):
-        timed["peak"] = square_product(peak_side, args.compute_dtype)
+    if (peak_side, agent.compute_dtype) != (UNIT, "float32"):
+        timed["peak"] = square_product(peak_side, agent.compute_dtype)
     times = interleave(timed, repeats)
     gflop = {name: total_gflop(counted) for name, counted in products.items()}
     peak = 2 * peak_side**3 / 1e6 / float(np.median(times.get("peak", times["unit"])))
     names = ("model_size", "num_envs", "compute_dtype", "horizon", "batch_size", "num_samples")
     return {
-        **{name: getattr(args, name) for name in names},
-        "obs_dim": model.obs_dim, "action_dim": model.action_dim,
+        **{name: settings(args)[name] for name in names},
+        **sizes,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         **figures(n, times, gflop, first_call, peak),
         "loop_decisions_per_s": loop, **memory, "rounds": len(times["unit"]),
@@ -345,7 +346,8 @@ def main(args: Args) -> None:
     rows = []
     for size, n, dtype in itertools.product(args.model_size, args.num_envs, args.compute_dtype):
         print(f"measuring {size}M, {n} environment(s), {dtype}", file=sys.stderr, flush=True)
-        config = tdmpc2_jax.Args(model_size=size, num_envs=n, compute_dtype=dtype, task=args.task, **sizes)
+        agent = td.Agent(model_size=size, compute_dtype=dtype, **sizes)
+        config = td.Args(task=args.task, agent=agent, num_envs=n)
         # a process each and no cache, so that compile times and peak memory are the configuration's own
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             rows.append(process.submit(measure, config, args.obs_dim, args.action_dim, args.repeats).result())

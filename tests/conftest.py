@@ -1,6 +1,5 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
-import dataclasses
 import importlib.metadata
 import os
 import signal
@@ -36,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tdmpc2_support.cli import as_flag  # noqa: E402
+from tdmpc2_support.cli import as_flag, settings  # noqa: E402
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_meta  # noqa: E402
 
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
@@ -79,10 +78,11 @@ def meta_of(folder, script="tdmpc2_jax"):
     return read_meta(find_checkpoint(folder), script)
 
 
-def said(args):
-    """The command line that says what is not a default in these arguments."""
-    fields = [f for f in dataclasses.fields(args) if getattr(args, f.name) != f.default]
-    return [word for f in fields for word in as_flag(f.name, getattr(args, f.name)).split(" ", 1)]
+def as_flags(args):
+    """The command line that gives what is not a default in these arguments."""
+    defaults = settings(type(args)())
+    changed = {name: value for name, value in settings(args).items() if value != defaults[name]}
+    return [word for name, value in changed.items() for word in as_flag(name, value).split(" ", 1)]
 
 
 def with_devices(number):

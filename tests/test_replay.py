@@ -20,6 +20,11 @@ def sample(td, replay, key, batch_size):
     return td.windows(replay, td.draw(replay.tree, key, batch_size), H, 0.4)
 
 
+def add(td, replay, *step):
+    """Writes one step of all environments."""
+    return td.add(replay, H, td.Step(*step))
+
+
 def write_episodes(td, seed, capacity, num_envs, steps, ends=0.15):
     """A replay after `steps` steps of environments whose episodes end at random; entries name themselves.
 
@@ -33,7 +38,7 @@ def write_episodes(td, seed, capacity, num_envs, steps, ends=0.15):
     for _ in range(steps):
         obs = np.stack([np.arange(num_envs), episode, place], -1).astype(np.float32)
         done = ~first & (rng.random(num_envs) < ends)
-        replay = td.add(replay, H, obs, obs[:, 2:], obs[:, 2] * 10, done, first)
+        replay = add(td, replay, obs, obs[:, 2:], obs[:, 2] * 10, done, first)
         history.append((obs, first))
         episode, place, first = episode + done, np.where(done, 0, place + 1), done
         # the step behind an end is the reset: it opens the next episode
@@ -80,6 +85,6 @@ def test_an_update_never_sees_filler(td):
     for i in range(100):
         first = rng.random(2) < 0.2 if i else np.ones(2, bool)
         reward = np.where(first, np.nan, 1.0).astype(np.float32)
-        replay = td.add(replay, H, np.ones((2, 3), np.float32), reward[:, None], reward, np.zeros(2, bool), first)
+        replay = add(td, replay, np.ones((2, 3), np.float32), reward[:, None], reward, np.zeros(2, bool), first)
     batch = sample(td, replay, jax.random.key(0), 1000)
     assert jnp.isfinite(batch.action).all() and jnp.isfinite(batch.reward).all()
