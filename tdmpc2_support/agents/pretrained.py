@@ -192,7 +192,7 @@ def tdmpc_from_torch(tensors: Mapping[str, np.ndarray]) -> Params:
     if not {"_encoder.0.weight", "_Q1.0.weight"} <= tensors.keys():
         raise UserError(f"holds no TD-MPC agent that sees states{'' if '_Q1.0.weight' in tensors else _other(tensors)}")
 
-    def mlp(prefix, *places, norm=None):
+    def mlp(prefix: str, *places: int, norm: int | None = None) -> dict[str, Any]:
         params = {}
         for i, place in enumerate(places):
             kernel = _numbers(tensors, f"{prefix}.{place}.weight", 2).swapaxes(-1, -2)
@@ -248,7 +248,7 @@ def fold_task(params: Params, emb: np.ndarray, obs_dim: int, action_dim: int) ->
     emb = emb / max(1.0, np.linalg.norm(emb))  # rows of the table have at most unit norm when read
     E, Z = len(emb), params["dynamics"]["params"]["linear_2"]["bias"].shape[-1]
 
-    def fold(name, component):
+    def fold(name: str, component: Params) -> dict[str, Any]:
         layers = dict(component["params"])
         kernel, bias = (np.asarray(layers["linear_0"][field]) for field in ("kernel", "bias"))
         before = kernel.shape[-2] - E if name == "encoder" else Z
@@ -477,8 +477,8 @@ def _record(path: str, record: Mapping[str, str], scripts: Sequence[str]) -> dic
 
 
 def _read_quantized(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str]) -> Agent:
-    tensors, record = read_safetensors(path)
-    record = _record(path, record, scripts)
+    tensors, metadata = read_safetensors(path)
+    record = _record(path, metadata, scripts)
     try:
         stored = nested({name: array for name, array in tensors.items() if not name.endswith(".kernel_scale")})
         heads = {name: stored[name] for name in ("encoder", "dynamics", "reward", "pi", "q")}

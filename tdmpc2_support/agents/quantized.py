@@ -52,7 +52,7 @@ def flat(params: Params) -> dict[str, np.ndarray]:
 
 def nested(tensors: Mapping[str, np.ndarray]) -> Params:
     """The parameters that `flat` has named."""
-    params = {}
+    params: Params = {}
     for name, array in tensors.items():
         component, *path = name.split(".")
         if not path:
@@ -107,7 +107,8 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
         UserError: there is such a file, or it cannot be written.
     """
     path, types = Path(path), {np.dtype(code): name for name, code in _TYPES.items()}
-    header, numbers = {"__metadata__": dict(record)}, bytearray()
+    header: dict[str, Any] = {"__metadata__": dict(record)}
+    numbers = bytearray()
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # so that all are aligned
         array = tensors[name].astype(tensors[name].dtype.newbyteorder("<"), copy=False)
         offsets = [len(numbers), len(numbers) + array.nbytes]
@@ -211,7 +212,7 @@ def errors(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) ->
     over all states; scalars [B] by the root mean square of the error relative to theirs; "action" [B, A], NaN where a
     task has fewer, by that of the error itself, and the share of entries that have moved by more than 0.1."""
 
-    def rms(x):
+    def rms(x: np.ndarray) -> float:
         return float(np.sqrt(np.mean(np.square(x))))
 
     result = {}

@@ -13,7 +13,7 @@ import os
 import pathlib
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: 
     names = Chunk._fields[1:-1]
     if not isinstance(tensors, dict) or not set(names) <= set(tensors):
         raise UserError(f"{path} is no dataset: it must hold {', '.join(names)}")
-    chunk = Chunk(path, *(tensors[name] for name in names), ids)
+    chunk = Chunk(path=path, ids=ids, **{name: tensors[name] for name in names})
     if not all(isinstance(array, np.ndarray) for array in chunk[1:-1]):
         raise UserError(f"{path} is no dataset: {', '.join(names)} must be tensors")
     for name, ndim in (("obs", 3), ("action", 3), ("reward", 2), ("task", 2)):
@@ -123,7 +123,7 @@ class Dataset:
         for chunk in self.chunks:
             for i in range(0, len(chunk.obs), 1000):
                 self._read(chunk, np.arange(i, min(i + 1000, len(chunk.obs)))[:, None], np.arange(chunk.obs.shape[1]))
-            chunks.append(Chunk(chunk.path, *map(np.array, chunk[1:-1]), chunk.ids))
+            chunks.append(chunk._replace(**{name: np.array(getattr(chunk, name)) for name in Chunk._fields[1:-1]}))
         return Dataset(self.tasks, chunks)
 
     def check_files(self) -> None:
@@ -226,7 +226,7 @@ class Dataset:
         first: int = 0,
         readers: int = 4,
         rows: slice = slice(None),
-    ):
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Endless batches of `sample`, drawn ahead by threads; batch i depends on the seed and i only.
 
         Args:

@@ -7,7 +7,7 @@ data = to_devices(dataset, "float32", mesh, horizon=3)       # split over the de
 import socket
 import zlib
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,9 @@ def data_shapes(data: Dataset, storage_dtype: str, mesh: Mesh) -> DeviceData:
     floats = partial(jax.ShapeDtypeStruct, dtype=data_dtype(data, storage_dtype), sharding=split(mesh, 0))
     table = [jax.ShapeDtypeStruct((len(data.chunks),), np.int32, sharding=replicated(mesh)) for _ in range(3)]
     task = jax.ShapeDtypeStruct((length,), np.int16, sharding=split(mesh, 0))
-    shapes = (length, data.obs_size), (length, data.action_size), (length,)
-    return DeviceData(*map(floats, shapes), task, *table)
+    obs = floats((length, data.obs_size))
+    action = floats((length, data.action_size))
+    return DeviceData(obs, action, floats((length,)), task, *table)
 
 
 def choose_storage(storage: str, data: Dataset, storage_dtype: str, mesh: Mesh) -> str:
@@ -69,7 +70,7 @@ def describe(data: Dataset, storage: str) -> str:
 
 
 @partial(jax.jit, donate_argnums=0)
-def write_piece(arrays, piece, start):
+def write_piece(arrays: Any, piece: Any, start: int) -> Any:
     """Overwrites entries start, start + 1, ... of the arrays."""
     return jax.tree.map(lambda a, p: jax.lax.dynamic_update_slice_in_dim(a, p, start, 0), arrays, piece)
 

@@ -21,7 +21,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class _Archive:
     def __init__(self, path: str | os.PathLike):
         with open(path, "rb") as file:
             self._map = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with zipfile.ZipFile(self._map) as archive:
+        with zipfile.ZipFile(cast(BinaryIO, self._map)) as archive:
             members = archive.infolist()
         self.size, self._unread = len(self._map), len(self._map)
         self.members = {member.filename: member for member in members}

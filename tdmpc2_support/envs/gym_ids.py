@@ -1,5 +1,7 @@
 """Any registered Gymnasium id whose actions are a Box and whose observations are a flat Box."""
 
+from typing import Any
+
 from tdmpc2_support.envs import rendering
 from tdmpc2_support.envs.parts import Parts
 from tdmpc2_support.envs.tasks import TaskSpec, gym_spec, open_gym
@@ -7,7 +9,7 @@ from tdmpc2_support.envs.tasks import TaskSpec, gym_spec, open_gym
 
 def make(spec: TaskSpec, render_mode: str | None) -> Parts:
     """The environment as it is registered, time limit included."""
-    options = {"render_mode": render_mode} if render_mode else {}
+    options: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
     if render_mode and str(gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
         rendering.choose_gl()
         options.update(width=rendering.FRAME, height=rendering.FRAME)

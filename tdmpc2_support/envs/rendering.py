@@ -96,7 +96,7 @@ class Camera:
             renderer._mjr_context.free()
             renderer.close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.close()
 
 
@@ -107,7 +107,7 @@ def _gl_context(width: int, height: int) -> Any:
     """A GL context of the chosen library; with EGL on the GPU of CUDA_VISIBLE_DEVICES, if it can be opened."""
     name = choose_gl()
     try:
-        gl = importlib.import_module(f"mujoco.{name}")
+        gl: Any = importlib.import_module(f"mujoco.{name}")
         chosen = name == "egl" and _choose_gpu(os.environ, _worker)
         try:
             context = gl.GLContext(width, height)

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -276,7 +276,7 @@ def import_simulator(domain: str) -> None:
 
 
 @contextlib.contextmanager
-def environ(**values: str):
+def environ(**values: str) -> Iterator[None]:
     """Sets environment variables for the length of a with block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

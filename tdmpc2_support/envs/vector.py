@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -70,7 +70,7 @@ def env_seeds(seed: int | Sequence[int], num_envs: int) -> list[int]:
     Raises:
         UserError: it is something else.
     """
-    entropy = [seed] if np.ndim(seed) == 0 else [*seed]
+    entropy = [seed] if np.ndim(seed) == 0 else [*cast(Sequence[int], seed)]
     try:  # the length first: SeedSequence itself takes (1,) and (1, 0) for the same
         return np.random.SeedSequence([len(entropy), *entropy]).generate_state(num_envs).tolist()
     except (TypeError, ValueError) as error:
@@ -87,6 +87,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         makers: functions that make the environments [num_envs].
         render_mode: None if no environment draws.
     """
+
+    metadata: dict[str, Any]
 
     def __init__(self, tasks: list[str], makers: list[Any], render_mode: str | None):
         self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
@@ -107,7 +109,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.metadata = first.metadata
         self._records = np.zeros(self.num_envs, _record(first.observation_space, first.action_space))
 
-    def reset(self, *, seed: int | Sequence[int] | None = None, options: dict | None = None):
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Starts an episode in every environment → obs [num_envs, …], infos. Environment i gets number i of
         `env_seeds(seed, num_envs)`; without a seed its random stream goes on."""
         self._reset_all([None] * self.num_envs if seed is None else env_seeds(seed, self.num_envs), options)
@@ -117,7 +121,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         for record, env, seed in zip(self._records, self._envs, seeds, strict=True):
             _record_reset(record, env.reset(seed=seed, options=options))
 
-    def step(self, actions: np.ndarray, active: np.ndarray | None = None):
+    def step(
+        self, actions: np.ndarray, active: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """One decision in every environment, actions [num_envs, size] → obs, rewards, terminated, truncated, infos.
 
         Where active [num_envs] is False, an environment is left as it is, and returns its last observation, a reward of
@@ -258,7 +264,8 @@ class WorkerVectorEnv(TaskVectorEnv):
 
 def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype:
     """What parent and worker share of one environment."""
-    fields = [("obs", obs_space.dtype, obs_space.shape), ("action", action_space.dtype, action_space.shape)]
+    fields: list[tuple[Any, ...]] = [("obs", obs_space.dtype, obs_space.shape)]
+    fields += [("action", action_space.dtype, action_space.shape)]
     fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8"), ("active", "?")]
     return np.dtype(fields, align=True)
 

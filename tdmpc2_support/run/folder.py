@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class RunFolder:
         self.path = path
         self.settings = settings
         self.primary = primary
-        self._lock = None
+        self._lock: TextIO | None = None
         self._refused = False  # by a live run: the folder is left as it is
         self._begun = False
 
@@ -187,7 +187,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None  # the first one's number
-        self._interrupted = None  # when the first Ctrl-C came
+        self._interrupted: float | None = None  # when the first Ctrl-C came
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
