@@ -1,6 +1,7 @@
 """Files that are whole or absent at any moment, whatever stops the process that writes them."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,10 +16,18 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[Path]:
+def new_file(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
     """Yields a temporary path in the same folder, to be written to. What was written becomes `path` when the context is
     left, replacing what was there; if an exception leaves it, it is removed. No other process, of this host or of
-    another one, has the same temporary name."""
+    another one, has the same temporary name.
+
+    Args:
+        overwrite: False keeps a file that has the name already, even one that another process writes meanwhile.
+
+    Raises:
+        FileExistsError: there is such a file, and it is not to be overwritten.
+        OSError: the folder does not exist, or cannot be written to.
+    """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
@@ -29,10 +38,25 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for this user alone
         sync(temporary)
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_new(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Renames a file, unless the name is taken: of two processes that want a name, one has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, where nothing better than a look is possible
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:

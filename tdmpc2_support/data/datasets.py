@@ -3,7 +3,7 @@
     data = load_dataset("mt30", "data/mt30")  # the original's files, or a folder of files for every task
     batch = data.sample(rng, 256, horizon=3)  # windows that lie within one episode
 
-Files are those of `files/pt.py`; what `EpisodeWriter` writes, PyTorch with tensordict reads, too.
+Files are those of `tdmpc2_support/data/pt.py`; what `EpisodeWriter` writes, PyTorch with tensordict reads, too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import numpy as np
 from tdmpc2_support.data.pt import check_pt, load_pt, save_tensordict
 from tdmpc2_support.envs.tasks import TASKS, set_sizes, set_tasks, task_spec
 from tdmpc2_support.errors import UserError
+from tdmpc2_support.files import new_file
 
 _CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
+_CHECKED_AT_ONCE = 1000  # episodes: checking copies them
 
 
 def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> Dataset:
@@ -43,7 +45,8 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
     Raises:
         UserError: names the file that is missing, cannot be read, or does not fit the set.
     """
-    tasks, folder = set_tasks(task_set), pathlib.Path(data_dir)
+    tasks = set_tasks(task_set)
+    folder = pathlib.Path(data_dir)
     if any(folder.glob("chunk_*.pt")):
         chunks = _open_chunks(folder, tasks, np.arange(len(tasks)))
         expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
@@ -53,9 +56,10 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
     missing = [task for task in tasks if not (folder / task).is_dir()]
     if missing:
         raise UserError(f"{folder} holds neither chunk_0.pt, chunk_1.pt, … nor a folder {missing[0]} of such files")
-    return Dataset(
-        tasks, [c for i, task in enumerate(tasks) for c in _open_chunks(folder / task, (task,), np.array([i]))]
-    )
+    chunks = []
+    for i, task in enumerate(tasks):
+        chunks += _open_chunks(folder / task, (task,), np.array([i]))
+    return Dataset(tasks, chunks)
 
 
 class Chunk(NamedTuple):
@@ -70,11 +74,15 @@ class Chunk(NamedTuple):
 
 
 def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray) -> list[Chunk]:
-    found = {int(path.stem[6:]): path for path in folder.glob("chunk_*.pt") if path.stem[6:].isdecimal()}
+    found = {}
+    for path in folder.glob("chunk_*.pt"):
+        number = path.stem.removeprefix("chunk_")
+        if number.isdecimal():
+            found[int(number)] = path
     missing = next(i for i in itertools.count() if i not in found)
     if missing <= max(found, default=0):
-        there = f", though there is {found[max(found)].name}" if found else ""
-        raise UserError(f"{folder / f'chunk_{missing}.pt'} is missing{there}")
+        last = f", though there is {found[max(found)].name}" if found else ""
+        raise UserError(f"{folder / f'chunk_{missing}.pt'} is missing{last}")
     return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids) for _, path in sorted(found.items())]
 
 
@@ -111,18 +119,20 @@ class Dataset:
     """
 
     def __init__(self, tasks: tuple[str, ...], chunks: list[Chunk]):
-        self.tasks, self.chunks = tasks, chunks
+        self.tasks = tasks
+        self.chunks = chunks
         self.obs_size, self.action_size = set_sizes(tasks)
         self.num_episodes = sum(len(chunk.obs) for chunk in chunks)
         self.num_entries = sum(chunk.task.size for chunk in chunks)
         self.nbytes = sum(array.nbytes for chunk in chunks for array in chunk[1:-1])
 
     def to_host(self) -> Dataset:
-        """The same episodes held in memory; UserError if a number among them is not finite or a task not of the set."""
+        """The same episodes in memory; UserError if a number among them is not finite or a task not of the set."""
         chunks = []
         for chunk in self.chunks:
-            for i in range(0, len(chunk.obs), 1000):
-                self._read(chunk, np.arange(i, min(i + 1000, len(chunk.obs)))[:, None], np.arange(chunk.obs.shape[1]))
+            episodes = np.arange(len(chunk.obs))
+            for first in range(0, len(episodes), _CHECKED_AT_ONCE):
+                self._read(chunk, episodes[first : first + _CHECKED_AT_ONCE, None], np.arange(chunk.obs.shape[1]))
             chunks.append(chunk._replace(**{name: np.array(getattr(chunk, name)) for name in Chunk._fields[1:-1]}))
         return Dataset(self.tasks, chunks)
 
@@ -132,14 +142,15 @@ class Dataset:
             check_pt(chunk.path)
 
     def window_table(self, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the windows of horizon + 1 entries within one episode are, as int64 arrays over the F files: the
-        windows up to and with each file [F], the file's first entry in the whole [F], and its entries an episode [F].
+        """Where the windows of horizon + 1 entries within one episode are, as int64 arrays over the F files: the number
+        of windows up to and with each file [F], the file's first entry in the whole [F], its entries an episode [F].
         """
         episodes, entries = np.array([chunk.obs.shape[:2] for chunk in self.chunks]).T
         windows = np.cumsum(episodes * np.maximum(entries - horizon, 0))
         if windows[-1] == 0:
             raise UserError(f"episodes of {entries.max()} entries have no windows of {horizon + 1}")
-        return windows, np.cumsum(episodes * entries) - episodes * entries, entries
+        first_entry = np.cumsum(episodes * entries) - episodes * entries
+        return windows, first_entry, entries
 
     def sample(
         self, rng: np.random.Generator, batch_size: int, horizon: int, rows: slice = slice(None)
@@ -147,7 +158,7 @@ class Dataset:
         """Draws windows of horizon + 1 entries within one episode, each start equally likely.
 
         Args:
-            rng: gives as many numbers whatever `rows` is.
+            rng: moves on by the same number of draws whatever `rows` is.
             batch_size: number B of windows drawn.
             horizon: H.
             rows: the part of the batch to read and return: what one of several hosts needs.
@@ -168,17 +179,19 @@ class Dataset:
             "task": np.empty(len(window), np.int32),
         }
         for i in np.unique(which):
-            mine = which == i
-            starts = entries[i] - horizon  # in one episode
-            episode, start = np.divmod(window[mine] - (ends[i - 1] if i else 0), starts)
+            of_file = which == i
+            windows_before = ends[i - 1] if i > 0 else 0
+            windows_an_episode = entries[i] - horizon
+            episode, start = np.divmod(window[of_file] - windows_before, windows_an_episode)
             read = self._read(self.chunks[i], episode[:, None], start[:, None] + np.arange(horizon + 1))
-            batch["obs"][mine, :, : read["obs"].shape[2]] = read["obs"]
-            batch["action"][mine, :, : read["action"].shape[2]] = read["action"][:, 1:]
-            batch["reward"][mine], batch["task"][mine] = read["reward"][:, 1:], read["task"][:, 0]
+            batch["obs"][of_file, :, : read["obs"].shape[2]] = read["obs"]
+            batch["action"][of_file, :, : read["action"].shape[2]] = read["action"][:, 1:]
+            batch["reward"][of_file] = read["reward"][:, 1:]
+            batch["task"][of_file] = read["task"][:, 0]
         return {name: values if name == "task" else values.swapaxes(0, 1) for name, values in batch.items()}
 
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Entries start … stop of the whole, all episodes of all files in a row, to hold them elsewhere.
+        """Entries start … stop of the whole, all episodes of all files in a row, to keep them elsewhere.
 
         Returns:
             obs [n, O], action [n, A], reward [n] in the type of the files, with zeros for filler; int16 task [n].
@@ -186,18 +199,19 @@ class Dataset:
         Raises:
             UserError: as `sample`.
         """
-        parts, first = [], 0
+        parts = []
+        first = 0  # entry of the file
         for chunk in self.chunks:
-            inside = slice(max(start - first, 0), max(min(stop - first, chunk.task.size), 0))
-            episode, entry = np.divmod(np.arange(inside.start, inside.stop), chunk.obs.shape[1])
+            of_file = np.arange(max(start - first, 0), max(min(stop - first, chunk.task.size), 0))
+            episode, entry = np.divmod(of_file, chunk.obs.shape[1])
             first += chunk.task.size
             if not len(episode):
                 continue
             read = self._read(chunk, episode[:, None], entry[:, None])
-            widths = {"obs": self.obs_size, "action": self.action_size}
-            for name, width in widths.items():
+            for name, width in (("obs", self.obs_size), ("action", self.action_size)):
                 read[name] = np.pad(read[name], [(0, 0), (0, 0), (0, width - read[name].shape[2])])
-            read["action"][entry == 0], read["reward"][entry == 0] = 0, 0
+            read["action"][entry == 0] = 0
+            read["reward"][entry == 0] = 0
             parts.append({name: values[:, 0] for name, values in read.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -209,13 +223,14 @@ class Dataset:
             finite = np.isfinite(values) if name == "reward" else np.isfinite(values).all(-1)
             finite |= ~behind_reset & (name != "obs")
             if not finite.all():
-                where = episode[~finite.all(1)][0, 0]
-                raise UserError(f"{chunk.path}: {name} of episode {where} is not finite")
+                wrong = episode[~finite.all(1)][0, 0]
+                raise UserError(f"{chunk.path}: {name} of episode {wrong} is not finite")
         task = chunk.task[episode, entry]
         outside = (task < 0) | (task >= len(chunk.ids))
         if outside.any():
-            where = f"episode {episode[outside.any(1)][0, 0]} is of task {task[outside][0]}"
-            raise UserError(f"{chunk.path}: {where}, but the set has {len(chunk.ids)} task{'s' * (len(chunk.ids) > 1)}")
+            wrong = f"episode {episode[outside.any(1)][0, 0]} is of task {task[outside][0]}"
+            number = "1 task" if len(chunk.ids) == 1 else f"{len(chunk.ids)} tasks"
+            raise UserError(f"{chunk.path}: {wrong}, but the set has {number}")
         return read | {"task": chunk.ids[task].astype(np.int16)}
 
     def batches(
@@ -231,7 +246,7 @@ class Dataset:
 
         Args:
             first: number of the first batch: a resumed run goes on where it was.
-            readers: threads; each holds two batches ready. Reading lets other threads run.
+            readers: threads; each has two batches ready. Reading lets other threads run.
             rows: as in `sample`.
         """
 
@@ -257,7 +272,8 @@ class EpisodeWriter:
     """
 
     def __init__(self, data_dir: str | os.PathLike | None, task: str, num_envs: int, action_repeat: int | None = None):
-        self._folder, self._finished = None, []
+        self._folder = None
+        self._finished = []
         if data_dir is None:
             return
         spec = task_spec(task, action_repeat)
@@ -267,11 +283,9 @@ class EpisodeWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"episodes cannot be written to {self._folder}: {error.strerror}") from None
-        for path in [*self._folder.glob("chunk_*.pt")][:1]:
-            if (there := load_pt(path, in_place=True)["reward"].shape[1] - 1) != spec.episode_length:
-                words = f"{self._folder} holds episodes of {there} decisions, these have {spec.episode_length}"
-                raise UserError(f"{words}, another action repeat: choose another --save-episodes")
-        row, length = TASKS[spec.name], spec.episode_length + 1
+        self._check_length(spec.episode_length)
+        row = TASKS[spec.name]
+        length = spec.episode_length + 1
         self._open = {  # the episodes under way
             "obs": np.zeros((num_envs, length, row.obs_size), np.float32),
             "action": np.zeros((num_envs, length, row.action_size), np.float32),
@@ -279,11 +293,22 @@ class EpisodeWriter:
         }
         self._entry = np.full(num_envs, -1)
 
+    def _check_length(self, length: int) -> None:
+        """UserError if the folder holds episodes of another number of decisions."""
+        path = next(self._folder.glob("chunk_*.pt"), None)  # all have episodes of one length
+        if path is None:
+            return
+        found = load_pt(path, in_place=True)["reward"].shape[1] - 1
+        if found != length:
+            words = f"{self._folder} holds episodes of {found} decisions, these have {length}"
+            raise UserError(f"{words}, another action repeat: choose another --save-episodes")
+
     def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> None:
         """Takes one step of all environments; where `first`, it is a reset, whose action and reward are filler."""
         if self._folder is None:
             return
-        envs, self._entry = np.arange(len(first)), np.where(first, 0, self._entry + 1)
+        envs = np.arange(len(first))
+        self._entry = np.where(first, 0, self._entry + 1)
         self._open["obs"][envs, self._entry] = obs
         self._open["action"][envs, self._entry] = np.where(first[:, None], np.nan, action)
         self._open["reward"][envs, self._entry] = np.where(first, np.nan, reward)
@@ -295,18 +320,15 @@ class EpisodeWriter:
         if not self._finished:
             return
         tensors = {name: np.stack([episode[name] for episode in self._finished]) for name in self._open}
-        temporary = self._folder / f".writing-{os.getpid()}"
-        save_tensordict(temporary, tensors | {"task": np.zeros(tensors["reward"].shape, np.int64)})
+        tensors["task"] = np.zeros(tensors["reward"].shape, np.int64)
         for i in itertools.count():
             path = self._folder / f"chunk_{i}.pt"
-            try:
-                os.link(temporary, path)
-                break
-            except FileExistsError:
+            if path.exists():
                 continue
-            except OSError:  # a file system without hard links
-                if not path.exists():
-                    temporary.rename(path)
-                    break
-        temporary.unlink(missing_ok=True)
+            try:
+                with new_file(path, overwrite=False) as temporary:
+                    save_tensordict(temporary, tensors)
+                break
+            except FileExistsError:  # another run has taken the number meanwhile
+                continue
         self._finished = []

@@ -19,6 +19,9 @@ from tdmpc2_support.data.datasets import Dataset
 from tdmpc2_support.devices import bytes_of, global_arrays, least_available_bytes, replicated, split
 from tdmpc2_support.errors import UserError
 
+PIECE = 500_000  # entries that are copied at a time: a hundred MB of the machine's memory
+MEMORY_SHARE = {"device": 0.6, "host": 0.4}  # of what is free: the rest is for the agent and for other programs
+
 
 class DeviceData(NamedTuple):
     """A dataset in device memory, the episodes of all files in a row, split over the devices. `Dataset` is
@@ -52,15 +55,24 @@ def data_shapes(data: Dataset, storage_dtype: str, mesh: Mesh) -> DeviceData:
 
 
 def choose_storage(storage: str, data: Dataset, storage_dtype: str, mesh: Mesh) -> str:
-    """--storage, or the fastest that the dataset fits into with room to spare."""
+    """--storage, or the fastest that the dataset fits into with memory to spare."""
     if storage != "auto":
         return storage
     on_device = bytes_of(data_shapes(data, storage_dtype, mesh))
-    if jax.devices()[0].platform != "cpu" and on_device < 0.6 * least_available_bytes():
+    if jax.devices()[0].platform != "cpu" and on_device < MEMORY_SHARE["device"] * least_available_bytes():
         return "device"
+    available = least_available_bytes() * jax.local_device_count()
+    if _processes_of_this_host() * data.nbytes < MEMORY_SHARE["host"] * available:
+        return "host"
+    return "disk"
+
+
+def _processes_of_this_host() -> int:
+    """How many processes of a distributed run share this machine's memory."""
+    if jax.process_count() == 1:
+        return 1
     host = np.array(zlib.crc32(socket.gethostname().encode()), np.uint32)
-    neighbours = 1 if jax.process_count() == 1 else int((multihost_utils.process_allgather(host) == host).sum())
-    return "host" if neighbours * data.nbytes < 0.4 * least_available_bytes() * jax.local_device_count() else "disk"
+    return int((multihost_utils.process_allgather(host) == host).sum())
 
 
 def describe(data: Dataset, storage: str) -> str:
@@ -77,24 +89,37 @@ def write_piece(arrays: Any, piece: Any, start: int) -> Any:
 
 def to_devices(data: Dataset, storage_dtype: str, mesh: Mesh, horizon: int) -> DeviceData:
     """Copies a dataset into device memory, piece by piece: neither file nor set is ever whole in the machine's."""
-    shapes, dtype, piece_size = data_shapes(data, storage_dtype, mesh), data_dtype(data, storage_dtype), 500_000
-    names, parts = ("obs", "action", "reward", "task"), []
-    for device, (rows,) in split(mesh, 0).addressable_devices_indices_map((len(shapes.task),)).items():
-        start, stop = rows.start or 0, rows.stop or len(shapes.task)
+    shapes = data_shapes(data, storage_dtype, mesh)
+    dtype = data_dtype(data, storage_dtype)
+    names = ("obs", "action", "reward", "task")
+    by_device = split(mesh, 0).addressable_devices_indices_map((len(shapes.task),))
+    parts = []
+    for device, (rows,) in by_device.items():
+        start = rows.start or 0
+        stop = rows.stop or len(shapes.task)
+        arrays = {}
         with jax.default_device(device):
-            wholes = {k: getattr(shapes, k) for k in names}
-            arrays = {k: jnp.zeros((stop - start, *whole.shape[1:]), whole.dtype) for k, whole in wholes.items()}
-        for at in range(start, min(stop, data.num_entries), piece_size):
-            with np.errstate(over="ignore"):
-                piece = data.read(at, min(at + piece_size, stop, data.num_entries))
-                piece = {k: v if k == "task" else v.astype(dtype) for k, v in piece.items()}
-            if not all(np.isfinite(values).all() for values in piece.values()):
-                raise UserError("--storage-dtype float16: the dataset holds numbers beyond 65504")
-            arrays = write_piece(arrays, jax.device_put(piece, device), at - start)
+            for name in names:
+                shape = getattr(shapes, name)
+                arrays[name] = jnp.zeros((stop - start, *shape.shape[1:]), shape.dtype)
+        last = min(stop, data.num_entries)  # what is behind it fills the last device up
+        for first in range(start, last, PIECE):
+            piece = _read_piece(data, first, min(first + PIECE, last), dtype)
+            arrays = write_piece(arrays, jax.device_put(piece, device), first - start)
         parts.append(arrays)
-    whole = [
-        jax.make_array_from_single_device_arrays(getattr(shapes, k).shape, split(mesh, 0), [part[k] for part in parts])
-        for k in names
-    ]
+    whole = []
+    for name in names:
+        shape = getattr(shapes, name).shape
+        whole.append(jax.make_array_from_single_device_arrays(shape, split(mesh, 0), [part[name] for part in parts]))
     table = [global_arrays(values.astype(np.int32), replicated(mesh)) for values in data.window_table(horizon)]
     return DeviceData(*whole, *table)
+
+
+def _read_piece(data: Dataset, start: int, stop: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+    piece = data.read(start, stop)
+    for name in ("obs", "action", "reward"):
+        with np.errstate(over="ignore"):
+            piece[name] = piece[name].astype(dtype)
+        if not np.isfinite(piece[name]).all():
+            raise UserError("--storage-dtype float16: the dataset holds numbers beyond 65504")
+    return piece

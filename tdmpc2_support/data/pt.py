@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.errors import UserError, one_line
 
 # What a file may cost: all of it together stays below twice the file + 64 MB. Checkpoints of TD-MPC2 have pickles of
 # 10 kB that take 3000 steps, and directories of 100 members.
@@ -83,7 +83,7 @@ def load_pt(path: str | os.PathLike, in_place: bool = False) -> Any:
         machine = _Machine(archive, pickles[0].removesuffix("data.pkl"), in_place)
         value = machine.run()
     except UserError as error:
-        raise UserError(f"{path}: {_shown(error)}") from None
+        raise UserError(f"{path}: {one_line(error)}") from None
     except Exception as error:  # files can go wrong in as many ways as there are bytes
         raise _unreadable(path, error) from None
     if machine.rounded:
@@ -98,7 +98,7 @@ def check_pt(path: str | os.PathLike) -> None:
         for name in archive.members:
             archive.read(name)
     except UserError as error:
-        raise UserError(f"{path}: {_shown(error)}") from None
+        raise UserError(f"{path}: {one_line(error)}") from None
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
 
@@ -109,15 +109,8 @@ def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
     if isinstance(error, IsADirectoryError):
         return UserError(f"{path} is a folder, not a PyTorch file")
     if isinstance(error, OSError):
-        return UserError(f"{path} cannot be read ({_shown(error.strerror or error)})")
-    return UserError(f"{path} is damaged or no PyTorch file ({_shown(error) or type(error).__name__})")
-
-
-def _shown(text: Any, limit: int = 200) -> str:
-    """One short line that a terminal can print, whatever a file has put into it."""
-    text = str(text)
-    line = "".join(c if c.isprintable() else "?" for c in text[:limit])
-    return line + "…" * (len(text) > limit)
+        return UserError(f"{path} cannot be read ({one_line(error.strerror or error)})")
+    return UserError(f"{path} is damaged or no PyTorch file ({one_line(error) or type(error).__name__})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,7 +140,8 @@ class _Archive:
             self._map = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
         with zipfile.ZipFile(cast(BinaryIO, self._map)) as archive:
             members = archive.infolist()
-        self.size, self._unread = len(self._map), len(self._map)
+        self.size = len(self._map)
+        self._unread = self.size
         self.members = {member.filename: member for member in members}
         if len(self.members) < len(members):
             raise UserError("refused, two of its members have the same name")
@@ -162,7 +156,7 @@ class _Archive:
         header = self._map[max(member.header_offset, 0) : member.header_offset + 30]
         if header[:4] != b"PK\3\4" or len(header) < 30:
             raise UserError(f"damaged, its member {name} is not where its directory says")
-        name_length, extra_length = struct.unpack("<26x2H", header)  # here: the directory's may differ
+        name_length, extra_length = struct.unpack("<26x2H", header)  # the directory's may differ
         start = member.header_offset + 30 + name_length + extra_length
         self._unread -= member.file_size
         if member.file_size != member.compress_size or self._unread < 0 or start + member.file_size > self.size:
@@ -207,13 +201,18 @@ class _Machine:
     """
 
     def __init__(self, archive: _Archive, prefix: str, in_place: bool):
-        self._archive, self._prefix, self._in_place = archive, prefix, in_place
-        self._stack, self._marks, self._memo, self._storages = [], [], [], {}
+        self._archive = archive
+        self._prefix = prefix
+        self._in_place = in_place
+        self._stack = []
+        self._marks = []
+        self._memo = []
+        self._storages = {}
         self._left = 2 * archive.size + _MAX_ARRAYS
         self.rounded = False
 
     def run(self) -> Any:
-        """What the pickle says, with arrays for its tensors."""
+        """The value that the pickle builds, with arrays for tensors."""
         order = f"{self._prefix}byteorder"
         if order in self._archive.members and self._archive.read(order) == b"big":
             raise UserError("it was written on a machine of another byte order")
@@ -223,8 +222,8 @@ class _Machine:
         for _ in range(_MAX_STEPS):
             opcode = _OPCODES.get(program.read(1))
             if opcode is None or opcode.name not in _KNOWN:
-                what = opcode.name if opcode else "no end, or an opcode"
-                raise UserError(f"refused, its pickle has {what}, which torch.save does not write")
+                wrong = opcode.name if opcode else "no end, or an opcode"
+                raise UserError(f"refused, its pickle has {wrong}, which torch.save does not write")
             if opcode.name == "STOP":
                 return self._stack.pop()
             self._step(opcode.name, opcode.arg.reader(program) if opcode.arg else None)
@@ -259,7 +258,8 @@ class _Machine:
             case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "GLOBAL" | "STACK_GLOBAL":
-                stack.append(_named(*(argument.split(" ", 1) if opcode == "GLOBAL" else self._pop(2))))
+                names = argument.split(" ", 1) if opcode == "GLOBAL" else self._pop(2)
+                stack.append(_named(*names))
             case "REDUCE" | "NEWOBJ":
                 stack.append(self._call(*self._pop(2)))
             case "BUILD":
@@ -323,16 +323,16 @@ class _Machine:
         """The TensorDict `target` with its tensors. What Module.state_dict() notes beside a dict is passed over."""
         _expect(type(state) is dict)
         if type(target) is dict and state.keys() == {"_metadata"}:
-            pass
-        elif type(target) is _TensorDict and type(tensors := state.get("_tensordict")) in (dict, _TensorDict):
-            self._spend(200 * len(tensors))
-            target.update(tensors)
-        else:
+            return target
+        tensors = state.get("_tensordict")
+        if type(target) is not _TensorDict or type(tensors) not in (dict, _TensorDict):
             raise UserError("refused, its pickle sets the state of something else than a TensorDict")
+        self._spend(200 * len(tensors))
+        target.update(tensors)
         return target
 
-    def _storage(self, what: str, kind: _Name, key: str, _device: str, length: int) -> _Storage:
-        _expect(what == "storage" and type(kind) is _Name and type(key) is str and type(length) is int)
+    def _storage(self, tag: str, kind: _Name, key: str, _device: str, length: int) -> _Storage:
+        _expect(tag == "storage" and type(kind) is _Name and type(key) is str and type(length) is int)
         if kind.name not in _STORAGES:
             raise UserError(f"refused, numbers of type {kind.name} are not read")
         if key not in self._storages:
@@ -388,7 +388,7 @@ def _named(module: str, name: str) -> _Name:
     _expect(type(module) is str and type(name) is str)
     known = f"{module}.{name}"
     if known not in _NAMES:
-        known = f"{_shown(module, 80)}.{_shown(name, 80)}"
+        known = f"{one_line(module, 80)}.{one_line(name, 80)}"
         raise UserError(f"refused, since it would run {known}; only tensors and plain containers are read")
     return _Name(known)
 
@@ -418,29 +418,9 @@ def save_tensordict(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> 
 
     The pickle names the class as tensordict 0.1 and 0.2 do, where later versions find it, too.
     """
-    kinds = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-
-    def text(value: str) -> bytes:
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-    def numbers(values: Sequence[int]) -> bytes:
-        return b"(" + b"".join(b"\x8a\x08" + struct.pack("<q", value) for value in values) + b"t"
-
-    def tensor(key: int, array: np.ndarray) -> bytes:
-        kind, strides = kinds[array.dtype.str[1:]], [stride // array.itemsize for stride in array.strides]
-        storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(str(key)) + text("cpu")
-        storage += numbers([array.size])[1:-1] + b"tQ"
-        arguments = storage + numbers([0])[1:-1] + numbers(array.shape) + numbers(strides)
-        return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89ccollections\nOrderedDict\n)RtR"
-
-    members = b"".join(text(name) + tensor(key, array) for key, (name, array) in enumerate(arrays.items()))
-    state = text("_tensordict") + b"}(" + members + b"u" + text("_batch_size")
-    state += b"ctorch\nSize\n" + numbers(next(iter(arrays.values())).shape[:2]) + b"\x85R"
-    state += b"".join(text(name) + b"\x89" for name in ("_is_shared", "_is_memmap", "_is_locked"))
-    state += text("_device") + b"N" + text("_names") + b"N"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02ctensordict.tensordict\nTensorDict\n)\x81}(" + state + b"ub.")
+        archive.writestr("archive/data.pkl", _pickled(arrays))
         archive.writestr("archive/byteorder", "little")
         for key, array in enumerate(arrays.values()):
             info = zipfile.ZipInfo(f"archive/data/{key}")
@@ -448,3 +428,37 @@ def save_tensordict(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> 
             info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
             archive.writestr(info, array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
         archive.writestr("archive/version", "3\n")
+
+
+def _pickled(arrays: dict[str, np.ndarray]) -> bytes:
+    """The pickle of a TensorDict of these arrays; their numbers are in the members archive/data/0, 1, …"""
+    members = b"".join(_text(name) + _pickled_tensor(key, array) for key, (name, array) in enumerate(arrays.items()))
+    batch_size = next(iter(arrays.values())).shape[:2]
+    state = _text("_tensordict") + b"}(" + members + b"u"
+    state += _text("_batch_size") + b"ctorch\nSize\n" + _tuple(batch_size) + b"\x85R"
+    for name in ("_is_shared", "_is_memmap", "_is_locked"):
+        state += _text(name) + b"\x89"  # False
+    for name in ("_device", "_names"):
+        state += _text(name) + b"N"  # None
+    return b"\x80\x02ctensordict.tensordict\nTensorDict\n)\x81}(" + state + b"ub."
+
+
+def _pickled_tensor(key: int, array: np.ndarray) -> bytes:
+    kind = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}[array.dtype.str[1:]]
+    strides = [stride // array.itemsize for stride in array.strides]
+    storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(str(key)) + _text("cpu")
+    storage += _whole_number(array.size) + b"tQ"
+    arguments = storage + _whole_number(0) + _tuple(array.shape) + _tuple(strides)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+def _text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def _whole_number(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _tuple(values: Sequence[int]) -> bytes:
+    return b"(" + b"".join(_whole_number(value) for value in values) + b"t"
