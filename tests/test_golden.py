@@ -11,7 +11,8 @@ from recordings import LAYOUTS, agent_of, close, draws_of, shapes_of
 
 import envs
 import tdmpc2_jax as td
-from tdmpc2_support.agents.pretrained import check_shapes, fold_task, from_torch
+from tdmpc2_support.agents.fold import fold_task
+from tdmpc2_support.agents.pretrained import check_shapes, from_torch
 
 pytestmark = pytest.mark.golden
 MODELS = ["single", "wide", "episodic", "two_q"]

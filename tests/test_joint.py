@@ -276,7 +276,7 @@ def test_of_a_multi_task_world_model_the_part_of_the_task_is_taken(golden):
 
 def load_agent_of(path, source_task, **options):
     """The agent for a task of 5 observations and 1 action, whatever its sizes."""
-    from tdmpc2_support.agents.pretrained import fold_agent
+    from tdmpc2_support.agents.fold import fold_agent
 
     like = fold_agent(read_original(path), source_task or options["task"], 5, 1, path).params
     return load_agent(path, source_task, lambda key: like, "tdmpc2_jax", **options)

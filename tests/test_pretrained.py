@@ -10,9 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 from test_pt_files import pickled, tensor, write_pt
 
+from tdmpc2_support.agents import pretrained
+from tdmpc2_support.agents.fold import fold_agent
 from tdmpc2_support.envs.tasks import TASK_SETS
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.run import checkpoints, pretrained
+from tdmpc2_support.run import checkpoints
 
 LAYOUTS = ["", "_released_layout"]
 STATES = ["single", "wide", "episodic", "two_q", "multitask"]
@@ -143,13 +145,13 @@ def test_a_multi_task_agent_has_the_names_of_its_tasks(golden):
         agent = pretrained.load_multitask("two.pt", ("walker-walk", "cheetah-run"))
         assert agent.tasks == ("walker-walk", "cheetah-run")
         with pytest.raises(UserError, match="it knows 2 tasks without names"):
-            pretrained.fold_agent(pretrained.read_original("two.pt"), "walker-walk", 24, 6, "two.pt")
+            fold_agent(pretrained.read_original("two.pt"), "walker-walk", 24, 6, "two.pt")
 
 
 @pytest.mark.golden
 def test_a_task_of_a_multi_task_agent_is_folded_in_and_its_q_scale_is_kept(golden):
     agent = pretrained.read_original(golden("multitask.pt"))._replace(q_scale=jnp.float32(3.5))
-    single = pretrained.fold_agent(agent, "cartpole_swingup", 5, 1, "a.pt")
+    single = fold_agent(agent, "cartpole_swingup", 5, 1, "a.pt")
     assert single.task_emb is None and single.tasks == () and single.q_scale == 3.5
     its = {"encoder": (5, 16), "dynamics": (25, 24), "reward": (25, 24), "pi": (24, 24), "q": (5, 25, 24)}
     assert {name: value["params"]["linear_0"]["kernel"].shape for name, value in single.params.items()} == its
@@ -166,7 +168,7 @@ def test_a_task_of_a_multi_task_agent_is_folded_in_and_its_q_scale_is_kept(golde
 def test_agents_and_source_tasks_that_do_not_belong_together_are_refused(golden):
     single = pretrained.read_original(golden("single.pt"))
     multitask = pretrained.read_original(golden("multitask.pt"))
-    assert pretrained.fold_agent(single, None, 17, 6, "a.pt") is single
+    assert fold_agent(single, None, 17, 6, "a.pt") is single
     for agent, source, sizes, sentence in [
         (single, "walker-walk", (17, 6), "a.pt is a single-task agent: leave out --source-task"),
         (multitask, None, (24, 6), "a.pt is a multi-task agent: name its task with --source-task"),
@@ -176,7 +178,7 @@ def test_agents_and_source_tasks_that_do_not_belong_together_are_refused(golden)
         (multitask, "walker-walk", (39, 4), "it knows 24 observations and 6 actions, the task has 39 and 4"),
     ]:
         with pytest.raises(UserError, match=re.escape(sentence)):
-            pretrained.fold_agent(agent, source, *sizes, "a.pt")
+            fold_agent(agent, source, *sizes, "a.pt")
 
 
 @pytest.mark.golden
@@ -218,7 +220,7 @@ def test_an_agent_of_a_file_is_folded_cut_and_compared(golden):
         with pytest.raises(UserError, match=f"{name} .*{sentence}"):
             load(name, source, here)
     multitask = pretrained.read_original(golden("multitask.pt"))
-    like = pretrained.fold_agent(multitask, "walker-walk", 24, 6, "a.pt").params
+    like = fold_agent(multitask, "walker-walk", 24, 6, "a.pt").params
     loaded = load("multitask.pt", "walker-walk", like)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, like)
     assert loaded[2] == 1 and shapes(loaded[1]) == shapes(like["q"]), "params, target_q, q_scale"
@@ -247,7 +249,7 @@ def test_an_agent_of_a_run_is_loaded_with_its_q_scale_whatever_else_the_checkpoi
     jax.tree.map(np.testing.assert_array_equal, whole.params, state["params"])
     jax.tree.map(np.testing.assert_array_equal, whole.target_q, state["target_q"])
     assert whole.q_scale == 2.5 and whole.tasks == agent.tasks
-    folded = pretrained.fold_agent(agent, "walker-walk", 24, 6, "a.pt")
+    folded = fold_agent(agent, "walker-walk", 24, 6, "a.pt")
     loaded = pretrained.load_agent(str(tmp_path), "walker-walk", lambda key: folded.params, "mt")
     jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.target_q), (folded.params, folded.target_q))
     assert loaded.q_scale == 2.5

@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_distillation import TASKS, write_agent, write_episodes
 
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 from tdmpc2_support.agents import pretrained
+from tdmpc2_support.agents.fold import fold_task
 from tdmpc2_support.agents.quantized import (
     Visited,
     dequantize,
@@ -66,7 +69,7 @@ def test_an_int8_kernel_is_within_half_a_step_of_the_weights_and_each_output_use
 @pytest.mark.golden
 def test_kernels_are_int8_the_encoder_of_mixed_and_all_else_float16(agent, file):
     for variant in ("float16", "int8", "mixed"):
-        tensors, record = read_safetensors(file(variant))
+        tensors, _, record = read_safetensors(file(variant))
         small = {name for name, array in tensors.items() if array.dtype == np.int8}
         kernels = {name for name in flat(agent.params) if name.endswith("kernel")}
         expected = {"float16": set(), "int8": kernels, "mixed": {k for k in kernels if not k.startswith("encoder")}}
@@ -100,18 +103,36 @@ def test_a_file_gives_the_agent_back(agent, file):
 
 @pytest.mark.golden
 def test_plain_numpy_and_the_package_safetensors_read_the_files(file):
-    tensors, _ = read_safetensors(file("int8"))
+    tensors = read_safetensors(file("int8")).tensors
     content = open(file("int8"), "rb").read()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     start, stop = header["pi.linear_1.kernel"]["data_offsets"]
     kernel = np.frombuffer(content[8 + length + start : 8 + length + stop], np.int8)
     np.testing.assert_array_equal(kernel.reshape(header["pi.linear_1.kernel"]["shape"]), tensors["pi.linear_1.kernel"])
-    package = pytest.importorskip("safetensors.numpy")
-    theirs = package.load_file(file("int8"))
-    assert theirs.keys() == tensors.keys()
+    loaded = load_file(file("int8"))
+    assert loaded.keys() == tensors.keys()
     for name, array in tensors.items():
-        np.testing.assert_array_equal(theirs[name], array, strict=True)
+        np.testing.assert_array_equal(loaded[name], array, strict=True)
+
+
+def test_a_file_that_an_earlier_version_wrote_by_hand_is_read(tmp_path):
+    kernel = np.arange(-3, 3, dtype=np.int8).reshape(3, 2)
+    scale = np.array([0.5, 2], np.float32)
+    header = {"a.linear_0.kernel_scale": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    header["a.linear_0.kernel"] = {"dtype": "I8", "shape": [3, 2], "data_offsets": [8, 14]}
+    header["__metadata__"] = {"script": "a"}
+    numbers = scale.tobytes() + kernel.tobytes()
+    checksum = zlib.crc32(numbers, zlib.crc32(json.dumps(header, sort_keys=True).encode()))
+    header["__metadata__"]["crc32"] = str(checksum)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    stored = read_safetensors(path)
+    assert stored.record == {"script": "a"}
+    np.testing.assert_array_equal(dequantize(stored.tensors)["a.linear_0.kernel"], kernel * scale, strict=True)
+    assert read_safetensors(path, parts=("b",)).tensors == {}, "of other components nothing is kept"
 
 
 def test_the_files_of_the_1m_model_are_as_small_as_they_are_called(tmp_path):
@@ -119,7 +140,8 @@ def test_the_files_of_the_1m_model_are_as_small_as_they_are_called(tmp_path):
     model, rng = mt.make_model(args, tasks), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: mt.init_params(args, model, jax.random.key(0)))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    agent, exact = pretrained.Agent(params, {}, 1.0, tasks=tasks), sum(4 * x.size for x in jax.tree.leaves(params))
+    agent = pretrained.LoadedAgent(params, {}, 1.0, tasks=tasks)
+    exact = sum(4 * x.size for x in jax.tree.leaves(params))
     for variant, most in (("float16", 0.51), ("mixed", 0.28), ("int8", 0.27)):
         path = tmp_path / variant
         pretrained.write_quantized(str(path), agent, variant, MT, dataclasses.asdict(args))
@@ -162,6 +184,10 @@ def test_files_of_others_are_refused(tmp_path, file):
         with pytest.raises(UserError, match="exists: choose another"):
             write_safetensors(path, {"x": np.zeros(3, np.float32)}, record)
         (tmp_path / "a.safetensors").unlink()
+    save_file({"x": np.zeros(3, np.float64)}, path)
+    with pytest.raises(UserError, match="is damaged or no quantised agent .numbers of type F64 are not read"):
+        read_safetensors(path)
+    (tmp_path / "a.safetensors").unlink()
     with pytest.raises(UserError, match="x/a cannot be written"):
         write_safetensors(tmp_path / "x" / "a", {}, {})
     assert not list(tmp_path.iterdir()), "nothing is left"
@@ -178,7 +204,7 @@ def test_a_task_of_a_file_is_folded_in(file, refused):
     agent = pretrained.load_multitask(file("int8"), (), MT)
     emb = agent.params["task_emb"][envs.TASK_SETS["mt30"].index("walker-walk")]
     networks = {name: value for name, value in agent.params.items() if name != "task_emb"}
-    expected = pretrained.fold_task(networks, emb, 24, 6)
+    expected = fold_task(networks, emb, 24, 6)
     loaded = pretrained.load_agent(file("int8"), "walker-walk", lambda key: expected, "tdmpc2_jax", MT)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
     flags = ("--task", "walker-walk", "--evaluate", "--checkpoint", file("int8"))

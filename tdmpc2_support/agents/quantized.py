@@ -3,11 +3,11 @@ weights to integers; here each output channel has a scale of its own.
 
     tensors = quantize(params, "int8")                        # {"encoder.linear_0.kernel": int8 [in, out], ...}
     write_safetensors("robot.safetensors", tensors, {"script": ...})
-    tensors, record = read_safetensors("robot.safetensors")   # left in the file
-    params = nested(dequantize(tensors))                      # float32, as the scripts' networks take them
+    stored = read_safetensors("robot.safetensors")
+    params = nested(dequantize(stored.tensors))               # float32, as the scripts' networks take them
 
 The files are safetensors: eight bytes with the length of a header, the header in JSON, and the numbers. Nothing in them
-can be executed, and whatever reads that format reads them. Who has NumPy alone needs this:
+can be executed, and the library of that name reads them in many languages. Who has NumPy alone needs this:
 
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])              # {name: {"dtype", "shape", "data_offsets"}}
@@ -19,23 +19,26 @@ A kernel in int8 stands for `kernel * kernel_scale` (float32, one for each outpu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.errors import UserError, one_line
+from tdmpc2_support.files import new_file
 
 VARIANTS = ("float16", "int8", "mixed")  # all float16; kernels int8; kernels int8 but for those of the encoder
 Params = dict[str, Any]  # of networks, by component
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
+_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "I8": np.dtype(np.int8)}
+_CODES = {dtype: code for code, dtype in _TYPES.items()}
 _MAX_HEADER = 2**20  # bytes; those of TD-MPC2 have 10,000
 
 
@@ -46,7 +49,9 @@ def flat(params: Params) -> dict[str, np.ndarray]:
     for component, value in params.items():
         layers = value["params"] if isinstance(value, Mapping) else {"": {"": value}}
         for layer, fields in layers.items():
-            tensors |= {".".join(filter(None, (component, layer, f))): np.asarray(x) for f, x in fields.items()}
+            for field, array in fields.items():
+                name = ".".join(part for part in (component, layer, field) if part)
+                tensors[name] = np.asarray(array)
     return tensors
 
 
@@ -55,11 +60,12 @@ def nested(tensors: Mapping[str, np.ndarray]) -> Params:
     params: Params = {}
     for name, array in tensors.items():
         component, *path = name.split(".")
-        if not path:
+        if path:
+            layer, field = path
+            layers = params.setdefault(component, {"params": {}})["params"]
+            layers.setdefault(layer, {})[field] = array
+        else:
             params[component] = array
-            continue
-        layer, field = path
-        params.setdefault(component, {"params": {}})["params"].setdefault(layer, {})[field] = array
     return params
 
 
@@ -73,25 +79,26 @@ def quantize(params: Params, variant: str) -> dict[str, np.ndarray]:
     for name, array in flat(params).items():
         if not np.isfinite(array).all():
             raise UserError(f"{name} holds numbers that are not finite")
-        encoder = name.startswith("encoder.") and variant == "mixed"
-        if name.endswith(".kernel") and variant != "float16" and not encoder:
+        exact_encoder = variant == "mixed" and name.startswith("encoder.")
+        if name.endswith(".kernel") and variant != "float16" and not exact_encoder:
             scale = np.abs(array).max(-2).astype(np.float32) / 127
             scale[scale == 0] = 1
             tensors[name] = np.clip(np.rint(array / scale[..., None, :]), -127, 127).astype(np.int8)
             tensors[f"{name}_scale"] = scale
         else:
             with np.errstate(over="ignore"):
-                tensors[name] = array.astype(np.float16)
-            if not np.isfinite(tensors[name]).all():
+                half = array.astype(np.float16)
+            if not np.isfinite(half).all():
                 raise UserError(f"{name} holds numbers beyond 65504, which float16 ends at")
+            tensors[name] = half
     return tensors
 
 
-def dequantize(tensors: Mapping[str, np.ndarray], parts: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """The same tensors in float32, of all components or of `parts`."""
+def dequantize(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors that `quantize` was given, in float32."""
     values = {}
     for name, array in tensors.items():
-        if name.endswith(".kernel_scale") or (parts and name.partition(".")[0] not in parts):
+        if name.endswith(".kernel_scale"):
             continue
         values[name] = np.array(array, np.float32)
         if array.dtype == np.int8:
@@ -100,72 +107,103 @@ def dequantize(tensors: Mapping[str, np.ndarray], parts: Sequence[str] = ()) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------- Files
+class Stored(NamedTuple):
+    """What a file holds, or a part of it."""
+
+    tensors: dict[str, np.ndarray]  # by name, "component.layer.field": those that were asked for
+    shapes: dict[str, jax.ShapeDtypeStruct]  # of all tensors of the file
+    record: dict[str, str]  # what the file tells about the agent
+
+
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], record: Mapping[str, str]) -> None:
-    """Writes arrays as a safetensors file, whole or not at all; its metadata are `record` and a checksum.
+    """Writes arrays (float32, float16, int8) as a safetensors file, whole or not at all; its metadata are `record` and
+    a checksum.
 
     Raises:
         UserError: there is such a file, or it cannot be written.
     """
-    path, types = Path(path), {np.dtype(code): name for name, code in _TYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(record)}
-    numbers = bytearray()
-    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # so that all are aligned
-        array = tensors[name].astype(tensors[name].dtype.newbyteorder("<"), copy=False)
-        offsets = [len(numbers), len(numbers) + array.nbytes]
-        header[name] = {"dtype": types[array.dtype], "shape": [*array.shape], "data_offsets": offsets}
-        numbers += array.tobytes()
-    header["__metadata__"]["crc32"] = str(_checksum(header, numbers))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    if Path(path).exists():
+        raise UserError(f"{path} exists: choose another --output")
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+    header = _header(shapes)
+    checksum = _checksum(header, record)
+    for name in header:
+        checksum = zlib.crc32(arrays[name], checksum)
+    content = save(arrays, metadata={**record, "crc32": str(checksum)})
     try:
-        if path.exists():
-            raise UserError(f"{path} exists: choose another --output")
-        temporary.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
-        temporary.rename(path)
+        with new_file(path, overwrite=False) as temporary:
+            temporary.write_bytes(content)
+    except FileExistsError:
+        raise UserError(f"{path} exists: choose another --output") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
-def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a file that `write_safetensors` has written, read-only and left in the file, which must not change
-    while they are in use; and its record.
+def read_safetensors(path: str | os.PathLike, parts: Sequence[str] | None = None) -> Stored:
+    """Reads a file that `write_safetensors` has written, and compares its checksum.
+
+    Args:
+        parts: components whose tensors are kept in memory, all if it is None: the others are looked at one by one.
 
     Raises:
         UserError: it is missing, damaged, or another file.
     """
     try:
         with open(path, "rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        length = int.from_bytes(content[:8], "little")
-        _expect(2 <= length <= min(len(content) - 8, _MAX_HEADER), "it has no header")
-        header, numbers = json.loads(bytes(content[8 : 8 + length])), content[8 + length :]
-        record = header["__metadata__"]
-        _expect(all(type(value) is str for value in record.values()), "its record is no text")
-        _expect("crc32" in record and int(record["crc32"]) == _checksum(header, numbers), "it has another checksum")
-        tensors = {name: _tensor(entry, numbers) for name, entry in header.items() if name != "__metadata__"}
+            length = int.from_bytes(file.read(8), "little")
+        _expect(2 <= length <= _MAX_HEADER, "it has no header")  # the library would take one of 100 MB
+        with safe_open(path, framework="numpy") as file:
+            return _read(file, parts)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or one_line(error)})") from None
+    except (UserError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or no quantised agent ({one_line(error)})") from None
     except Exception as error:  # files can go wrong in as many ways as there are bytes
-        reason = str(error) if isinstance(error, UserError) else type(error).__name__
-        raise UserError(f"{path} is damaged or no quantised agent ({reason})") from None
-    return tensors, record
+        raise UserError(f"{path} is damaged or no quantised agent ({type(error).__name__})") from None
 
 
-def _tensor(entry: Mapping[str, Any], numbers: memoryview) -> np.ndarray:
-    dtype, shape, (start, stop) = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
-    fits = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and stop <= len(numbers)
-    _expect(fits and stop - start == math.prod(shape) * dtype.itemsize, "a tensor is not where its header says")
-    return np.frombuffer(numbers[start:stop], dtype).reshape(shape)
+def _read(file: safe_open, parts: Sequence[str] | None) -> Stored:
+    shapes = {}
+    for name in file.keys():
+        tensor = file.get_slice(name)
+        code = tensor.get_dtype()
+        _expect(code in _TYPES, f"numbers of type {code} are not read")
+        shapes[name] = jax.ShapeDtypeStruct(tuple(tensor.get_shape()), _TYPES[code])
+    record = dict(file.metadata() or {})
+    recorded = record.pop("crc32", None)
+    header = _header(shapes)
+    checksum = _checksum(header, record)
+    tensors = {}
+    for name in header:
+        array = file.get_tensor(name)
+        checksum = zlib.crc32(array, checksum)
+        if parts is None or _component(name) in parts:
+            tensors[name] = array
+    _expect(recorded == str(checksum), "it has another checksum")
+    return Stored(tensors, shapes, record)
 
 
-def _checksum(header: Mapping[str, Any], numbers: bytearray | memoryview) -> int:
-    record = {name: value for name, value in header["__metadata__"].items() if name != "crc32"}
-    text = json.dumps(dict(header) | {"__metadata__": record}, sort_keys=True)
-    return zlib.crc32(numbers, zlib.crc32(text.encode()))
+def _header(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict[str, Any]]:
+    """The header of a file of these tensors, in their order: the widest numbers first, then by name."""
+    header = {}
+    start = 0
+    for name in sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name)):
+        shape = shapes[name].shape
+        stop = start + math.prod(shape) * shapes[name].dtype.itemsize
+        header[name] = {"dtype": _CODES[shapes[name].dtype], "shape": [*shape], "data_offsets": [start, stop]}
+        start = stop
+    return header
+
+
+def _checksum(header: Mapping[str, Any], record: Mapping[str, str]) -> int:
+    """CRC-32 of a header with the record; the numbers follow in the header's order."""
+    text = json.dumps({**header, "__metadata__": dict(record)}, sort_keys=True)
+    return zlib.crc32(text.encode())
+
+
+def _component(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _expect(condition: bool, sentence: str) -> None:
@@ -175,10 +213,13 @@ def _expect(condition: bool, sentence: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- Errors
 class Visited:
-    """Vectorised environments that keep what was seen and done in them, of the environments that were stepped."""
+    """Vectorised environments that record the observations and actions of the environments that were stepped."""
 
     def __init__(self, envs: Any):
-        self._envs, self._obs, self._action, self._active = envs, [], [], []
+        self._envs = envs
+        self._obs = []
+        self._action = []
+        self._active = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._envs, name)
@@ -196,21 +237,26 @@ class Visited:
         return result
 
     def windows(self, count: int, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`count` states, evenly spread over what was visited, the actions that followed, and the numbers of the
+        """`count` states, evenly spread over those visited, the actions that followed, and the numbers of the
         environments: obs [count, O], action [H, count, A], env [count]."""
-        action, active = np.stack(self._action), np.stack(self._active)  # [steps, n, A], [steps, n]
+        action = np.stack(self._action)  # [steps, n, A]
+        active = np.stack(self._active)  # [steps, n]
         whole = np.logical_and.reduce([active[i : len(active) - horizon + 1 + i] for i in range(horizon)])
         step, env = np.nonzero(whole)
         chosen = np.linspace(0, len(step) - 1, count).astype(int)
-        step, env = step[chosen], env[chosen]
+        step = step[chosen]
+        env = env[chosen]
         actions = np.stack([action[step + i, env] for i in range(horizon)])
         return np.stack(self._obs)[step, env], actions, env
 
 
 def errors(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How far outputs of networks have moved: vectors [B, size] by the norm of the error relative to theirs, the mean
-    over all states; scalars [B] by the root mean square of the error relative to theirs; "action" [B, A], NaN where a
-    task has fewer, by that of the error itself, and the share of entries that have moved by more than 0.1."""
+    """How far outputs of networks have moved, by name.
+
+    Vectors [B, size]: the norm of the error relative to the vector's norm, the mean over all states. Scalars [B]: the
+    root mean square of the error relative to that of the scalars. "action" [B, A], NaN where a task has fewer: the root
+    mean square of the error itself, and as "action_moved" the share of entries that have moved by more than 0.1.
+    """
 
     def rms(x: np.ndarray) -> float:
         return float(np.sqrt(np.mean(np.square(x))))
@@ -221,7 +267,8 @@ def errors(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) ->
         error = after[name] - exact
         if name == "action":
             error = error[~np.isnan(error)]
-            result |= {"action": rms(error), "action_moved": float((np.abs(error) > 0.1).mean())}
+            result["action"] = rms(error)
+            result["action_moved"] = float((np.abs(error) > 0.1).mean())
         elif exact.ndim == 2:
             norms = np.linalg.norm(exact, axis=1)
             result[name] = float(np.mean(np.linalg.norm(error, axis=1) / np.maximum(norms, 1e-12)))
@@ -237,18 +284,27 @@ def compare(
     each component that is quantised alone, and one for all.
 
     Args:
-        outputs: gives what the networks with some parameters compute on some states, by name; "action" is the policy's.
+        outputs: called with parameters; returns what the networks compute with them on some states, by name; "action"
+            is the policy's.
     """
-    tensors, _ = read_safetensors(path)
-    tensors = {name: array for name, array in tensors.items() if name.partition(".")[0] in params}
-    written, before, rows = nested(dequantize(tensors)), outputs(params), []
-    for component in (*params, None):
-        changed = written if component is None else params | {component: written[component]}
-        mine = [x.nbytes for name, x in tensors.items() if component in (None, name.partition(".")[0])]
-        exact = [x.size for name, x in flat(params).items() if component in (None, name.partition(".")[0])]
-        row = {"component": component or "all", "bytes": sum(mine), "share": sum(mine) / (4 * sum(exact))}
-        rows.append(row | errors(before, outputs(changed)))
+    tensors = read_safetensors(path, tuple(params)).tensors
+    written = nested(dequantize(tensors))
+    before = outputs(params)
+    rows = []
+    for component in params:
+        changed = params | {component: written[component]}
+        sizes = _sizes(tensors, params, [component])
+        rows.append({"component": component, **sizes, **errors(before, outputs(changed))})
+    sizes = _sizes(tensors, params, [*params])
+    rows.append({"component": "all", **sizes, **errors(before, outputs(written))})
     return rows
+
+
+def _sizes(tensors: Mapping[str, np.ndarray], params: Params, components: Sequence[str]) -> dict[str, float]:
+    """Bytes of these components in a file, and their share of the bytes in float32."""
+    stored = sum(array.nbytes for name, array in tensors.items() if _component(name) in components)
+    numbers = sum(array.size for name, array in flat(params).items() if _component(name) in components)
+    return {"bytes": stored, "share": stored / (4 * numbers)}
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], where: str) -> None:
