@@ -61,21 +61,65 @@ def bytes_of(shapes: Any) -> int:
     return sum(np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def available_bytes(device: jax.Device | None = None) -> int:
-    """Memory that may still be used: a device's as it says itself, or the machine's (of a CPU, or without a device)."""
+def available_bytes(device: jax.Device | None = None, root: Path = Path("/")) -> int:
+    """Memory that may still be used: what an accelerator says of its own, or what is free of the machine's (of a CPU,
+    or without a device) within the limits of this process's control groups. root is the folder that holds proc/."""
     stats = device.memory_stats() if device and device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError):  # only Linux says what is free of it
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit; no limit is the word max
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["file"])  # what it caches of files gives way
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return free
+    for folder in control_groups(root):
+        limits = numbers_in(folder, "memory.max", "memory.high", "memory.limit_in_bytes")
+        if limits:
+            free = min(free, min(limits) - used_bytes(folder))
+    return max(0, free)
+
+
+def control_groups(root: Path) -> list[Path]:
+    """Folders of the control groups that count this process's memory: its own and, as their limits hold for it, too,
+    those above it. Containers, SLURM jobs and systemd units are such groups. Both versions may be there at once."""
+    folders = []
+    with contextlib.suppress(OSError, ValueError):  # only Linux has them
+        group_of = {}
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                group_of["cgroup"] = group
+            elif not controllers:  # version 2 has one tree for everything
+                group_of["cgroup2"] = group
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            mount, _, filesystem = line.partition(" - ")
+            top, point = mount.split()[3:5]
+            kind = filesystem.split()[0]
+            if kind not in group_of or (kind == "cgroup" and "memory" not in filesystem.split()[-1].split(",")):
+                continue
+            group = Path(group_of[kind])
+            below = group.relative_to(top) if group.is_relative_to(top) else Path()  # a container sees a part of it
+            folders += [root / point[1:] / folder for folder in (below, *below.parents)]
+    return folders
+
+
+def used_bytes(folder: Path) -> int:
+    """Memory that a control group uses, without the files that the kernel has cached for it: these give way. Files in
+    /dev/shm do not, although they are counted as cached files, too: the two lists of files are without them."""
+    used = sum(numbers_in(folder, "memory.current", "memory.usage_in_bytes"))
+    with contextlib.suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        for name in ("inactive_file", "active_file"):  # version 1 counts the groups below under total_
+            used -= int(stat.get(f"total_{name}", stat.get(name, 0)))
+    return used
+
+
+def numbers_in(folder: Path, *names: str) -> list[int]:
+    """The numbers in those of the files that exist; no limit is the word max."""
+    found = []
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int((folder / name).read_text()))
+    return found
 
 
 def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, total_timesteps: int) -> jax.Device:

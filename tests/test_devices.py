@@ -3,8 +3,109 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from tdmpc2_support.devices import committed
+from tdmpc2_support.devices import available_bytes, committed
+
+GB = 10**9
+NO_LIMIT_V1 = 2**63 - 4096  # what the kernel writes where version 2 writes the word max
+MOUNT_V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+MOUNT_V1 = """\
+31 23 0:28 / /sys/fs/cgroup rw,nosuid - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
+33 31 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """machine(cgroup, mountinfo, {group: {file: text}}) -> the root of a machine of which 20 GB are free, whose kernel
+    says these things of the process's control groups."""
+
+    def write(cgroup, mountinfo, groups):
+        files = {"proc/meminfo": "MemTotal: 32000000 kB\nMemAvailable: 20000000 kB\n"}
+        files |= {"proc/self/cgroup": cgroup, "proc/self/mountinfo": mountinfo}
+        files |= {f"sys/fs/cgroup{group}/{name}": text for group in groups for name, text in groups[group].items()}
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n" if text else "")
+        return tmp_path
+
+    return write
+
+
+def group_v2(limit, used=0, cached=0, shared=0, high="max"):
+    """A control group's files: its limit in GB, what it uses, and how much of that is cached files or shared memory."""
+    stat = f"file {(cached + shared) * GB}\nshmem {shared * GB}\ninactive_anon {shared * GB}\nactive_anon 0\n"
+    stat += f"inactive_file {cached * GB // 4}\nactive_file {cached * GB * 3 // 4}"
+    limits = {"memory.max": limit if limit == "max" else limit * GB, "memory.high": high}
+    return limits | {"memory.current": used * GB, "memory.stat": stat}
+
+
+def group_v1(limit, used=0, cached=0, below=0):
+    """The same of version 1; so much of the cached files are of the groups below this one."""
+    stat = f"cache {(cached - below) * GB}\ninactive_file {(cached - below) * GB}\nactive_file 0\n"
+    stat += f"total_cache {cached * GB}\ntotal_inactive_file {cached * GB}\ntotal_active_file 0"
+    usage = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used * GB}
+    return usage | {"memory.stat": stat}
+
+
+def test_without_control_groups_the_memory_is_what_the_kernel_calls_available(machine):
+    assert available_bytes(root=machine("", "", {})) == 20_000_000 * 1024
+
+
+def test_a_control_group_without_a_limit_takes_nothing_away(machine):
+    groups = {"/user.slice": group_v2("max", used=5)}
+    assert available_bytes(root=machine("0::/user.slice", MOUNT_V2, groups)) == 20_000_000 * 1024
+
+
+def test_the_limit_of_the_own_control_group_counts(machine):
+    groups = {"/job": group_v2(8, used=3), "/other": group_v2(1)}
+    assert available_bytes(root=machine("0::/job", MOUNT_V2, groups)) == 5 * GB
+
+
+def test_the_smallest_of_the_limits_above_the_own_control_group_counts(machine):
+    path = "/system.slice/slurmstepd.scope/job_7"
+    groups = {path: group_v2(6, used=2), f"{path}/step_0": group_v2("max"), f"{path}/step_0/task_0": group_v2(9)}
+    groups["/system.slice"] = group_v2(100, used=50)
+    assert available_bytes(root=machine(f"0::{path}/step_0/task_0", MOUNT_V2, groups)) == 4 * GB
+
+
+def test_the_limit_from_which_a_control_group_is_slowed_down_counts_as_one(machine):
+    groups = {"/unit.service": group_v2(8, used=1, high=5 * GB)}
+    assert available_bytes(root=machine("0::/unit.service", MOUNT_V2, groups)) == 4 * GB
+
+
+def test_cached_files_give_way_and_shared_memory_does_not(machine):
+    groups = {"/job": group_v2(8, used=7, cached=2, shared=4)}
+    assert available_bytes(root=machine("0::/job", MOUNT_V2, groups)) == 3 * GB
+
+
+def test_a_container_sees_its_limit_at_the_mount_point(machine):
+    groups = {"": group_v2(8, used=3)}
+    assert available_bytes(root=machine("0::/", MOUNT_V2, groups)) == 5 * GB
+    of_the_host = MOUNT_V1.replace("0:30 / ", "0:30 /docker/1f ")  # the path is the host's, the mount a part of it
+    groups = {"/memory": group_v1(2 * GB), "/memory/child": group_v1(GB)}
+    root = machine("2:cpu:/docker/1f\n1:memory:/docker/1f/child", of_the_host, groups)
+    assert available_bytes(root=root) == GB
+
+
+def test_limits_of_version_1_count_with_the_files_cached_for_all_groups_below(machine):
+    groups = {
+        "/memory": group_v1(NO_LIMIT_V1, used=30),
+        "/memory/slurm/job_7": group_v1(6 * GB, used=5, cached=3, below=2),
+        "/memory/slurm/job_7/step_0": group_v1(NO_LIMIT_V1, used=4, cached=2),
+    }
+    cgroup = "3:cpu:/other\n2:memory:/slurm/job_7/step_0\n0::/"
+    assert available_bytes(root=machine(cgroup, MOUNT_V1, groups)) == 4 * GB
+
+
+def test_what_is_used_beyond_a_limit_leaves_nothing(machine):
+    assert available_bytes(root=machine("0::/job", MOUNT_V2, {"/job": group_v2(2, used=3)})) == 0
+
+
+def test_this_machine_has_memory_for_this_test():
+    assert 10**7 < available_bytes() < 10**15
 
 
 def test_a_loop_that_starts_with_committed_arrays_compiles_its_step_once(caplog):
