@@ -24,7 +24,7 @@ import gymnasium as gym
 from tdmpc2_support.data.datasets import Chunk, Dataset, EpisodeWriter, load_dataset
 from tdmpc2_support.data.pt import load_pt, save_tensordict
 from tdmpc2_support.envs import vector
-from tdmpc2_support.envs.parts import Task
+from tdmpc2_support.envs.adapter import Task
 from tdmpc2_support.envs.rendering import FRAME, PIXELS
 from tdmpc2_support.envs.tasks import DOMAINS, TASK_SETS, TASKS, TaskSpec, set_sizes, set_tasks, task_spec
 from tdmpc2_support.envs.vector import default_workers
@@ -77,12 +77,12 @@ def make_env(
         raise UserError(f"pixels as observations exist for {domains}, not for {spec.name!r} ({spec.domain})")
     if render_mode not in (None, "rgb_array"):
         raise UserError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-    room = DOMAINS[spec.domain].room if spec.domain in DOMAINS else "gym_ids"
-    parts = importlib.import_module(f"tdmpc2_support.envs.{room}").make(spec, render_mode)
+    module = DOMAINS[spec.domain].module if spec.domain in DOMAINS else "gym_ids"
+    simulator = importlib.import_module(f"tdmpc2_support.envs.{module}").make(spec, render_mode)
     try:
-        return Task(parts, spec, seed, obs, render_mode, shadows)
+        return Task(simulator, spec, seed, obs, render_mode, shadows)
     except UserError:
-        parts.env.close()
+        simulator.env.close()
         raise
 
 
@@ -105,7 +105,7 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
     except Exception as error:
         raise UserError(f"task {task!r} cannot be drawn here: {error}") from error
     if frame is None or frame.ndim != 3:
-        raise UserError(f"task {task!r} gives no pictures")
+        raise UserError(f"task {task!r} has no pictures")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def main() -> None:
     print(f"{'domain':<12}{'task':<34}{'obs':>5}{'action':>8}{'episode':>9}  installed")
     for name, (domain, obs_size, action_size, _) in TASKS.items():
         settings = DOMAINS[domain]
-        installed = "yes" if importlib.util.find_spec(settings.module.split(".")[0]) else settings.install
+        installed = "yes" if importlib.util.find_spec(settings.package.split(".")[0]) else settings.install
         obs_text = "?" if obs_size is None else obs_size
         print(f"{domain:<12}{name:<34}{obs_text:>5}{action_size:>8}{settings.episode_length:>9}  {installed}")
     print(f"{len(TASKS)} tasks; episode = decisions. Any Gymnasium id with Box actions works too (HalfCheetah-v5).")

@@ -72,6 +72,7 @@ class Agent:
 
     # Learning
     batch_size: Count = 256  # windows per update B
+    sample: Literal["episodes", "windows"] = "episodes"  # draw an episode, then a window of it; or any window
     lr: Positive = 3e-4  # learning rate
     enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
     grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
@@ -637,14 +638,17 @@ class Step(NamedTuple):
 
 class Replay(NamedTuple):
     """Ring of the last C steps of n environments, on the device; a row holds an entry of each. A window of H+1 entries
-    may start wherever H more follow without a reset among them. `starts` is a queue of all such entries in order of
-    time, so that a uniform draw from it is a uniform draw of windows. Those of the episode under way are among them
-    (the original waits for its end). With H = 2:
+    may start wherever H more follow without a reset among them. `starts` is a queue of such entries in order of time:
+    with --sample windows of all of them, so that a uniform draw from it is a uniform draw of windows; with --sample
+    episodes of the last one of each episode, so that it is a uniform draw of episodes. The episode under way is among
+    them (the original waits for its end). With H = 2:
 
         row       0  1  2  3  4  5  6  7  8     the last row written is 8
         first     x           x                 episodes of 4 entries, and of 5 so far
         start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
-        starts    0  1  4  5  6                 a draw of 5 is the window of rows 5, 6, 7
+        starts    0  1  4  5  6                 windows: a draw of 5 is the window of rows 5, 6, 7
+        starts       1        6                 episodes: a draw of 6 is the second one, ...
+        number    1  2        1  2  3           ... whose windows start at row 6 and the two before it
     """
 
     obs: jax.Array  # [C, n, O]
@@ -655,42 +659,73 @@ class Replay(NamedTuple):
     is_start: jax.Array  # [C, n] the entry is in the queue
     starts: jax.Array  # [C * n] ring of flat indices row * n + environment
     head: jax.Array  # position of the oldest start in the ring
-    size: jax.Array  # number of starts
+    size: jax.Array  # length of the queue
     rows: jax.Array  # number of steps ever written
+    number: jax.Array | None  # [C, n] number of a start in its episode, from 1; only with --sample episodes
 
 
-def init_replay(capacity: int, num_envs: int, obs_dim: int, action_dim: int) -> Replay:
+def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment."""
-    C, n, zero = capacity, num_envs, partial(jnp.zeros, (), jnp.int32)
-    obs, action, reward = jnp.zeros((C, n, obs_dim)), jnp.zeros((C, n, action_dim)), jnp.zeros((C, n))
-    flags = [jnp.zeros((C, n), bool) for _ in range(3)]
-    return Replay(obs, action, reward, *flags, jnp.zeros(C * n, jnp.int32), zero(), zero(), zero())
+    C, n = capacity, num_envs
+    return Replay(
+        obs=jnp.zeros((C, n, agent.obs_dim)),
+        action=jnp.zeros((C, n, agent.action_dim)),
+        reward=jnp.zeros((C, n)),
+        terminated=jnp.zeros((C, n), bool),
+        first=jnp.zeros((C, n), bool),
+        is_start=jnp.zeros((C, n), bool),
+        starts=jnp.zeros(C * n, jnp.int32),
+        head=jnp.zeros((), jnp.int32),
+        size=jnp.zeros((), jnp.int32),
+        rows=jnp.zeros((), jnp.int32),
+        number=jnp.zeros((C, n), jnp.int32) if agent.sample == "episodes" else None,
+    )
 
 
-@partial(jax.jit, static_argnames=("horizon",), donate_argnames=("replay",))
-def add(replay: Replay, horizon: int, step: Step) -> Replay:
+@partial(jax.jit, static_argnames="agent", donate_argnames="replay")
+def add(agent: Agent, replay: Replay, step: Step) -> Replay:
     """Writes one step of all environments over the oldest one."""
     C, n = replay.first.shape
     row = replay.rows % C
-    expired = replay.is_start[row].sum()  # starts in the row that is overwritten: they are the oldest of the queue
-    head, size = (replay.head + expired) % (C * n), replay.size - expired
     written = {k: getattr(replay, k).at[row].set(v) for k, v in step._asdict().items()}
+    expired = replay.is_start[row].sum()  # starts in the row that is overwritten: they are the oldest of the queue
+    is_start = replay.is_start.at[row].set(False)
+    head = (replay.head + expired) % (C * n)
+    size = replay.size - expired
 
-    start = (replay.rows - horizon) % C  # the windows that this step completes start here
-    after_start = (start + 1 + jnp.arange(horizon)) % C
-    valid = ~written["first"][after_start].any(0) & (replay.rows >= horizon)  # [n]
-    slots = jnp.where(valid, (head + size + jnp.cumsum(valid) - 1) % (C * n), C * n)  # C * n: dropped
-    starts = replay.starts.at[slots].set(start * n + jnp.arange(n), mode="drop")
-    is_start = replay.is_start.at[row].set(False).at[start].set(valid)
-    return Replay(**written, is_start=is_start, starts=starts, head=head, size=size + valid.sum(), rows=replay.rows + 1)
+    start = (replay.rows - agent.horizon) % C  # the windows that this step completes start here
+    after_start = (start + 1 + jnp.arange(agent.horizon)) % C
+    valid = ~written["first"][after_start].any(0) & (replay.rows >= agent.horizon)  # [n]
+    before = (start - 1) % C
+    newest = is_start[before]  # [n] the newest of the queue
+    stays = newest
+    number = replay.number
+    if agent.sample == "episodes":  # the new window takes the place of the one before it in its episode
+        stays = newest & ~valid
+        number = number.at[start].set(jnp.where(newest, number[before], 0) + 1)
+    size -= newest.sum()
+    added = jnp.concatenate([stays, valid])
+    index = jnp.concatenate([before * n + jnp.arange(n), start * n + jnp.arange(n)])
+    slots = jnp.where(added, (head + size + jnp.cumsum(added) - 1) % (C * n), C * n)  # C * n: dropped
+    starts = replay.starts.at[slots].set(index, mode="drop")
+    is_start = is_start.at[before].set(stays).at[start].set(valid)
+    size += added.sum()
+    return Replay(
+        **written, is_start=is_start, starts=starts, head=head, size=size, rows=replay.rows + 1, number=number
+    )
 
 
-def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Batch:
-    """Windows drawn uniformly from all valid ones, with replacement."""
+def sample(agent: Agent, replay: Replay, key: jax.Array) -> Batch:
+    """Windows, drawn with replacement: of all of them uniformly; or an episode uniformly, then one of its windows."""
     C, n = replay.first.shape
-    drawn = replay.starts[(replay.head + jax.random.randint(key, (batch_size,), 0, replay.size)) % (C * n)]
-    rows = (drawn // n + jnp.arange(horizon + 1)[:, None]) % C  # [H+1, B]
-    env = drawn % n
+    key, number_key = jax.random.split(key)
+    drawn = jax.random.randint(key, (agent.batch_size,), 0, replay.size)
+    start, env = jnp.divmod(replay.starts[(replay.head + drawn) % (C * n)], n)
+    if agent.sample == "episodes":
+        since_oldest = (start - replay.rows) % C + 1  # rows of the ring up to this one
+        windows = jnp.minimum(replay.number[start, env], since_oldest)  # of the episode, but for what is overwritten
+        start -= jax.random.randint(number_key, (agent.batch_size,), 0, windows)
+    rows = (start + jnp.arange(agent.horizon + 1)[:, None]) % C  # [H+1, B]
     terminated = replay.terminated[rows[1:], env].astype(jnp.float32)
     return Batch(replay.obs[rows, env], replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated)
 
@@ -699,7 +734,7 @@ def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Bat
 def add_and_act(agent: Agent, params, replay: Replay, step: Step, prev_mean, key, random: bool):
     """What a decision needs, in one dispatch: `add` writes the last step, and `act` explores on it. Returns the replay
     and what `act` returns."""
-    replay = add(replay, agent.horizon, step)
+    replay = add(agent, replay, step)
     action, prev_mean, key = act(agent, params, step.obs, prev_mean, step.first, key, explore=True, random=random)
     return replay, action, prev_mean, key
 
@@ -710,7 +745,7 @@ def train(agent: Agent, state: TrainState, replay: Replay, num_updates: int):
 
     def one(state, _):
         key, sample_key, noise_key = jax.random.split(state.key, 3)
-        batch = sample(replay, sample_key, agent.batch_size, agent.horizon)
+        batch = sample(agent, replay, sample_key)
         return update(agent, state._replace(key=key), batch, update_noise(agent, noise_key))
 
     state, infos = jax.lax.scan(one, state, None, length=num_updates)
@@ -776,11 +811,10 @@ def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple
     """Learning state, key of the acting, replay and counters of the run's last checkpoint; without one all is fresh,
     but for the agent if --checkpoint names one."""
     count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
-    capacity = args.buffer_size // args.num_envs
     learner, replay = checkpoints.restore_or_make(
         count,
         state=partial(fresh_state, agent, random_streams(args.seed)),
-        replay=partial(init_replay, capacity, args.num_envs, agent.obs_dim, agent.action_dim),
+        replay=partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs),
     )
     state = learner["train"]
     if args.checkpoint and not count["decisions"]:
@@ -868,8 +902,8 @@ def run(args: Args) -> None:
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
-        envs = RecordEpisodeStatistics(environments.make_envs(args.task, args.num_envs, (args.seed, 0)))
-        stack.enter_context(contextlib.closing(envs))
+        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0))
+        envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
         eval_envs = stack.enter_context(contextlib.closing(make_eval_envs(args)))
         agent = for_task(args.agent, args.task, envs)
         checkpoints = stack.enter_context(Checkpoints(folder, "tdmpc2_jax"))

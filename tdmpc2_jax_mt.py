@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from tdmpc2_support.run.runs import Run
 
 import envs as environments
 from tdmpc2_support import cli, devices
@@ -45,7 +46,6 @@ from tdmpc2_support.data.device_data import DeviceData, choose_storage, data_sha
 from tdmpc2_support.devices import bytes_of, global_arrays, least_available_bytes, local_replica, replicated, split
 from tdmpc2_support.run.checkpoints import checksums
 from tdmpc2_support.run.reports import SetEvaluation, evaluating, grid, record_scores, report_scores
-from tdmpc2_support.run.runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args

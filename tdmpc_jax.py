@@ -11,6 +11,7 @@ n environments, q an ensemble of value heads.
     python tdmpc_jax.py --evaluate --checkpoint original.pt --task walker-walk           # an agent of the original
 """
 
+import contextlib
 import dataclasses
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -26,16 +27,20 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import envs as environments
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_tdmpc
-from tdmpc2_support.cli import Count, Name, Natural, NewFile, Positive, Share, Weight
-from tdmpc2_support.devices import use_compile_cache, use_huge_pages
-from tdmpc2_support.run.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
-from tdmpc2_support.run.runs import Run
+from tdmpc2_support.cli import Count, Flat, FromTask, Name, Natural, NewFile, Positive, Share, Weight
+from tdmpc2_support.devices import committed, use_compile_cache, use_huge_pages
+from tdmpc2_support.run.checkpoints import Checkpoints
+from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
+from tdmpc2_support.run.logging import Logger
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
+from tdmpc2_support.run.schedule import Streams, due, random_streams, updates_due
 
 
-# ------------------------------------------------------------------------------------------------------------- Args
+# --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
-class Args:
-    task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
+class Agent:
+    """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
+
     action_repeat: Count | None = None  # simulator steps per decision; default by task, in DMControl 4, 2 or 8
 
     # World model
@@ -47,10 +52,6 @@ class Args:
 
     # Learning
     batch_size: Count | None = None  # windows per update B; default 512, dog 2048
-    buffer_size: Count = 1_000_000  # decisions that the replay holds
-    num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
-    utd: Positive = 1.0  # gradient updates per decision of one environment
-    seed_steps: Natural = 5000  # random decisions, then as many updates at once
     lr: Positive | None = None  # learning rate; default 1e-3, dog 3e-4
     grad_clip_norm: Positive = 10.0  # bound on the global gradient norm, of the model and of the policy each
     tau: Share = 0.01  # step of the slow encoder and the slow values
@@ -78,6 +79,22 @@ class Args:
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
     temperature: Weight = 0.5  # inverse temperature of the elites' weights
     momentum: Share = 0.1  # share of its old value that the planner's mean keeps in an iteration
+
+    # What the task decides, see `for_task`: no flags
+    obs_dim: FromTask[int] = 0  # observation size O
+    action_dim: FromTask[int] = 0  # action size A
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
+    agent: Flat[Agent] = Agent()
+
+    # Data
+    num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
+    buffer_size: Count = 1_000_000  # decisions that the replay holds
+    seed_steps: Natural = 5000  # random decisions, then as many updates at once
+    utd: Positive = 1.0  # gradient updates per decision of one environment
 
     # Run
     exp_name: Name = "tdmpc_jax"  # name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED
@@ -112,10 +129,21 @@ REPEATS = {"cartpole": 8, "finger": 2, "walker": 2, "humanoid": 2, "dog": 2}  # 
 def with_task_defaults(args: Args) -> Args:
     """Fills in what was not given by what the original sets for the task; repeats outside DMControl are the tasks'."""
     spec = environments.task_spec(args.task)
-    domain = spec.name.removeprefix("dm_control/").partition("-")[0] if spec.domain == "DMControl" else None
-    repeat = REPEATS.get(domain, 4) if domain else spec.action_repeat
-    values = DEFAULTS | {"action_repeat": repeat} | TASK_DEFAULTS.get(domain, {})
-    return dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+    values = DEFAULTS | {"action_repeat": spec.action_repeat}
+    if spec.domain == "DMControl":
+        domain = spec.name.removeprefix("dm_control/").partition("-")[0]
+        values |= {"action_repeat": REPEATS.get(domain, 4)} | TASK_DEFAULTS.get(domain, {})
+    total_timesteps = args.total_timesteps or values.pop("total_timesteps")
+    missing = {k: v for k, v in values.items() if getattr(args.agent, k, 0) is None}
+    agent = dataclasses.replace(args.agent, **missing)
+    return dataclasses.replace(args, agent=agent, total_timesteps=total_timesteps)
+
+
+def for_task(agent: Agent, envs) -> Agent:
+    """The agent with what the task's vector environment decides."""
+    (obs_dim,) = envs.single_observation_space.shape
+    (action_dim,) = envs.single_action_space.shape
+    return dataclasses.replace(agent, obs_dim=obs_dim, action_dim=action_dim)
 
 
 class Schedule(NamedTuple):
@@ -123,12 +151,12 @@ class Schedule(NamedTuple):
     min_std: np.ndarray  # lower bound of the planner's standard deviation
 
 
-def schedule(args: Args, decisions: int, first: np.ndarray, horizon: np.ndarray) -> Schedule:
+def schedule(agent: Agent, decisions: int, first: np.ndarray, horizon: np.ndarray) -> Schedule:
     """Limits of plans after so many decisions: linear, with a new horizon at an episode's start (`first` [n]) only. The
     original takes the bound at its last update, which first lags behind, then leaps ahead and falls back."""
-    done = min(decisions, args.schedule_steps)
-    new_horizon = args.first_horizon + (args.horizon - args.first_horizon) * done // args.schedule_steps
-    min_std = args.first_min_std + (args.min_std - args.first_min_std) * done / args.schedule_steps
+    done = min(decisions, agent.schedule_steps)
+    new_horizon = agent.first_horizon + (agent.horizon - agent.first_horizon) * done // agent.schedule_steps
+    min_std = agent.first_min_std + (agent.min_std - agent.first_min_std) * done / agent.schedule_steps
     return Schedule(np.where(first, np.int32(new_horizon), horizon), np.float32(min_std))
 
 
@@ -166,48 +194,49 @@ class MLP(nn.Module):
         """Inputs [..., in_i] -> [..., out]."""
         for i, width in enumerate(self.hidden):
             x = Linear(width, dtype=self.dtype, name=f"linear_{i}")(*inputs)
-            norm = self.norm_first and i == 0
-            inputs = (jnp.tanh(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x)) if norm else nn.elu(x),)
+            if i == 0 and self.norm_first:
+                x = jnp.tanh(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x))
+            else:
+                x = nn.elu(x)
+            inputs = (x,)
         i = len(self.hidden)
         return Linear(self.out, self.zero_init, self.dtype, name=f"linear_{i}")(*inputs)
 
 
-class WorldModel(NamedTuple):
-    """The components of the model. Hashable and without parameters: a static argument of the jitted functions."""
+class Networks(NamedTuple):
+    """The components of the world model and the policy: modules without parameters."""
 
     encoder: MLP  # h(s) -> z
     dynamics: MLP  # d(z, a) -> z'
     reward: MLP  # R(z, a)
     pi: MLP  # p(z) -> mean of A actions
     q: MLP  # Q(z, a): one head; the ensemble of two is the same module over stacked parameters
-    obs_dim: int
-    action_dim: int
 
 
-def make_model(args: Args, obs_dim: int, action_dim: int) -> WorldModel:
-    """The networks for O = obs_dim and A = action_dim."""
-    mlp = partial(MLP, (args.mlp_dim, args.mlp_dim), dtype=args.compute_dtype)
-    return WorldModel(
-        encoder=MLP((args.enc_dim,), args.latent_dim, dtype=args.compute_dtype),
-        dynamics=mlp(args.latent_dim),
+def networks(agent: Agent) -> Networks:
+    """The networks of an agent."""
+    mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
+    return Networks(
+        encoder=MLP((agent.enc_dim,), agent.latent_dim, dtype=agent.compute_dtype),
+        dynamics=mlp(agent.latent_dim),
         reward=mlp(1, zero_init=True),
-        pi=mlp(action_dim),
+        pi=mlp(agent.action_dim),
         q=mlp(1, norm_first=True, zero_init=True),
-        obs_dim=obs_dim,
-        action_dim=action_dim,
     )
 
 
-def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
+def init_params(agent: Agent, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters, one entry per component; those of `q` are stacked along a leading axis [2]."""
-    z, a = jnp.zeros(args.latent_dim), jnp.zeros(model.action_dim)
+    model = networks(agent)
+    z = jnp.zeros(agent.latent_dim)
+    action = jnp.zeros(agent.action_dim)
     keys = jax.random.split(key, 5)
     return {
-        "encoder": model.encoder.init(keys[0], jnp.zeros(model.obs_dim)),
-        "dynamics": model.dynamics.init(keys[1], z, a),
-        "reward": model.reward.init(keys[2], z, a),
+        "encoder": model.encoder.init(keys[0], jnp.zeros(agent.obs_dim)),
+        "dynamics": model.dynamics.init(keys[1], z, action),
+        "reward": model.reward.init(keys[2], z, action),
         "pi": model.pi.init(keys[3], z),
-        "q": jax.vmap(lambda k: model.q.init(k, z, a))(jax.random.split(keys[4], 2)),
+        "q": jax.vmap(lambda k: model.q.init(k, z, action))(jax.random.split(keys[4], 2)),
     }
 
 
@@ -217,18 +246,19 @@ class PolicySample(NamedTuple):
     mean: jax.Array  # [..., A] the action without noise
 
 
-def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Array) -> PolicySample:
+def policy(agent: Agent, pi_params, z: jax.Array, eps: jax.Array) -> PolicySample:
     """Policy p(z), a mean with noise of a fixed size: z [..., Z] and standard normal eps [..., A] -> sample."""
-    mean = jnp.tanh(model.pi.apply(pi_params, z))
-    action = mean + jnp.clip(args.min_std * eps, -args.noise_clip, args.noise_clip)
+    mean = jnp.tanh(networks(agent).pi.apply(pi_params, z))
+    action = mean + jnp.clip(agent.min_std * eps, -agent.noise_clip, agent.noise_clip)
     clipped = jnp.clip(action, -1 + 1e-6, 1 - 1e-6)
     return PolicySample(action + jax.lax.stop_gradient(clipped - action), mean)  # gradients pass the clip
 
 
-def q_values(model: WorldModel, q_params, z: jax.Array, action: jax.Array) -> jax.Array:
+def q_values(agent: Agent, q_params, z: jax.Array, action: jax.Array) -> jax.Array:
     """Both heads in q_params: z [..., Z], action [..., A] -> [2, ...]."""
-    heads = [jax.tree.map(lambda p, i=i: p[i], q_params) for i in range(2)]
-    return jnp.stack([model.q.apply(p, z, action)[..., 0] for p in heads])  # on a CPU faster than batched products
+    head = networks(agent).q
+    values = [head.apply(jax.tree.map(lambda p, i=i: p[i], q_params), z, action)[..., 0] for i in range(2)]
+    return jnp.stack(values)  # one by one: on a CPU faster than batched products
 
 
 # --------------------------------------------------------------------------------------------------------- Planning
@@ -243,92 +273,108 @@ class PlanNoise(NamedTuple):
     exploration: jax.Array  # [n, A] normal: added to the action
 
 
-def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> PlanNoise:
+def plan_noise(agent: Agent, key: jax.Array, n: int) -> PlanNoise:
     """Draws what a plan in n environments needs."""
-    H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
+    H, P, N, A = agent.horizon, agent.num_pi_trajs, agent.num_samples, agent.action_dim
     keys = jax.random.split(key, 5)
     return PlanNoise(
         pi=jax.random.normal(keys[0], (n, H, P, A)),
-        sample=jax.random.normal(keys[1], (n, args.iterations, H, N, A)),
-        terminal=jax.random.normal(keys[2], (n, args.iterations, N + P, A)),
-        gumbel=jax.random.gumbel(keys[3], (n, args.num_elites)),
+        sample=jax.random.normal(keys[1], (n, agent.iterations, H, N, A)),
+        terminal=jax.random.normal(keys[2], (n, agent.iterations, N + P, A)),
+        gumbel=jax.random.gumbel(keys[3], (n, agent.num_elites)),
         exploration=jax.random.normal(keys[4], (n, A)),
     )
 
 
-def estimate_value(args: Args, model: WorldModel, params, z, actions, horizon, eps) -> jax.Array:
+def estimate_value(agent: Agent, params, z, actions, horizon, eps) -> jax.Array:
     """Value [N+P] of action sequences [H, N+P, A] from z [1, Z]: rewards of `horizon` steps, then the lower of two Qs.
     How many steps only the device knows: one program serves the whole schedule and makes no step in vain."""
+    model = networks(agent)
 
     def step(t, carry):
         value, z = carry
-        value = value + args.discount**t * model.reward.apply(params["reward"], z, actions[t])[..., 0]
+        value = value + agent.discount**t * model.reward.apply(params["reward"], z, actions[t])[..., 0]
         return value, model.dynamics.apply(params["dynamics"], z, actions[t])
 
     value, z = jax.lax.fori_loop(1, horizon, step, step(0, (0.0, z)))  # in the first step all share z
-    action = policy(args, model, params["pi"], z, eps).action
-    q = q_values(model, params["q"], z, action).min(0)
-    return jnp.nan_to_num(value + args.discount**horizon * q, nan=0.0)
+    action = policy(agent, params["pi"], z, eps).action
+    q = q_values(agent, params["q"], z, action).min(0)
+    return jnp.nan_to_num(value + agent.discount**horizon * q, nan=0.0)
 
 
-def plan(args: Args, model: WorldModel, params, obs, prev_mean, first, limits: Schedule, noise: PlanNoise, explore):
+def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: PlanNoise, explore: bool):
     """Model predictive path integral control (MPPI) in n environments at once.
     obs [n, O]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an episode;
     limits of `schedule`; noise as `plan_noise` draws it; explore adds noise to the action. Returns actions [n, A] in
     [-1, 1] and the new means [n, H, A]."""
-    n, H, A = len(obs), args.horizon, model.action_dim
-    chex.assert_shape([obs, prev_mean, first, limits.horizon], [(n, model.obs_dim), (n, H, A), (n,), (n,)])
+    n, H, A = len(obs), agent.horizon, agent.action_dim
+    chex.assert_shape([obs, prev_mean, first, limits.horizon], [(n, agent.obs_dim), (n, H, A), (n,), (n,)])
+    model = networks(agent)
 
     def plan_one(env):
         env_obs, last_mean, starts, horizon, draws = env
         z = model.encoder.apply(params["encoder"], env_obs)[None]  # [1, Z]
-        pi_actions, pi_z = [], z
+        pi_actions = []
+        pi_z = z
         for t in range(H):
-            pi_actions.append(policy(args, model, params["pi"], pi_z, draws.pi[t]).action)
-            pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t]) if t < H - 1 else None
+            pi_actions.append(policy(agent, params["pi"], pi_z, draws.pi[t]).action)
+            if t < H - 1:
+                pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t])
         pi_actions = jnp.stack(pi_actions)  # [H, P, A]
 
         def iterate(distribution, draw):
-            (mean, std), (sample_noise, terminal_noise) = distribution, draw
+            mean, std = distribution
+            sample_noise, terminal_noise = draw
             sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1)
             actions = jnp.concatenate([sampled, pi_actions], axis=1)  # [H, N+P, A]
-            values = estimate_value(args, model, params, z, actions, horizon, terminal_noise)
-            elite_values, elite_indices = jax.lax.top_k(values, args.num_elites)
+            values = estimate_value(agent, params, z, actions, horizon, terminal_noise)
+            elite_values, elite_indices = jax.lax.top_k(values, agent.num_elites)
             elites = actions[:, elite_indices]  # [H, E, A]
-            weights = jax.nn.softmax(args.temperature * elite_values)  # [E]
+            weights = jax.nn.softmax(agent.temperature * elite_values)  # [E]
             elite_mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - elite_mean[:, None]) ** 2)
-            std = jnp.clip(jnp.sqrt(variance), limits.min_std, args.max_std)
-            mean = args.momentum * mean + (1 - args.momentum) * elite_mean
+            std = jnp.clip(jnp.sqrt(variance), limits.min_std, agent.max_std)
+            mean = agent.momentum * mean + (1 - agent.momentum) * elite_mean
             return (mean, std), (elites[0], weights)
 
         unplanned = jnp.arange(H)[:, None] >= horizon - 1  # by the last call
         mean = jnp.where(starts | unplanned, 0.0, jnp.roll(last_mean, -1, axis=0))
-        distribution = (mean, jnp.full((H, A), args.max_std))
-        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, (draws.sample, draws.terminal))
-        action = elite_actions[-1, jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)]  # [A] of one elite, drawn by weight
-        action = action + std[0] * draws.exploration if explore else action
+        std = jnp.full((H, A), agent.max_std)
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), (draws.sample, draws.terminal))
+        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
+        action = elite_actions[-1, elite]  # [A]
+        if explore:
+            action = action + std[0] * draws.exploration
         return jnp.clip(action, -1, 1), mean  # the original sends and stores what lies beyond, too
 
-    # Side by side, but on a CPU only as many as leave a layer in the cache, the others after them: 30 of them side
-    # by side take 1.8 times as long as six times five.
-    at_once = max(1, (2**22 if jax.default_backend() == "cpu" else 2**29) // (4 * args.num_samples * model.q.hidden[0]))
     envs = (obs, prev_mean, first, limits.horizon, noise)
+    at_once = environments_at_once(agent)
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
-@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
-def act(args: Args, model: WorldModel, params, obs, prev_mean, first, limits, key, explore: bool, random=False):
+def environments_at_once(agent: Agent) -> int:
+    """How many environments are planned for side by side, the others after them. On a CPU as many as leave a layer in
+    the cache: 30 of them side by side take 1.8 times as long as six times five. Elsewhere as many as memory allows."""
+    bytes_at_once = 2**22 if jax.default_backend() == "cpu" else 2**29
+    layer_bytes = 4 * agent.num_samples * agent.mlp_dim
+    return max(1, bytes_at_once // layer_bytes)
+
+
+@partial(jax.jit, static_argnames=("agent", "explore", "random"))
+def act(agent: Agent, params, obs, prev_mean, first, limits, key, explore: bool, random: bool = False):
     """Actions [n, A] for obs [n, O] by `plan`, by the policy (--no-mpc) or random; the planner's means; a new key."""
+    n = len(obs)
     key, noise_key = jax.random.split(key)
     if random:
-        return jax.random.uniform(noise_key, (len(obs), model.action_dim), minval=-1, maxval=1), prev_mean, key
-    if args.mpc:
-        noise = plan_noise(args, model, noise_key, len(obs))
-        return *plan(args, model, params, obs, prev_mean, first, limits, noise, explore), key
-    eps = jax.random.normal(noise_key, (len(obs), model.action_dim))
-    sample = policy(args, model, params["pi"], model.encoder.apply(params["encoder"], obs), eps)
-    return sample.action if explore else sample.mean, prev_mean, key
+        action = jax.random.uniform(noise_key, (n, agent.action_dim), minval=-1, maxval=1)
+    elif agent.mpc:
+        noise = plan_noise(agent, noise_key, n)
+        action, prev_mean = plan(agent, params, obs, prev_mean, first, limits, noise, explore)
+    else:
+        z = networks(agent).encoder.apply(params["encoder"], obs)
+        sample = policy(agent, params["pi"], z, jax.random.normal(noise_key, (n, agent.action_dim)))
+        action = sample.action if explore else sample.mean
+    return action, prev_mean, key
 
 
 # --------------------------------------------------------------------------------------------------------- Learning
@@ -360,91 +406,105 @@ class UpdateNoise(NamedTuple):
     pi_action: jax.Array  # [H+1, B, A] normal: the policy's actions in its own loss
 
 
-def update_noise(args: Args, model: WorldModel, key: jax.Array) -> UpdateNoise:
+def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
-    H, B, A = args.horizon, args.batch_size, model.action_dim
+    H, B, A = agent.horizon, agent.batch_size, agent.action_dim
     keys = jax.random.split(key, 2)
     return UpdateNoise(jax.random.normal(keys[0], (H, B, A)), jax.random.normal(keys[1], (H + 1, B, A)))
 
 
-def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+def optimizers(agent: Agent) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Adam for the model and for the policy, each behind its own global-norm clip."""
-    clip = optax.clip_by_global_norm(args.grad_clip_norm)
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), optax.scale(-args.lr))
+    clip = optax.clip_by_global_norm(agent.grad_clip_norm)
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), optax.scale(-agent.lr))
     return tx, tx
 
 
-def init_state(args: Args, params: dict[str, Any], target, key: jax.Array) -> TrainState:
-    """Learning state at the start of a run with these parameters; target holds at least an encoder and q."""
-    model_tx, pi_tx = optimizers(args)
-    model_opt = model_tx.init({k: v for k, v in params.items() if k != "pi"})
-    target = {k: jax.tree.map(jnp.copy, target[k]) for k in ("encoder", "q")}  # not the same buffers: both are donated
-    return TrainState(params, target, model_opt, pi_tx.init(params["pi"]), key, jnp.zeros((), jnp.int32))
+def init_state(agent: Agent, params: dict[str, Any], target, key: jax.Array) -> TrainState:
+    """Learning state at the start of a run with these parameters; target has at least an encoder and q."""
+    model_tx, pi_tx = optimizers(agent)
+    return TrainState(
+        params=params,
+        target={k: jax.tree.map(jnp.copy, target[k]) for k in ("encoder", "q")},  # copies, as both are donated
+        model_opt=model_tx.init({k: v for k, v in params.items() if k != "pi"}),
+        pi_opt=pi_tx.init(params["pi"]),
+        key=key,
+        updates=jnp.zeros((), jnp.int32),
+    )
 
 
-def td_target(args: Args, model: WorldModel, state: TrainState, batch: Batch, noise) -> jax.Array:
+def td_target(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) -> jax.Array:
     """TD targets [H, B]: r + discount * (1 - terminated) * min of the slow Qs at the policy's next action, in states of
     the encoder that learns. The original knows no terminations."""
-    next_z = model.encoder.apply(state.params["encoder"], batch.obs[1:])  # [H, B, Z]
-    next_action = policy(args, model, state.params["pi"], next_z, noise.next_action).action
-    q = q_values(model, state.target["q"], next_z, next_action)
-    return batch.reward + args.discount * (1 - batch.terminated) * q.min(0)
+    next_z = networks(agent).encoder.apply(state.params["encoder"], batch.obs[1:])  # [H, B, Z]
+    next_action = policy(agent, state.params["pi"], next_z, noise.next_action).action
+    q = q_values(agent, state.target["q"], next_z, next_action)
+    return batch.reward + agent.discount * (1 - batch.terminated) * q.min(0)
 
 
-def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target):
+def model_loss(agent: Agent, params, batch: Batch, next_z, target):
     """World-model objective (eq. 10) / H on latent rollouts [H+1, B, Z], which are returned with it, the windows' new
     priorities [B] and its parts. Losses of a window are sums over its steps, each bounded."""
-    rho = args.rho ** jnp.arange(args.horizon)[:, None]  # [H, 1]
+    model = networks(agent)
+    rho = agent.rho ** jnp.arange(agent.horizon)[:, None]  # [H, 1]
     zs = [model.encoder.apply(params["encoder"], batch.obs[0])]
-    for t in range(args.horizon):
+    for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
     zs = jnp.stack(zs)  # [H+1, B, Z]
 
     rewards = model.reward.apply(params["reward"], zs[:-1], batch.action)[..., 0]  # [H, B]
-    q_error = q_values(model, params["q"], zs[:-1], batch.action) - target  # [2, H, B]
+    q_error = q_values(agent, params["q"], zs[:-1], batch.action) - target  # [2, H, B]
     consistency = (rho * ((zs[1:] - next_z) ** 2).mean(-1)).sum(0)  # [B]
     reward = (rho * (rewards - batch.reward) ** 2).sum(0)
     value = (rho * q_error**2).sum((0, 1))
-    priority = jnp.minimum((rho * jnp.abs(q_error)).sum((0, 1)), args.loss_bound) + 1e-6
-    bounded = partial(jnp.minimum, args.loss_bound)
-    total = args.consistency_coef * bounded(consistency) + args.reward_coef * bounded(reward)
-    total = total + args.value_coef * bounded(value)
+    priority = jnp.minimum((rho * jnp.abs(q_error)).sum((0, 1)), agent.loss_bound) + 1e-6
+    bounded = partial(jnp.minimum, agent.loss_bound)
+    total = (
+        agent.consistency_coef * bounded(consistency)
+        + agent.reward_coef * bounded(reward)
+        + agent.value_coef * bounded(value)
+    )
     weighted = (batch.weight * total).mean()
-    info = {"consistency_loss": consistency.mean(), "reward_loss": reward.mean(), "value_loss": value.mean()}
-    info |= {"total_loss": total.mean(), "weighted_loss": weighted}
-    return weighted / args.horizon, (zs, priority, info)
+    info = {
+        "consistency_loss": consistency.mean(),
+        "reward_loss": reward.mean(),
+        "value_loss": value.mean(),
+        "total_loss": total.mean(),
+        "weighted_loss": weighted,
+    }
+    return weighted / agent.horizon, (zs, priority, info)
 
 
-def policy_loss(args: Args, model: WorldModel, pi_params, q_params, zs, noise):
+def policy_loss(agent: Agent, pi_params, q_params, zs, noise: UpdateNoise):
     """Policy objective (eq. 11) on latent states zs [H+1, B, Z], which get no gradient."""
-    pi = policy(args, model, pi_params, zs, noise.pi_action)
-    q = q_values(model, q_params, zs, pi.action).min(0)  # [H+1, B]
-    rho = args.rho ** jnp.arange(args.horizon + 1)
+    pi = policy(agent, pi_params, zs, noise.pi_action)
+    q = q_values(agent, q_params, zs, pi.action).min(0)  # [H+1, B]
+    rho = agent.rho ** jnp.arange(agent.horizon + 1)
     loss = -(rho * q.mean(1)).sum()
     return loss, {"pi_loss": loss}
 
 
-def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, noise: UpdateNoise):
+def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise):
     """One gradient step on the world model, then one on the policy, then, every second time, a step of the slow encoder
     and values towards the new ones. Returns the new state, priorities [B] and a dict of scalars for the log."""
-    H, B = args.horizon, len(batch.obs[0])
-    chex.assert_shape(list(batch), [(H + 1, B, model.obs_dim), (H, B, model.action_dim), (H, B), (H, B), (B,)])
-    model_tx, pi_tx = optimizers(args)
+    H, B = agent.horizon, len(batch.obs[0])
+    chex.assert_shape(list(batch), [(H + 1, B, agent.obs_dim), (H, B, agent.action_dim), (H, B), (H, B), (B,)])
+    model_tx, pi_tx = optimizers(agent)
 
-    next_z = model.encoder.apply(state.target["encoder"], batch.obs[1:])  # [H, B, Z]
-    target = td_target(args, model, state, batch, noise)  # [H, B]
+    next_z = networks(agent).encoder.apply(state.target["encoder"], batch.obs[1:])  # [H, B, Z]
+    target = td_target(agent, state, batch, noise)  # [H, B]
     model_params = {k: v for k, v in state.params.items() if k != "pi"}
-    loss = partial(model_loss, args, model, batch=batch, next_z=next_z, target=target)
+    loss = partial(model_loss, agent, batch=batch, next_z=next_z, target=target)
     grads, (zs, priority, info) = jax.grad(loss, has_aux=True)(model_params)
     change, model_opt = model_tx.update(grads, state.model_opt)
     model_params = optax.apply_updates(model_params, change)
 
-    pi_loss = partial(policy_loss, args, model, q_params=model_params["q"], zs=zs, noise=noise)
-    pi_grads, pi_info = jax.grad(pi_loss, has_aux=True)(state.params["pi"])
+    loss = partial(policy_loss, agent, q_params=model_params["q"], zs=zs, noise=noise)
+    pi_grads, pi_info = jax.grad(loss, has_aux=True)(state.params["pi"])
     pi_change, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
     pi_params = optax.apply_updates(state.params["pi"], pi_change)
 
-    tau = jnp.where(state.updates % args.target_update_freq == 0, args.tau, 0.0)
+    tau = jnp.where(state.updates % agent.target_update_freq == 0, agent.tau, 0.0)
     slow = optax.incremental_update({k: model_params[k] for k in state.target}, state.target, tau)
     info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
     params = model_params | {"pi": pi_params}
@@ -452,6 +512,16 @@ def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, noise
 
 
 # ----------------------------------------------------------------------------------------------------------- Replay
+class Step(NamedTuple):
+    """One step of n environments, as the replay stores it."""
+
+    obs: jax.Array  # [n, O]
+    action: jax.Array  # [n, A] that led to the observation
+    reward: jax.Array  # [n] that it brought
+    terminated: jax.Array  # [n]
+    first: jax.Array  # [n] the observation is that of a reset: action, reward and terminated are filler
+
+
 class Replay(NamedTuple):
     """Ring of the last C steps of n environments, on the device; a row holds an entry of each. A window of H+1 entries
     may start wherever H more follow without a reset among them. These entries have priorities above 0, all others 0.
@@ -477,20 +547,27 @@ class Replay(NamedTuple):
 FANOUT = 128
 
 
-def init_replay(capacity: int, num_envs: int, obs_dim: int, action_dim: int) -> Replay:
+def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment."""
-    C, n, zero = capacity, num_envs, partial(jnp.zeros, (), jnp.int32)
-    obs, action, reward = jnp.zeros((C, n, obs_dim)), jnp.zeros((C, n, action_dim)), jnp.zeros((C, n))
-    flags = [jnp.zeros((C, n), bool) for _ in range(2)]
+    C, n = capacity, num_envs
     rows = [-(-C * n // FANOUT)]
     while rows[-1] > 1:
         rows.append(-(-rows[-1] // FANOUT))
-    return Replay(obs, action, reward, *flags, tuple(jnp.zeros((row, FANOUT)) for row in rows), zero(), zero())
+    return Replay(
+        obs=jnp.zeros((C, n, agent.obs_dim)),
+        action=jnp.zeros((C, n, agent.action_dim)),
+        reward=jnp.zeros((C, n)),
+        terminated=jnp.zeros((C, n), bool),
+        first=jnp.zeros((C, n), bool),
+        tree=tuple(jnp.zeros((row, FANOUT)) for row in rows),
+        size=jnp.zeros((), jnp.int32),
+        rows=jnp.zeros((), jnp.int32),
+    )
 
 
 def set_priorities(tree: tuple[jax.Array, ...], index: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
-    """The sum tree with `value` [m] at entries `index` [m]; of several values for one entry the largest, everywhere the
-    same (in the original any, on a GPU)."""
+    """The sum tree with `value` [m] at entries `index` [m]; of several values for one entry the largest, on every
+    device (in the original any, on a GPU)."""
     row, column = jnp.divmod(index, FANOUT)
     levels = [tree[0].at[row, column].set(0.0).at[row, column].max(value)]
     for level in tree[1:]:
@@ -511,19 +588,18 @@ def draw(tree: tuple[jax.Array, ...], key: jax.Array, batch_size: int) -> jax.Ar
     return row
 
 
-@partial(jax.jit, static_argnames=("horizon",), donate_argnames=("replay",))
-def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) -> Replay:
-    """Writes one step of all environments (obs [n, O], action [n, A], the rest [n]) over the oldest one. Windows that
-    it completes get the largest priority: at once, and an episode's last one, too, unlike the original's."""
+@partial(jax.jit, static_argnames="agent", donate_argnames="replay")
+def add(agent: Agent, replay: Replay, step: Step) -> Replay:
+    """Writes one step of all environments over the oldest one. Windows that it completes get the largest priority: at
+    once, and an episode's last one, too, unlike the original's."""
     C, n = replay.first.shape
     row = replay.rows % C
     expired = replay.tree[0].ravel()[row * n + jnp.arange(n)] > 0  # starts in the row that is overwritten
-    entry = {"obs": obs, "action": action, "reward": reward, "terminated": terminated, "first": first}
-    written = {k: getattr(replay, k).at[row].set(v) for k, v in entry.items()}
+    written = {k: getattr(replay, k).at[row].set(v) for k, v in step._asdict().items()}
 
-    start = (replay.rows - horizon) % C  # the windows that this step completes start here
-    after_start = (start + 1 + jnp.arange(horizon)) % C
-    valid = ~written["first"][after_start].any(0) & (replay.rows >= horizon)  # [n]
+    start = (replay.rows - agent.horizon) % C  # the windows that this step completes start here
+    after_start = (start + 1 + jnp.arange(agent.horizon)) % C
+    valid = ~written["first"][after_start].any(0) & (replay.rows >= agent.horizon)  # [n]
     largest = jnp.where(replay.size > 0, replay.tree[0].max(), 1.0)
     changed = (jnp.stack([row, start])[:, None] * n + jnp.arange(n)).ravel()
     tree = set_priorities(replay.tree, changed, jnp.concatenate([jnp.zeros(n), jnp.where(valid, largest, 0.0)]))
@@ -531,168 +607,234 @@ def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) ->
     return Replay(**written, tree=tree, size=size, rows=replay.rows + 1)
 
 
-def windows(replay: Replay, drawn: jax.Array, horizon: int, beta: float) -> Batch:
-    """The windows that start at the entries `drawn` [B]. Each weighs as its probability^-beta, relative to the largest
-    weight among them: neither the number nor the sum of all priorities matters."""
+def windows(agent: Agent, replay: Replay, drawn: jax.Array) -> Batch:
+    """The windows that start at the entries `drawn` [B]. Each weighs as its probability^-per_beta, relative to the
+    largest weight among them: neither the number nor the sum of all priorities matters."""
     C, n = replay.first.shape
-    rows = (drawn // n + jnp.arange(horizon + 1)[:, None]) % C  # [H+1, B]
+    rows = (drawn // n + jnp.arange(agent.horizon + 1)[:, None]) % C  # [H+1, B]
     env = drawn % n
     terminated = replay.terminated[rows[1:], env].astype(jnp.float32)
     values = replay.tree[0].ravel()[drawn]
-    weight = (values.min() / values) ** beta
+    weight = (values.min() / values) ** agent.per_beta
     return Batch(replay.obs[rows, env], replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated, weight)
 
 
-@partial(jax.jit, static_argnames=("args", "model", "random"), donate_argnames=("replay", "prev_mean"))
-def add_and_act(args: Args, model: WorldModel, params, replay: Replay, entry, prev_mean, limits, key, random: bool):
-    """What a decision needs, in one dispatch: `add` writes the last step, entry = (obs, action, reward, terminated,
-    first), and `act` explores on it. Returns the replay and what `act` returns."""
-    obs, _, _, _, first = entry
-    acted = act(args, model, params, obs, prev_mean, first, limits, key, explore=True, random=random)
-    return add(replay, args.horizon, *entry), *acted
+@partial(jax.jit, static_argnames=("agent", "random"), donate_argnames=("replay", "prev_mean"))
+def add_and_act(agent: Agent, params, replay: Replay, step: Step, prev_mean, limits, key, random: bool):
+    """What a decision needs, in one dispatch: `add` writes the last step, and `act` explores on it. Returns the replay
+    and what `act` returns."""
+    replay = add(agent, replay, step)
+    action, prev_mean, key = act(
+        agent, params, step.obs, prev_mean, step.first, limits, key, explore=True, random=random
+    )
+    return replay, action, prev_mean, key
 
 
-@partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state", "replay"))
-def train(args: Args, model: WorldModel, state: TrainState, replay: Replay, num_updates: int):
+@partial(jax.jit, static_argnames=("agent", "num_updates"), donate_argnames=("state", "replay"))
+def train(agent: Agent, state: TrainState, replay: Replay, num_updates: int):
     """`num_updates` updates on fresh samples in one dispatch. Returns the new state, the replay with the new priorities
     and the means of their scalars."""
 
     def one(learner, _):
         state, tree = learner
         key, sample_key, noise_key = jax.random.split(state.key, 3)
-        drawn = draw(tree, sample_key, args.batch_size)
-        batch = windows(replay._replace(tree=tree), drawn, args.horizon, args.per_beta)
-        noise = update_noise(args, model, noise_key)
-        state, priority, info = update(args, model, state._replace(key=key), batch, noise)
-        return (state, set_priorities(tree, drawn, priority**args.per_alpha)), info
+        drawn = draw(tree, sample_key, agent.batch_size)
+        batch = windows(agent, replay._replace(tree=tree), drawn)
+        state, priority, info = update(agent, state._replace(key=key), batch, update_noise(agent, noise_key))
+        return (state, set_priorities(tree, drawn, priority**agent.per_alpha)), info
 
     (state, tree), infos = jax.lax.scan(one, (state, replay.tree), None, length=num_updates)
     return state, replay._replace(tree=tree), jax.tree.map(jnp.mean, infos)
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(args: Args, model: WorldModel, params, decisions, envs, seed: tuple[int, ...], go_on=lambda: True):
-    """One episode in each of E environments, without exploration, after so many decisions: what `play` returns."""
-    limits = schedule(args, decisions, np.ones(envs.num_envs, bool), np.int32(0))
-    memory = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
-    memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act: it compiles once
-
-    def decide(obs, first, prev_mean, key):
-        return act(args, model, params, obs, prev_mean, first, limits, key, explore=False)
-
-    return play(envs, seed, decide, memory, go_on, args.capture_video)
+def make_eval_envs(args: Args):
+    """The environments of an evaluation, one for each of its episodes (the original's are those that it trains in)."""
+    options = {"action_repeat": args.agent.action_repeat, "render_mode": "rgb_array" if args.capture_video else None}
+    return environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **options)
 
 
-def setup(args: Args, enter):
-    """Environments to evaluate in, which are to be closed by `enter` (the original evaluates in those that it trains
-    in), and the networks."""
-    how = {"action_repeat": args.action_repeat, "render_mode": "rgb_array" if args.capture_video else None}
-    envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **how))
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    return envs, make_model(args, obs_dim, action_dim)
+def evaluate(
+    agent: Agent, params, decisions, envs, key, seed, film=False, advance=lambda: None, stop=()
+) -> Evaluation | None:
+    """One episode in each of E environments, without exploration; with a film of the first environment if asked for.
+
+    Args:
+        decisions: how many the agent has learned from: they set the planner's limits.
+        seed: of the environments.
+        advance: called after every step.
+        stop: true when the evaluation is to be left; then None is returned.
+    """
+    E = envs.num_envs
+    limits = schedule(agent, decisions, np.ones(E, bool), np.int32(0))
+    obs, _ = envs.reset(seed=seed)
+    first, running = np.ones(E, bool), np.ones(E, bool)
+    returns, successes = np.zeros(E), np.zeros(E)
+    frames = [envs.render()[0]] if film else []
+    mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
+    while running.any():
+        action, mean, key = act(agent, params, obs, mean, first, limits, key, explore=False)
+        obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
+        if film and running[0]:
+            frames.append(envs.render()[0])
+        returns += np.where(running, reward, 0.0)
+        successes = np.where(running, info["success"], successes)
+        running &= ~(terminated | truncated)
+        first = np.zeros(E, bool)
+        advance()
+        if stop:
+            return None
+    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
-    spec = environments.task_spec(args.task, args.action_repeat)
-    with evaluating(spec.episode_length) as (enter, go_on):
-        envs, model = setup(args, enter)
-        params, _, decisions = load_tdmpc(args.checkpoint, partial(init_params, args, model), *SCRIPTS)
-        decisions = args.schedule_steps if decisions is None else decisions  # the original's files do not tell
-        result = evaluate(args, model, params, decisions, envs, (args.seed, 1), go_on)
+    spec = environments.task_spec(args.task, args.agent.action_repeat)
+    with contextlib.closing(make_eval_envs(args)) as envs, progress(spec.episode_length) as advance:
+        agent = for_task(args.agent, envs)
+        params, _, decisions = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS)
+        if decisions is None:
+            decisions = agent.schedule_steps  # the original's files do not tell
+        key = random_streams(args.seed).evaluate
+        result = evaluate(agent, params, decisions, envs, key, (args.seed, 1), args.capture_video, advance)
     report_returns(args, spec, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
+@partial(jax.jit, static_argnames="agent")
+def fresh_state(agent: Agent, streams: Streams) -> dict[str, Any]:
     """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
-    init_key, train_key, act_key = jax.random.split(jax.random.key(args.seed), 3)
-    params = init_params(args, model, init_key)
-    return {"train": init_state(args, params, params, train_key), "act_key": act_key}
+    params = init_params(agent, streams.init)
+    return {"train": init_state(agent, params, params, streams.train), "act_key": streams.act}
 
 
-def start_or_resume(args: Args, model: WorldModel, keeper: Run) -> tuple[TrainState, jax.Array, Replay]:
-    """What the run's last checkpoint holds; without one all is fresh, but for the agent if --checkpoint names one."""
-    new_replay = partial(init_replay, args.buffer_size // args.num_envs, args.num_envs, model.obs_dim, model.action_dim)
-    learner, replay = keeper.start(state=partial(fresh_state, args, model), replay=new_replay)
+def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple[TrainState, Any, Replay, dict]:
+    """Learning state, key of the acting, replay and counters of the run's last checkpoint; without one all is fresh,
+    but for the agent if --checkpoint names one."""
+    count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    learner, replay = checkpoints.restore_or_make(
+        count,
+        state=partial(fresh_state, agent, random_streams(args.seed)),
+        replay=partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs),
+    )
     state = learner["train"]
-    if args.checkpoint and not keeper.count["decisions"]:
-        params, target, _ = load_tdmpc(args.checkpoint, partial(init_params, args, model), *SCRIPTS)
-        state = init_state(args, params, target, state.key)
-        state = jax.device_put(state, jax.devices()[0])  # placed as it comes out of `train`: it compiles once
-    return state, learner["act_key"], replay
+    if args.checkpoint and not count["decisions"]:
+        params, target, _ = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS)
+        state = committed(init_state(agent, params, target, state.key))
+    return state, learner["act_key"], replay, count
+
+
+def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals) -> int:
+    """Acts, evaluates, saves, learns, steps the environments and logs, until --total-timesteps or a signal. Returns the
+    simulator step at which it has stopped."""
+    spec = environments.task_spec(args.task, agent.action_repeat)
+    n = args.num_envs
+    eval_key = random_streams(args.seed).evaluate
+    seed_steps = args.seed_steps
+    burst = max(1, int(args.utd * n))  # updates of one dispatch
+    untrained = agent
+    if jax.default_backend() == "cpu" and not args.checkpoint:
+        untrained = dataclasses.replace(agent, mpc=False)  # there its plans would take minutes
+    episodes = environments.EpisodeWriter(args.save_episodes, args.task, n, agent.action_repeat)
+    step = saved = count["decisions"] * spec.action_repeat
+    info = {}
+    prev_mean = committed(jnp.zeros((n, agent.horizon, agent.action_dim)))
+    obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
+    action = np.zeros((n, agent.action_dim), np.float32)
+    done = np.zeros(n, bool)
+    entry = Step(obs, action, np.zeros(n, np.float32), terminated=done, first=~done)  # a reset: the rest is filler
+    limits = Schedule(np.zeros(n, np.int32), np.float32(0))
+    while True:
+        # Act: dispatched here, read when the environments are stepped
+        random = count["decisions"] <= seed_steps and not args.checkpoint  # the original plans one episode before
+        limits = schedule(agent, count["decisions"], entry.first, limits.horizon)
+        episodes.add(obs, action, entry.reward, entry.first)
+        replay, action, prev_mean, key = add_and_act(agent, state.params, replay, entry, prev_mean, limits, key, random)
+
+        # Evaluate
+        finished = step >= args.total_timesteps
+        if due(step, count["evaluated"], args.eval_freq, finished):
+            with logger.paused(f"evaluating at step {step}", spec.episode_length) as advance:
+                draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
+                shown = args.capture_video, advance, signals
+                evaluated = agent if step else untrained
+                result = evaluate(evaluated, state.params, count["decisions"], eval_envs, *draws, *shown)
+            if result is not None:
+                count["evaluated"] = step
+                logger.record_returns(step, spec, result)
+
+        # Save
+        if due(step, saved, args.checkpoint_freq, finished or signals):
+            check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info))
+            episodes.flush()
+            count["seconds"] = logger.seconds()
+            with logger.paused():
+                checkpoints.save(step, count, state={"train": state, "act_key": key}, replay=replay)
+            saved = step
+        if finished or signals:
+            return step
+
+        # Learn: seed_steps updates at once, then utd per decision (not per episode), while the environments step
+        bursts = updates_due(count["decisions"], count["updates"], seed_steps, args.utd, burst, replay.size)
+        for _ in logger.with_bar("learning", range(bursts)):
+            state, replay, info = train(agent, state, replay, num_updates=burst)
+            count["updates"] += burst
+            if signals:
+                break
+
+        # Step: an environment whose episode is over is reset by this step and ignores the action
+        on_device = action
+        action = np.asarray(action)  # all that is fetched from the device between two decisions
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        check_finite(logger.folder, f"simulator step {step}", action=action, reward=reward, observation=obs)
+        entry = Step(obs, on_device, reward.astype(np.float32), terminated, first=done)  # done before: now it is reset
+        count["decisions"] += n - int(done.sum())
+        done = terminated | truncated
+        step = count["decisions"] * spec.action_repeat
+
+        # Log
+        logger.log_episodes(step, done, infos)
+        if due(step, logger.logged, args.log_freq):
+            logger.log_losses(step, info)
+        logger.advance(step)
 
 
 def run(args: Args) -> None:
-    """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
-    spec, n, seed_steps = environments.task_spec(args.task, args.action_repeat), args.num_envs, args.seed_steps
-    burst = max(1, int(args.utd * n))
-    cli.check_replay(args, seed_steps)
-    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc_jax", RETURNS_COLUMNS) as keeper:
-        envs = environments.make_envs(args.task, n, (args.seed, 0), action_repeat=args.action_repeat)
-        envs = keeper.enter(RecordEpisodeStatistics(envs))
-        eval_envs, model = setup(args, keeper.enter)
-        state, key, replay = start_or_resume(args, model, keeper)
-        episodes = environments.EpisodeWriter(args.save_episodes, args.task, n, args.action_repeat)
-        count, step = keeper.count, keeper.count["decisions"] * spec.action_repeat
-        title = f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {n} environment(s)"
-        keeper.begin(title, returns_head(spec), state.params, step, args.total_timesteps)
-        prev_mean = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0])
-        sent, done, info = np.zeros((n, model.action_dim), np.float32), np.zeros(n, bool), {}
-        cheap = args if args.checkpoint or jax.default_backend() != "cpu" else dataclasses.replace(args, mpc=False)
-        obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
-        entry, limits = (obs, sent, np.zeros(n, np.float32), done, ~done), Schedule(np.zeros(n, np.int32), 0)
-        while True:
-            # Act: dispatched here, read when the environments are stepped
-            random = count["decisions"] <= seed_steps and not args.checkpoint  # the original plans one episode before
-            limits = schedule(args, count["decisions"], entry[4], limits.horizon)
-            replay, action, prev_mean, key = add_and_act(
-                args, model, state.params, replay, entry, prev_mean, limits, key, random
-            )
-            episodes.add(obs, sent, entry[2], entry[4])
-
-            # Evaluate and save; untrained and on a CPU without planning, which would take minutes
-            finished = step >= args.total_timesteps
-            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
-                how = partial(evaluate, args if step else cheap, model, state.params, count["decisions"], eval_envs)
-                keeper.record_returns(step, spec, how)
-            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
-                episodes.flush()
-                keeper.save(step, info, state={"train": state, "act_key": key}, replay=replay)
-            if finished or keeper.stop:
-                break
-
-            # Learn: seed_steps updates at once, then utd per decision (not per episode), while the environments step
-            due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
-            ready = count["decisions"] >= seed_steps and (count["updates"] or replay.size)  # there is a window
-            for _ in keeper.steps("learning", due // burst if ready else 0):
-                state, replay, info = train(args, model, state, replay, num_updates=burst)
-                count["updates"] += burst
-
-            # Step: an environment whose episode is over is reset by this step and ignores the action
-            sent = np.asarray(action)  # all that is fetched from the device between two decisions
-            obs, reward, terminated, truncated, infos = envs.step(sent)
-            keeper.check_finite(step, action=sent, reward=reward, observation=obs)
-            entry = obs, action, reward.astype(np.float32), terminated, done  # done before it: the entry is a reset
-            count["decisions"] += n - int(done.sum())
-            done = terminated | truncated
-            step = count["decisions"] * spec.action_repeat
-
-            # Log
-            keeper.log_episodes(step, done, infos)
-            if keeper.due(step, keeper.logged, args.log_freq, False):
-                keeper.log_losses(step, info)
-            keeper.advance(step)
+    """Trains one agent and keeps the run's files."""
+    spec = environments.task_spec(args.task, args.agent.action_repeat)
+    cli.check_replay(args, args.seed_steps)
+    signals = Signals()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
+        repeat = args.agent.action_repeat
+        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0), action_repeat=repeat)
+        envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
+        eval_envs = stack.enter_context(contextlib.closing(make_eval_envs(args)))
+        agent = for_task(args.agent, envs)
+        checkpoints = stack.enter_context(Checkpoints(folder, "tdmpc_jax"))
+        state, key, replay, count = start_or_resume(args, agent, checkpoints)
+        folder.begin()
+        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
+        title = f"{spec.name}: {agent.obs_dim} observations, {agent.action_dim} actions, {args.num_envs} environment(s)"
+        step = count["decisions"] * spec.action_repeat
+        logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
+        stack.enter_context(signals)
+        step = loop(args, agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals)
+    signals.exit_if_received(f"simulator step {step}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    with cli.one_sentence():
-        args = with_task_defaults(cli.parse(Args, argv, __doc__, cli.run_folder, *SCRIPTS))
+    with cli.errors_as_sentences():
+        args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.run_folder, SCRIPTS))
+        args = with_task_defaults(args)
         cli.check_bounds(args)
         if args.capture_video:
             environments.check_rendering(args.task)
         use_compile_cache(args.compile_cache)
-        evaluate_checkpoint(args) if args.evaluate else run(args)
+        if args.evaluate:
+            evaluate_checkpoint(args)
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

@@ -58,12 +58,12 @@ def calls_of(task: str, model_size: int, compute_dtype: str) -> dict[str, Callab
     agent = td.for_task(td.Agent(model_size=model_size, compute_dtype=compute_dtype), task, envs)
     state = td.fresh_state(agent, random_streams(1))["train"]
     key, (obs, _) = jax.random.key(2), envs.reset(seed=0)
-    replay = td.init_replay(10_000, 1, agent.obs_dim, agent.action_dim)
+    replay = td.init_replay(agent, 10_000, 1)
     prev_mean = jnp.zeros((1, agent.horizon, agent.action_dim))
     no, filler = np.zeros(1, bool), np.zeros(1, np.float32)
     for _ in range(100):
         action = np.random.default_rng(0).uniform(-1, 1, (1, agent.action_dim)).astype(np.float32)
-        replay = td.add(replay, agent.horizon, td.Step(obs, action, filler, no, no))
+        replay = td.add(agent, replay, td.Step(obs, action, filler, no, no))
 
     def update():
         nonlocal state  # the one passed in is consumed

@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +47,22 @@ class Args:
 
 def readings(args: Args) -> list[dict[str, Any]]:
     """Decisions pushed, MB resident and MB on the device, at every report; printed as they come."""
-    draw = jax.jit(partial(tdmpc2_jax.sample, batch_size=args.batch_size, horizon=args.horizon))
+    draw = jax.jit(tdmpc2_jax.sample, static_argnums=0)
     rng, process, device, rows = np.random.default_rng(0), psutil.Process(), jax.devices()[0], []
     print(f"{'decisions':>10} {'resident MB':>12} {'device MB':>10} {'seconds':>8}")
     with closing(environments.make_envs(args.task, 1, seed=0)) as envs:
         shape = envs.action_space.shape
         obs, _ = envs.reset(seed=0)
-        replay = tdmpc2_jax.init_replay(args.buffer_size, 1, obs.shape[1], shape[1])
+        sizes = {"obs_dim": obs.shape[1], "action_dim": shape[1]}
+        agent = tdmpc2_jax.Agent(batch_size=args.batch_size, horizon=args.horizon, **sizes)
+        replay = tdmpc2_jax.init_replay(agent, args.buffer_size, 1)
         action, reward, terminated = np.zeros(shape, np.float32), np.zeros(1, np.float32), np.zeros(1, bool)
         first, done, start = np.ones(1, bool), np.zeros(1, bool), time.time()
         for pushed in range(1, args.decisions + 1):
             step = tdmpc2_jax.Step(obs, action, reward, terminated, first)
-            replay = tdmpc2_jax.add(replay, args.horizon, step)
+            replay = tdmpc2_jax.add(agent, replay, step)
             if pushed % 100 == 0:
-                jax.block_until_ready(draw(replay, jax.random.key(pushed)))
+                jax.block_until_ready(draw(agent, replay, jax.random.key(pushed)))
             if pushed % args.report_freq == 0:
                 in_use = (device.memory_stats() or {}).get("bytes_in_use")
                 rows.append(

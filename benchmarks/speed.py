@@ -162,12 +162,12 @@ def interleave(
 def filled_replay(agent: td.Agent, n: int, steps: int = 100) -> td.Replay:
     """A replay of n environments with `steps` random entries each."""
     rng = np.random.default_rng(0)
-    replay = td.init_replay(10_000, n, agent.obs_dim, agent.action_dim)
+    replay = td.init_replay(agent, 10_000, n)
     for i in range(steps):
         obs = rng.standard_normal((n, agent.obs_dim)).astype(np.float32)
         action = rng.uniform(-1, 1, (n, agent.action_dim)).astype(np.float32)
         step = td.Step(obs, action, rng.random(n, np.float32), terminated=np.zeros(n, bool), first=np.full(n, i == 0))
-        replay = td.add(replay, agent.horizon, step)
+        replay = td.add(agent, replay, step)
     return replay
 
 

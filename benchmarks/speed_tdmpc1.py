@@ -59,11 +59,11 @@ def clock(args: Args):
     return time.process_time if args.cpu_time else time.perf_counter
 
 
-def filled_replay(entries: int, obs_dim: int, action_dim: int) -> td.Replay:
+def filled_replay(agent: td.Agent, entries: int) -> td.Replay:
     """A replay of random entries, of which all are starts with priorities between 1e-3 and 10."""
-    rng, empty = np.random.default_rng(0), td.init_replay(entries, 1, obs_dim, action_dim)
-    obs = rng.standard_normal((entries, 1, obs_dim), np.float32)
-    action = rng.uniform(-1, 1, (entries, 1, action_dim)).astype(np.float32)
+    rng, empty = np.random.default_rng(0), td.init_replay(agent, entries, 1)
+    obs = rng.standard_normal((entries, 1, agent.obs_dim), np.float32)
+    action = rng.uniform(-1, 1, (entries, 1, agent.action_dim)).astype(np.float32)
     below, tree = 10 ** (0.6 * rng.uniform(-3, 1, entries)), []
     for level in empty.tree:
         values = np.zeros(level.shape)
@@ -75,48 +75,47 @@ def filled_replay(entries: int, obs_dim: int, action_dim: int) -> td.Replay:
     return empty._replace(**filled, tree=tuple(tree), size=jnp.int32(entries), rows=jnp.int32(entries))
 
 
-def apart(args: td.Args, horizon: int):
+def apart(horizon: int):
     """`estimate_value` of a program that knows its horizon; a drop-in."""
 
-    def estimate_value(_, model, params, z, actions, unused_horizon, eps):
+    def estimate_value(agent, params, z, actions, unused_horizon, eps):
+        model = td.networks(agent)
         value = 0.0
         for t in range(horizon):
-            value = value + args.discount**t * model.reward.apply(params["reward"], z, actions[t])[..., 0]
+            value = value + agent.discount**t * model.reward.apply(params["reward"], z, actions[t])[..., 0]
             z = model.dynamics.apply(params["dynamics"], z, actions[t])
-        action = td.policy(args, model, params["pi"], z, eps).action
-        q = td.q_values(model, params["q"], z, action).min(0)
-        return jnp.nan_to_num(value + args.discount**horizon * q, nan=0.0)
+        action = td.policy(agent, params["pi"], z, eps).action
+        q = td.q_values(agent, params["q"], z, action).min(0)
+        return jnp.nan_to_num(value + agent.discount**horizon * q, nan=0.0)
 
     return estimate_value
 
 
-def plans_of(args: td.Args, model: td.WorldModel, params, horizon: int):
+def plans_of(agent: td.Agent, params, horizon: int):
     """Functions that plan once, by the script's program and by one of this horizon, and the latter's products."""
-    obs, first = np.ones((1, model.obs_dim), np.float32), np.zeros(1, bool)
-    mean, key = jnp.zeros((1, args.horizon, model.action_dim)), jax.random.key(1)
-    inputs = params, obs, mean, first, td.Schedule(np.array([horizon], np.int32), np.float32(args.min_std)), key
-    own = jax.jit(partial(td.act.__wrapped__, args, model, explore=True))
-    with mock.patch.object(td, "estimate_value", apart(args, horizon)):
+    obs, first = np.ones((1, agent.obs_dim), np.float32), np.zeros(1, bool)
+    mean, key = jnp.zeros((1, agent.horizon, agent.action_dim)), jax.random.key(1)
+    inputs = params, obs, mean, first, td.Schedule(np.array([horizon], np.int32), np.float32(agent.min_std)), key
+    own = jax.jit(partial(td.act.__wrapped__, agent, explore=True))
+    with mock.patch.object(td, "estimate_value", apart(horizon)):
         traced = own.trace(*inputs)
         compiled = traced.lower().compile()
-    return partial(td.act, args, model, *inputs, explore=True), partial(compiled, *inputs), count_products(traced.jaxpr)
+    return partial(td.act, agent, *inputs, explore=True), partial(compiled, *inputs), count_products(traced.jaxpr)
 
 
 def measure_agent(args: Args) -> dict[str, float]:
     """An update and plans at the original's sizes."""
-    config = td.with_task_defaults(td.Args())
-    model = td.make_model(config, args.obs_dim, args.action_dim)
-    state, replay = (
-        td.fresh_state(config, model)["train"],
-        filled_replay(args.entries[-1], args.obs_dim, args.action_dim),
-    )
-    update_products = count_products(td.train.trace(config, model, state, replay, num_updates=1).jaxpr)
+    agent = td.with_task_defaults(td.Args()).agent
+    agent = dataclasses.replace(agent, obs_dim=args.obs_dim, action_dim=args.action_dim)
+    state = td.fresh_state(agent, random_streams(0))["train"]
+    replay = filled_replay(agent, args.entries[-1])
+    update_products = count_products(td.train.trace(agent, state, replay, num_updates=1).jaxpr)
     params = jax.tree.map(jnp.copy, state.params)  # the update consumes its own
-    plans = {h: plans_of(config, model, params, h) for h in args.horizons}
+    plans = {h: plans_of(agent, params, h) for h in args.horizons}
 
     def update():
         nonlocal state, replay  # those passed in are consumed
-        state, replay, info = td.train(config, model, state, replay, num_updates=1)
+        state, replay, info = td.train(agent, state, replay, num_updates=1)
         return info
 
     timed = {"unit": square_product(UNIT, "float32"), "update": update}
@@ -140,7 +139,8 @@ def measure_agent(args: Args) -> dict[str, float]:
 
 def measure_replay(args: Args, entries: int) -> dict[str, float]:
     """Milliseconds of what the replay does, with so many entries."""
-    replay, config = filled_replay(entries, args.obs_dim, args.action_dim), td.Args()
+    agent = td.Agent(obs_dim=args.obs_dim, action_dim=args.action_dim)
+    replay = filled_replay(agent, entries)
     batch, key = 512, jax.random.key(0)
     draw, flat_draw = jax.jit(td.draw, static_argnums=2), jax.jit(draw_flat, static_argnums=2)
     set_priorities = jax.jit(td.set_priorities, donate_argnums=0)
@@ -156,7 +156,8 @@ def measure_replay(args: Args, entries: int) -> dict[str, float]:
 
     def add():
         nonlocal replay
-        replay = td.add(replay, config.horizon, *zeros, np.ones(1, np.float32), *(np.zeros(1, bool) for _ in range(2)))
+        no = np.zeros(1, bool)
+        replay = td.add(agent, replay, td.Step(*zeros, np.ones(1, np.float32), no, no))
         return replay
 
     inputs = jax.tree.map(jnp.copy, replay.tree)

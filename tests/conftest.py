@@ -35,9 +35,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tdmpc2_support.cli import as_flag, settings  # noqa: E402
-from tdmpc2_support.run.checkpoints import find_checkpoint, read_meta  # noqa: E402
-
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
 SMALL = (
     "--mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --num-samples 32 --num-elites 8 "
@@ -71,18 +68,6 @@ def golden():
         return dict(np.load(path)) if path.suffix == ".npz" else path
 
     return read
-
-
-def meta_of(folder, script="tdmpc2_jax"):
-    """What the newest checkpoint of a run says of itself."""
-    return read_meta(find_checkpoint(folder), script)
-
-
-def as_flags(args):
-    """The command line that gives what is not a default in these arguments."""
-    defaults = settings(type(args)())
-    changed = {name: value for name, value in settings(args).items() if value != defaults[name]}
-    return [word for name, value in changed.items() for word in as_flag(name, value).split(" ", 1)]
 
 
 def with_devices(number):

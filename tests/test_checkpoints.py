@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import meta_of
+from helpers import meta_of
 
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.run import runs
-from tdmpc2_support.run.checkpoints import complete_checkpoints, read_checkpoint, read_meta
+from tdmpc2_support.run.checkpoints import Checkpoints, complete_checkpoints, read_checkpoint, read_meta
+from tdmpc2_support.run.folder import RunFolder
 
 
 def items_of(step):
@@ -22,28 +22,30 @@ def items_of(step):
     return {"state": state, "replay": replay | {"pictures": jax.random.bits(keys[3], (50, 64), "uint8")}}
 
 
-def keep(folder):
-    """A run's keeper, without a script."""
-    args = {"resume": True, "seed": 1, "exp_name": "x"}
-    return runs.Run(folder, args, "tdmpc2_jax", ("step", "reward", "success", "seed"))
+COUNT = {"decisions": 7}
+
+
+def checkpoints_of(path):
+    """The checkpoints of a run of no script, in this folder."""
+    return Checkpoints(RunFolder(path, {"seed": 1}), "tdmpc2_jax")
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A run's folder with checkpoints of steps 200 and 300; that of 100 is gone, as the newest two are kept."""
     folder = tmp_path_factory.mktemp("kept") / "run"
-    with keep(folder) as keeper:
-        keeper.begin("title", "head", {}, 0, 1)
+    folder.mkdir()
+    with checkpoints_of(folder) as checkpoints:
         for step in (100, 200, 300):
-            keeper.save(step, {}, **items_of(step))
+            checkpoints.save(step, COUNT, **items_of(step))
     assert [path.name for path in complete_checkpoints(folder)] == ["300", "200"]
     return folder
 
 
 def restored_step(folder):
     """The step from which a run goes on, if every number is what was written then."""
-    with keep(folder) as keeper:
-        meta, items = keeper.restore(**items_of(0))
+    meta, items = checkpoints_of(folder).restore(**items_of(0))
+    assert meta["count"] == COUNT
     step = int(items["state"]["count"])
     for mine, written in zip(jax.tree.leaves(items), jax.tree.leaves(items_of(step)), strict=True):
         assert (mine == written).all()
@@ -84,8 +86,8 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_says_so_of_each(kept, tmp_pa
     shutil.copytree(kept, tmp_path / "run")
     for path in complete_checkpoints(tmp_path / "run"):
         (path / "meta" / "metadata").write_text("{")
-    with keep(tmp_path / "run") as keeper, pytest.raises(UserError, match="300 is damaged .*200 is damaged"):
-        keeper.restore(**items_of(0))
+    with pytest.raises(UserError, match="300 is damaged .*200 is damaged"):
+        checkpoints_of(tmp_path / "run").restore(**items_of(0))
 
 
 def test_a_checkpoint_without_checksums_is_read_as_it_is(kept):
@@ -101,12 +103,12 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        with keep(tmp_path / "run") as keeper:
-            keeper.begin("title", "head", {}, 0, 1)
-            keeper.save(100, {}, state={"x": jnp.ones(10)})
+        (tmp_path / "run").mkdir()
+        with checkpoints_of(tmp_path / "run") as checkpoints:
+            checkpoints.save(100, COUNT, state={"x": jnp.ones(10)})
             noise = jax.random.normal(jax.random.key(0), (2_000_000,))
             with pytest.raises(UserError, match="no space is left for a checkpoint at step 200: .*100 is kept"):
-                keeper.save(200, {}, state={"x": noise})
+                checkpoints.save(200, COUNT, state={"x": noise})
         assert meta_of(tmp_path / "run")["args"]["seed"] == 1
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["100"]
     finally:

@@ -8,6 +8,7 @@ import pytest
 import envs
 import tdmpc2_jax as td
 import tdmpc_jax
+from tdmpc2_support.cli import settings
 
 SCRIPT = td
 CARTPOLE = ["--task", "cartpole-balance"]
@@ -111,7 +112,7 @@ def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "in use by a live run" in refused(*CARTPOLE, "--runs-dir", tmp_path)
-    record = {**td.dataclasses.asdict(td.Args(task="cartpole-balance")), "batch_size": 128}
+    record = {**settings(td.Args(task="cartpole-balance")), "batch_size": 128}
     (folder / "args.json").write_text(json.dumps(record))
     (folder / "eval.csv").write_text("step,reward,success,seed\n")
     assert "--resume" in refused(*CARTPOLE, "--runs-dir", tmp_path)
@@ -138,6 +139,7 @@ def test_the_command_line_exits_with_one_sentence(script):
 def test_help_explains_every_argument(here, td, words):
     status, out, _ = here("--help", small=False, name=f"{td.__name__}.py")
     assert status == 0
-    for field in td.dataclasses.fields(td.Args):
-        assert f"--{field.name.replace('_', '-')}" in out
+    for name in settings(td.Args()):
+        assert f"--{name.replace('_', '-')}" in out
+    assert "--obs-dim" not in out, "what the task decides is no flag"
     assert words in out and "inverse temperature" in out

@@ -519,7 +519,7 @@ def test_other_wrong_arguments_are_one_sentence():
     for make, sentence in [
         (lambda: envs.make_envs("walker-walk", 0), "at least 1, not 0"),
         (lambda: envs.make_env("walker-walk", obs="depth"), "'state' or 'rgb', not 'depth'"),
-        (lambda: envs.make_env("Pendulum-v1", obs="rgb"), "gives no pictures of 64 x 64 as observations"),
+        (lambda: envs.make_env("Pendulum-v1", obs="rgb"), "has no pictures of 64 x 64 as observations"),
         (lambda: envs.make_env("walker-walk", render_mode="human"), "not 'human'"),
     ]:
         with pytest.raises(envs.UserError, match=sentence):
@@ -873,8 +873,8 @@ def test_cameras_hang_the_right_way_up(gl, task):
         pytest.skip("its simulator is not installed")
     env = envs.make_env(task, render_mode="rgb_array")
     env.reset()
-    _, data = env._parts.scene()
-    assert data.cam_xmat[env._parts.camera, 7] > -0.1  # z of the picture's upward direction
+    _, data = env._simulator.scene()
+    assert data.cam_xmat[env._simulator.camera, 7] > -0.1  # z of the picture's upward direction
     env.close()
 
 

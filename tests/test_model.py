@@ -109,11 +109,12 @@ def test_units_drop_independently_of_their_place_and_of_each_other(dropout):
 
 def filled_replay():
     """A replay of an episode of 40 random entries."""
-    rng, replay = np.random.default_rng(0), td.init_replay(50, 1, 4, 2)
+    rng, replay = np.random.default_rng(0), td.init_replay(SMALL, 50, 1)
     for i in range(40):
         obs, action, reward = rng.normal(size=(1, 4)), rng.uniform(-1, 1, (1, 2)), rng.random(1)
         numbers = (x.astype(np.float32) for x in (obs, action, reward))
-        replay = td.add(replay, 3, td.Step(*numbers, terminated=np.zeros(1, bool), first=np.array([i == 0])))
+        step = td.Step(*numbers, terminated=np.zeros(1, bool), first=np.array([i == 0]))
+        replay = td.add(SMALL, replay, step)
     return replay
 
 
@@ -129,7 +130,7 @@ def test_a_burst_of_updates_is_that_many_single_updates(state):
 
 def test_all_products_of_an_update_are_bfloat16_if_asked_for():
     agent = td.dataclasses.replace(SMALL, compute_dtype="bfloat16")
-    shapes = jax.eval_shape(lambda: (td.fresh_state(agent, random_streams(0))["train"], td.init_replay(50, 1, 4, 2)))
+    shapes = jax.eval_shape(lambda: (td.fresh_state(agent, random_streams(0))["train"], td.init_replay(agent, 50, 1)))
     products = count_products(td.train.trace(agent, *shapes, num_updates=1).jaxpr)
     assert len(products) > 20
     assert {(product.lhs_dtype, product.rhs_dtype) for product in products} == {("bfloat16", "bfloat16")}

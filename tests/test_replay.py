@@ -1,66 +1,47 @@
 """The replay: which windows it holds, and how likely each is."""
 
+from collections import Counter
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import write_episodes
 from scipy.stats import chisquare
 
 import tdmpc2_jax
 import tdmpc_jax
 
-H = 3
-SCRIPTS = pytest.mark.parametrize("td", [tdmpc2_jax, tdmpc_jax], ids=lambda td: td.__name__)
+SIZES = {"horizon": 3, "obs_dim": 3, "action_dim": 1, "batch_size": 500}
+AGENTS = {
+    "windows": (tdmpc2_jax, tdmpc2_jax.Agent(**SIZES, sample="windows")),
+    "episodes": (tdmpc2_jax, tdmpc2_jax.Agent(**SIZES, sample="episodes")),
+    "first version": (tdmpc_jax, tdmpc_jax.Agent(**SIZES)),
+}
+ALL = pytest.mark.parametrize("td, agent", AGENTS.values(), ids=AGENTS)
+draw = partial(jax.jit, static_argnums=0)(tdmpc2_jax.sample)
 
 
-def sample(td, replay, key, batch_size):
+def sample(td, agent, replay, seed):
     """Windows as the script draws them, when all priorities are what they were at the start."""
     if td is tdmpc2_jax:
-        return td.sample(replay, key, batch_size, H)
-    return td.windows(replay, td.draw(replay.tree, key, batch_size), H, 0.4)
+        return draw(agent, replay, jax.random.key(seed))
+    return td.windows(agent, replay, td.draw(replay.tree, jax.random.key(seed), agent.batch_size))
 
 
-def add(td, replay, *step):
-    """Writes one step of all environments."""
-    return td.add(replay, H, td.Step(*step))
-
-
-def write_episodes(td, seed, capacity, num_envs, steps, ends=0.15):
-    """A replay after `steps` steps of environments whose episodes end at random; entries name themselves.
-
-    The observation of an entry is (environment, episode, place in the episode); `valid` lists the windows that a
-    stranger would call valid, computed from the full history.
-    """
-    rng = np.random.default_rng(seed)
-    replay = td.init_replay(capacity, num_envs, 3, 1)
-    first, episode, place = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
-    history = []
-    for _ in range(steps):
-        obs = np.stack([np.arange(num_envs), episode, place], -1).astype(np.float32)
-        done = ~first & (rng.random(num_envs) < ends)
-        replay = add(td, replay, obs, obs[:, 2:], obs[:, 2] * 10, done, first)
-        history.append((obs, first))
-        episode, place, first = episode + done, np.where(done, 0, place + 1), done
-        # the step behind an end is the reset: it opens the next episode
-    valid = set()
-    for start in range(max(0, steps - capacity), steps - H):
-        for env in range(num_envs):
-            if not any(history[start + k][1][env] for k in range(1, H + 1)):
-                valid.add(tuple(history[start][0][env]))
-    return replay, valid
-
-
-@SCRIPTS
+@ALL
 @pytest.mark.parametrize("seed", range(8))
-def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, seed):
+def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, agent, seed):
     rng = np.random.default_rng(seed)
     num_envs, capacity = int(rng.integers(1, 5)), int(rng.integers(10, 40))
-    replay, valid = write_episodes(td, seed, capacity, num_envs, int(rng.integers(5, 150)), ends=rng.uniform(0.02, 0.4))
-    assert int(replay.size) == len(valid)
+    steps, ends = int(rng.integers(5, 150)), rng.uniform(0.02, 0.4)
+    replay, valid = write_episodes(td, agent, seed, capacity, num_envs, steps, ends)
     if not valid:
+        assert int(replay.size) == 0
         return
-    batch = sample(td, replay, jax.random.key(seed), 500)
-    assert {tuple(obs) for obs in np.asarray(batch.obs[0])} <= valid
+    batch = sample(td, agent, replay, seed)
+    assert {tuple(obs) for obs in np.asarray(batch.obs[0]).tolist()} <= valid
     steps = np.diff(np.asarray(batch.obs), axis=0)
     assert (steps[..., :2] == 0).all(), "a window stays in one environment and one episode"
     assert (steps[..., 2] == 1).all(), "a window's entries follow each other"
@@ -68,23 +49,65 @@ def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, seed):
     np.testing.assert_array_equal(batch.reward, batch.obs[1:, :, 2] * 10)
 
 
-@SCRIPTS
-def test_all_valid_windows_are_equally_likely(td):
-    replay, valid = write_episodes(td, seed=1, capacity=25, num_envs=3, steps=90)
-    batch = sample(td, replay, jax.random.key(0), 200 * len(valid))
-    names, counts = np.unique(np.asarray(batch.obs[0]), axis=0, return_counts=True)
-    assert {tuple(name) for name in names} == valid
-    assert chisquare(counts).pvalue > 1e-3
+def likelihoods(agent, valid):
+    """How likely each valid window is, in the order of `valid` sorted."""
+    if getattr(agent, "sample", "windows") == "windows":
+        return np.full(len(valid), 1 / len(valid))
+    windows_of = Counter(window[:2] for window in valid)  # by environment and episode
+    return np.array([1 / len(windows_of) / windows_of[window[:2]] for window in sorted(valid)])
 
 
-@SCRIPTS
-def test_an_update_never_sees_filler(td):
+@ALL
+@pytest.mark.parametrize(
+    "seed, capacity, num_envs, steps, ends", [(1, 25, 3, 90, 0.15), (2, 30, 1, 100, 0.3), (4, 60, 4, 40, 0.1)]
+)
+def test_windows_are_as_likely_as_they_should_be(td, agent, seed, capacity, num_envs, steps, ends):
+    replay, valid = write_episodes(td, agent, seed, capacity, num_envs, steps, ends)
+    drawn = Counter()
+    for i in range(40):
+        batch = sample(td, agent, replay, i)
+        drawn.update(map(tuple, np.asarray(batch.obs[0]).tolist()))
+    assert drawn.keys() <= valid
+    expected = 40 * agent.batch_size * likelihoods(agent, valid)
+    assert expected.min() > 5
+    assert chisquare([drawn[window] for window in sorted(valid)], expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_episode_is_in_the_queue_once_with_as_many_windows_as_it_has(seed):
+    """Exactly, at every moment: with episodes that end, terminate and are overwritten, in several environments."""
+    td, agent = AGENTS["episodes"]
+    rng = np.random.default_rng(seed)
+    capacity, num_envs, ends = int(rng.integers(8, 30)), int(rng.integers(1, 5)), rng.uniform(0.05, 0.4)
+    for steps in range(4, 100, 7):
+        replay, valid = write_episodes(td, agent, seed, capacity, num_envs, steps, ends)
+        queue = np.asarray(replay.starts)[(int(replay.head) + np.arange(int(replay.size))) % (capacity * num_envs)]
+        rows, envs = queue // num_envs, queue % num_envs
+        numbers = np.asarray(replay.number)[rows, envs]
+        whole = np.minimum(numbers, (rows - int(replay.rows)) % capacity + 1)
+        episodes = [tuple(x) for x in np.asarray(replay.obs)[rows, envs, :2].tolist()]
+        assert dict(zip(episodes, whole.tolist(), strict=True)) == Counter(window[:2] for window in valid)
+        assert len(episodes) == len(set(episodes))
+
+
+def test_both_ways_are_the_same_where_all_episodes_are_equally_long():
+    windows = {
+        (float(env), float(episode), float(place)) for env in range(2) for episode in range(5) for place in range(9)
+    }
+    one, other = (likelihoods(agent, windows) for _, agent in list(AGENTS.values())[:2])
+    np.testing.assert_allclose(one, other)
+
+
+@ALL
+def test_an_update_never_sees_filler(td, agent):
     """Actions and rewards of resets are filler: NaN there must not reach a batch."""
-    replay = td.init_replay(40, 2, 3, 1)
+    replay = td.init_replay(agent, 40, 2)
     rng = np.random.default_rng(0)
     for i in range(100):
         first = rng.random(2) < 0.2 if i else np.ones(2, bool)
         reward = np.where(first, np.nan, 1.0).astype(np.float32)
-        replay = add(td, replay, np.ones((2, 3), np.float32), reward[:, None], reward, np.zeros(2, bool), first)
-    batch = sample(td, replay, jax.random.key(0), 1000)
-    assert jnp.isfinite(batch.action).all() and jnp.isfinite(batch.reward).all()
+        step = td.Step(np.ones((2, 3), np.float32), reward[:, None], reward, np.zeros(2, bool), first)
+        replay = td.add(agent, replay, step)
+    for seed in range(2):
+        batch = sample(td, agent, replay, seed)
+        assert jnp.isfinite(batch.action).all() and jnp.isfinite(batch.reward).all()

@@ -1,7 +1,6 @@
 """A run as a user sees it: files, kills, resumes, broken environments, equal seeds. Real processes are what is killed
 and what another process goes on from; where files and words are looked at, `main` of the script runs in this one."""
 
-import csv
 import json
 import os
 import signal
@@ -12,38 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, meta_of
+from conftest import SMALL
+from helpers import ROOT, children, count_of, gone, meta_of, read_curve, read_scalars, wait_for
 from imageio_ffmpeg import get_ffmpeg_exe
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import envs
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
 BOTH = pytest.mark.parametrize("name", ["tdmpc2_jax", "tdmpc_jax"])  # for what a script's own loop can do wrong
-
-
-def read_curve(folder):
-    rows = list(csv.DictReader((folder / "eval.csv").open()))
-    return [int(row["step"]) for row in rows], [float(row["reward"]) for row in rows]
-
-
-def read_scalars(folder, tag):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-def count_of(folder):
-    return meta_of(folder, folder.parent.name)["count"]
-
-
-def wait_for(condition, child, seconds=300):
-    """Waits until condition() holds; fails if the child ends before."""
-    end = time.time() + seconds
-    while not condition():
-        assert child.poll() is None, child.communicate()
-        assert time.time() < end
-        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module", params=["tdmpc2_jax", "tdmpc_jax"])  # for what a script's own loop can do wrong
@@ -177,19 +153,6 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_good_check
     folder = tmp_path / "runs" / task / "tdmpc2_jax" / "1"
     assert count_of(folder)["decisions"] == kept
     check_that_it_evaluates(here, folder)
-
-
-def children(pid):
-    """The processes that a process has started."""
-    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def gone(pids):
-    """Whether all processes end within seconds, none left as a zombie."""
-    end = time.time() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.time() < end:
-        time.sleep(0.05)
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def check_that_it_evaluates(here, folder):

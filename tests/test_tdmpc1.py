@@ -4,24 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import meta_of
+from helpers import meta_of, read_scalars, write_episodes
+from recordings import close, draws_of
 from scipy.stats import chisquare
-from test_replay import write_episodes
-from test_runs import read_scalars
 
 import envs
 import tdmpc_jax as td
 from benchmarks.speed_tdmpc1 import apart
 from tdmpc2_support.agents import pretrained
-
-H = 3  # of the replay tests
-
-
-def close(actual, expected, tolerance):
-    """Largest difference relative to the largest value of the recording, as one number per array."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    actual = actual.reshape(expected.shape)
-    assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-8)
+from tdmpc2_support.run.schedule import random_streams
 
 
 def close_number(actual, expected, tolerance):
@@ -29,15 +20,13 @@ def close_number(actual, expected, tolerance):
     assert abs(float(actual) - float(expected)) <= tolerance * max(1.0, abs(float(expected)))
 
 
-def draws_of(recording, prefix):
-    """The draws under this prefix in the order in which they were made."""
-    return [recording[k] for k in sorted(recording) if k.startswith(prefix + "_draw")]
+H = 3  # steps of a window in the tests of the replay
 
 
 # ------------------------------------------------------------------------------------------------------ Recordings
 @pytest.fixture(scope="module")
-def agent(golden):
-    """Recording of updates, args, model, params, slow networks of the recorded agent."""
+def recorded(golden):
+    """Recording of updates, agent, params, slow networks."""
     path, recording, plans = golden("tdmpc1.pt"), golden("tdmpc1_update.npz"), golden("tdmpc1_plan.npz")
     file = envs.load_pt(path)
     names = "discount min_std horizon rho consistency_coef reward_coef value_coef lr grad_clip_norm tau"
@@ -48,37 +37,37 @@ def agent(golden):
     settings |= {"target_update_freq": recording["cfg_update_freq"].item(), "batch_size": 8}
     sizes = {"enc_dim": "_encoder.0", "latent_dim": "_encoder.2", "mlp_dim": "_dynamics.0"}
     settings |= {name: len(file["model"][f"{layer}.bias"]) for name, layer in sizes.items()}
-    args = td.Args(**settings)
-    model = td.make_model(args, recording["in_obs"].shape[-1], recording["in_action"].shape[-1])
-    return recording, args, model, *pretrained.read_tdmpc(path)
+    settings |= {"obs_dim": recording["in_obs"].shape[-1], "action_dim": recording["in_action"].shape[-1]}
+    return recording, td.Agent(**settings), *pretrained.read_tdmpc(path)
 
 
 @pytest.mark.golden
-def test_networks_equal_the_recording(agent):
-    recording, args, model, params, target = agent
+def test_networks_equal_the_recording(recorded):
+    recording, agent, params, target = recorded
+    model = td.networks(agent)
     obs, action = recording["in_obs"][0], recording["in_action"][0]
     z = model.encoder.apply(params["encoder"], obs)
     close(z, recording["encode_obs0"], 1e-5)
     close(model.encoder.apply(target["encoder"], obs), recording["encode_target_obs0"], 1e-5)
     close(model.dynamics.apply(params["dynamics"], z, action), recording["next"], 1e-5)
     close(model.reward.apply(params["reward"], z, action), recording["reward"], 1e-5)
-    close(td.q_values(model, params["q"], z, action), recording["q"], 1e-5)
-    close(td.q_values(model, target["q"], z, action), recording["q_target"], 1e-5)
-    pi = td.policy(args, model, params["pi"], z, draws_of(recording, "pi")[0])
+    close(td.q_values(agent, params["q"], z, action), recording["q"], 1e-5)
+    close(td.q_values(agent, target["q"], z, action), recording["q_target"], 1e-5)
+    pi = td.policy(agent, params["pi"], z, draws_of(recording, "pi")[0])
     close(pi.mean, recording["pi_mean"], 1e-5)
     close(pi.action, recording["pi_action"], 1e-5)
 
 
-def check_update(agent, state, recording, name, inputs, weight, tolerance=1e-5):
+def check_update(recorded, state, recording, name, inputs, weight, tolerance=1e-5):
     """Makes the recorded update `name` on the batch `inputs`; losses, norms, targets and priorities must be equal."""
-    _, args, model, _, _ = agent
+    _, agent, _, _ = recorded
     obs, action, reward = (jnp.asarray(recording[f"{inputs}in_{k}"]) for k in ("obs", "action", "reward"))
     batch = td.Batch(obs, action, reward[..., 0], jnp.zeros(action.shape[:2]), jnp.asarray(weight))
     draws = jnp.stack(draws_of(recording, name))
-    noise = td.UpdateNoise(draws[: args.horizon], draws[args.horizon :])
-    target = jax.jit(td.td_target, static_argnums=(0, 1))(args, model, state, batch, noise)
+    noise = td.UpdateNoise(draws[: agent.horizon], draws[agent.horizon :])
+    target = jax.jit(td.td_target, static_argnums=0)(agent, state, batch, noise)
     close(target, recording[f"{name}_td_target"], tolerance)
-    state, priority, info = jax.jit(td.update, static_argnums=(0, 1))(args, model, state, batch, noise)
+    state, priority, info = jax.jit(td.update, static_argnums=0)(agent, state, batch, noise)
     close(priority, recording[f"{name}_priorities"] + 1e-6, tolerance)
     recorded = {k.removeprefix(f"{name}_info_"): v for k, v in recording.items() if k.startswith(f"{name}_info_")}
     assert recorded.keys() == info.keys()
@@ -87,9 +76,9 @@ def check_update(agent, state, recording, name, inputs, weight, tolerance=1e-5):
     return state
 
 
-def check_parameters(agent, state, recording, name):
+def check_parameters(recorded, state, recording, name):
     """Parameters and their CHANGE since the start, which is a hundred times smaller, equal those after `name`."""
-    _, _, _, params, target = agent
+    _, _, params, target = recorded
     prefixes = f"{name}_after_model.", f"{name}_after_target."
     for prefix, before, mine in zip(prefixes, (params, target), (state.params, state.target), strict=True):
         tensors = {n.removeprefix(prefix): v for n, v in recording.items() if n.startswith(prefix)}
@@ -100,51 +89,51 @@ def check_parameters(agent, state, recording, name):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("bits, tolerance", [(32, 1e-5), (64, 1e-6)])
-def test_three_updates_equal_the_recording(agent, bits, tolerance):
-    recording, args, _, *networks = agent
+def test_three_updates_equal_the_recording(recorded, bits, tolerance):
+    recording, agent, *networks = recorded
     with jax.enable_x64(bits == 64):  # with twice the digits what is left of the differences is those of the recording
         params, target = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), f"float{bits}"), networks)
-        state = td.init_state(args, params, target, jax.random.key(0))
+        state = td.init_state(agent, params, target, jax.random.key(0))
         for i in range(3):
-            state = check_update(agent, state, recording, f"update{i}", "", recording["in_weights"][i], tolerance)
-        check_parameters(agent, state, recording, "update2")
+            state = check_update(recorded, state, recording, f"update{i}", "", recording["in_weights"][i], tolerance)
+        check_parameters(recorded, state, recording, "update2")
 
 
 @pytest.mark.golden
-def test_an_update_with_windows_beyond_the_bounds_equals_the_recording(agent):
-    recording, args, _, params, target = agent
-    state = td.init_state(args, params, target, jax.random.key(0))
-    state = check_update(agent, state, recording, "bounded", "bounded_", recording["bounded_in_weights"])
-    check_parameters(agent, state, recording, "bounded")
+def test_an_update_with_windows_beyond_the_bounds_equals_the_recording(recorded):
+    recording, agent, params, target = recorded
+    state = td.init_state(agent, params, target, jax.random.key(0))
+    state = check_update(recorded, state, recording, "bounded", "bounded_", recording["bounded_in_weights"])
+    check_parameters(recorded, state, recording, "bounded")
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("mode", ["explore", "eval"])
 @pytest.mark.parametrize("point, decisions", [("early", 7000), ("late", 30000)])
-def test_three_plans_equal_the_recording_at_both_points_of_the_schedules(agent, golden, point, decisions, mode):
-    _, args, model, params, _ = agent
-    recording, A = golden("tdmpc1_plan.npz"), model.action_dim
-    limits = td.schedule(args, decisions, np.array([True]), np.int32(0))
+def test_three_plans_equal_the_recording_at_both_points_of_the_schedules(recorded, golden, point, decisions, mode):
+    _, agent, params, _ = recorded
+    recording, A = golden("tdmpc1_plan.npz"), agent.action_dim
+    limits = td.schedule(agent, decisions, np.array([True]), np.int32(0))
     horizon = int(limits.horizon[0])
-    plan = jax.jit(td.plan, static_argnums=(0, 1, 8))
-    mean, first = jnp.zeros((1, args.horizon, A)), np.array([True])
+    plan = jax.jit(td.plan, static_argnums=(0, 7))
+    mean, first = jnp.zeros((1, agent.horizon, A)), np.array([True])
     for i in range(3):
         draws = draws_of(recording, f"{point}_{mode}{i}")
-        h, loop = horizon, draws[horizon : horizon + 2 * args.iterations]
+        h, loop = horizon, draws[horizon : horizon + 2 * agent.iterations]
         assert len(recording[f"{point}_{mode}{i}_mean"]) == horizon
 
         def filled(x):  # whatever lies beyond the horizon must not matter
-            return np.concatenate([x, np.full((args.horizon - len(x), *x.shape[1:]), 1e3, np.float32)])  # noqa: B023
+            return np.concatenate([x, np.full((agent.horizon - len(x), *x.shape[1:]), 1e3, np.float32)])  # noqa: B023
 
         noise = td.PlanNoise(
             pi=filled(np.stack(draws[:h]))[None],
             sample=np.stack([filled(x) for x in loop[0::2]])[None],
             terminal=np.stack(loop[1::2])[None],
-            gumbel=draws[h + 2 * args.iterations][None],
+            gumbel=draws[h + 2 * agent.iterations][None],
             exploration=draws[-1][None] if mode == "explore" else np.zeros((1, A), np.float32),
         )
         obs = recording["in_obs"][i][None]
-        action, mean = plan(args, model, params, obs, mean, first, limits, noise, mode == "explore")
+        action, mean = plan(agent, params, obs, mean, first, limits, noise, mode == "explore")
         close(action[0], np.clip(recording[f"{point}_{mode}{i}_action"], -1, 1), 1e-3)
         close(mean[0, :h], recording[f"{point}_{mode}{i}_mean"], 1e-3)
         first = np.array([False])
@@ -162,9 +151,9 @@ def test_the_schedules_are_the_originals():
         (18750, 4),
         (24999, 4),
     ]:
-        assert td.schedule(td.Args(), decisions, first, going_on).horizon.tolist() == [horizon, 3]
-    assert td.schedule(td.Args(), 10**9, first, going_on).horizon.tolist() == [5, 3]
-    floors = [td.schedule(td.Args(), decisions, first, going_on).min_std for decisions in (0, 12500, 25000, 10**9)]
+        assert td.schedule(td.Agent(), decisions, first, going_on).horizon.tolist() == [horizon, 3]
+    assert td.schedule(td.Agent(), 10**9, first, going_on).horizon.tolist() == [5, 3]
+    floors = [td.schedule(td.Agent(), decisions, first, going_on).min_std for decisions in (0, 12500, 25000, 10**9)]
     np.testing.assert_allclose(floors, [0.5, 0.275, 0.05, 0.05])
 
 
@@ -188,12 +177,14 @@ def test_priorities_weights_and_windows_equal_those_of_the_originals_replay(gold
     recording = golden("tdmpc1_replay.npz")
     H, L = recording["cfg_horizon"].item(), recording["cfg_episode_length"].item()
     alpha, beta = recording["cfg_per_alpha"].item(), recording["cfg_per_beta"].item()
-    replay = td.init_replay(4 * (L + 1), 1, 2, 1)
+    agent = td.Agent(horizon=H, per_alpha=alpha, per_beta=beta, obs_dim=2, action_dim=1)
+    replay = td.init_replay(agent, 4 * (L + 1), 1)
     for e in range(6):
         obs, action, reward = (recording[f"episode{e}_{k}"] for k in ("obs", "action", "reward"))
         for t in range(L + 1):
             brought = (action[t - 1][None], reward[t - 1][None]) if t else (np.full((1, 1), np.nan), np.full(1, np.nan))
-            replay = td.add(replay, H, obs[t][None], *brought, np.zeros(1, bool), np.array([t == 0]))
+            step = td.Step(obs[t][None], *brought, np.zeros(1, bool), np.array([t == 0]))
+            replay = td.add(agent, replay, step)
         last = (e % 4) * (L + 1) + L - H
         assert leaves(replay)[last] > 0
         replay = replay._replace(tree=td.set_priorities(replay.tree, jnp.array([last]), jnp.zeros(1)))
@@ -205,7 +196,7 @@ def test_priorities_weights_and_windows_equal_those_of_the_originals_replay(gold
 
         slots = recording[f"after{e}_idxs"]
         drawn = jnp.asarray(slots // L * (L + 1) + slots % L)
-        batch = td.windows(replay, drawn, H, beta)
+        batch = td.windows(agent, replay, drawn)
         close(batch.weight, recording[f"after{e}_weights"], 1e-5)
         np.testing.assert_array_equal(batch.obs, recording[f"after{e}_obs"])
         np.testing.assert_array_equal(batch.action, recording[f"after{e}_action"])
@@ -217,16 +208,17 @@ def test_priorities_weights_and_windows_equal_those_of_the_originals_replay(gold
 @pytest.mark.parametrize("seed, capacity, num_envs, fanout", [(0, 30, 1, 4), (1, 25, 3, 4), (2, 60, 5, 128)])
 def test_windows_are_drawn_by_their_priorities_through_wraps_and_resets(monkeypatch, seed, capacity, num_envs, fanout):
     monkeypatch.setattr(td, "FANOUT", fanout)  # trees of 2 to 4 levels
-    rng, replay = np.random.default_rng(seed), td.init_replay(capacity, num_envs, 1, 1)
+    agent = td.Agent(horizon=H, per_beta=0.4, obs_dim=1, action_dim=1)
+    rng, replay = np.random.default_rng(seed), td.init_replay(agent, capacity, num_envs)
     expected, resets, first = (
         np.zeros((capacity, num_envs)),
         np.ones((capacity, num_envs), bool),
         np.ones(num_envs, bool),
     )
-    write, set_priorities = td.add, jax.jit(td.set_priorities)
+    set_priorities = jax.jit(td.set_priorities)
     for step in range(3 * capacity):
         zeros = np.zeros((num_envs, 1), np.float32)
-        replay = write(replay, H, zeros, zeros, zeros[:, 0], np.zeros(num_envs, bool), first)
+        replay = td.add(agent, replay, td.Step(zeros, zeros, zeros[:, 0], np.zeros(num_envs, bool), first))
         largest, row = expected.max() if expected.any() else 1.0, step % capacity
         expected[row], resets[row] = 0.0, first
         if step >= H:
@@ -248,7 +240,7 @@ def test_windows_are_drawn_by_their_priorities_through_wraps_and_resets(monkeypa
     assert counts[share == 0].sum() == 0
     assert chisquare(counts[share > 0], share[share > 0] * counts.sum()).pvalue > 1e-3
 
-    batch = td.windows(replay, jnp.asarray(drawn[:50]), H, 0.4)
+    batch = td.windows(agent, replay, jnp.asarray(drawn[:50]))
     values = expected.ravel()[drawn[:50]]
     np.testing.assert_allclose(batch.weight, (values.min() / values) ** 0.4, rtol=1e-5)
     assert batch.weight.max() == 1
@@ -257,7 +249,7 @@ def test_windows_are_drawn_by_their_priorities_through_wraps_and_resets(monkeypa
 def test_a_million_entries_are_told_apart():
     """Priorities of 1e-6 to 1e4; neighbours of all places are drawn as often as they should be."""
     values = (10 ** np.random.default_rng(0).uniform(-6, 4, 10**6)) ** 0.6
-    tree = [np.zeros_like(level) for level in td.init_replay(10**6, 1, 1, 1).tree]
+    tree = [np.zeros_like(level) for level in td.init_replay(td.Agent(obs_dim=1, action_dim=1), 10**6, 1).tree]
     below = values
     for level in tree:
         level.flat[: len(below)] = below
@@ -277,16 +269,16 @@ SMALL |= {"num_samples": 32, "num_elites": 8, "num_pi_trajs": 4}
 
 
 def test_an_update_changes_the_priorities_of_its_own_windows_only(monkeypatch):
-    def update(args, model, state, batch, noise):
-        return state, jnp.arange(1.0, args.batch_size + 1), {"smallest": batch.weight.min()}
+    def update(agent, state, batch, noise):
+        return state, jnp.arange(1.0, agent.batch_size + 1), {"smallest": batch.weight.min()}
 
     monkeypatch.setattr(td, "update", update)
-    args = td.Args(**SMALL, horizon=H)
-    replay, _ = write_episodes(td, seed=3, capacity=60, num_envs=2, steps=100)
+    agent = td.Agent(**SMALL, horizon=H, obs_dim=3, action_dim=1)
+    replay, _ = write_episodes(td, agent, seed=3, capacity=60, num_envs=2, steps=100)
     state, before = td.TrainState({}, {}, (), (), jax.random.key(0), 0), leaves(replay).ravel()
-    drawn = np.asarray(td.draw(replay.tree, jax.random.split(state.key, 3)[1], args.batch_size))
-    train = jax.jit(td.train.__wrapped__, static_argnums=(0, 1, 4))  # not kept with this update
-    _, replay, info = train(args, td.make_model(args, 3, 1), state, replay, 1)
+    drawn = np.asarray(td.draw(replay.tree, jax.random.split(state.key, 3)[1], agent.batch_size))
+    train = jax.jit(td.train.__wrapped__, static_argnums=(0, 3))  # not kept with this update
+    _, replay, info = train(agent, state, replay, 1)
     expected = before.copy()
     expected[drawn] = 0.0
     np.maximum.at(expected, drawn, np.arange(1.0, 9.0) ** 0.6)
@@ -296,48 +288,47 @@ def test_an_update_changes_the_priorities_of_its_own_windows_only(monkeypatch):
 
 
 def test_no_value_lies_behind_a_termination():
-    args = td.Args(**SMALL, horizon=H)
-    model = td.make_model(args, 3, 1)
-    state = jax.jit(td.fresh_state, static_argnums=(0, 1))(args, model)["train"]
+    agent = td.Agent(**SMALL, horizon=H, obs_dim=3, action_dim=1)
+    state = td.fresh_state(agent, random_streams(0))["train"]
     state = state._replace(target=jax.tree.map(lambda x: x + 0.1, state.target))
     reward, terminated = jnp.arange(24.0).reshape(H, 8), jnp.zeros((H, 8)).at[1, ::2].set(1.0)
     batch = td.Batch(jnp.ones((H + 1, 8, 3)), jnp.ones((H, 8, 1)), reward, terminated, jnp.ones(8))
-    noise = td.update_noise(args, model, jax.random.key(0))
-    target = jax.jit(td.td_target, static_argnums=(0, 1))(args, model, state, batch, noise)
+    noise = td.update_noise(agent, jax.random.key(0))
+    target = jax.jit(td.td_target, static_argnums=0)(agent, state, batch, noise)
     np.testing.assert_array_equal(target == reward, terminated == 1)
 
 
-def test_environments_that_are_planned_for_together_get_what_each_gets_alone_whatever_its_horizon():
-    args = td.Args(**SMALL)
-    model = td.make_model(args, 3, 2)
-    params = jax.jit(td.init_params, static_argnums=(0, 1))(args, model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1, params)
-    noise, obs = td.plan_noise(args, model, jax.random.key(1), 3), jax.random.normal(jax.random.key(2), (3, 3))
-    mean, first = 0.3 * jnp.ones((3, args.horizon, 2)), np.array([False, True, False])
-    limits, plan = td.Schedule(np.array([1, 3, 5], np.int32), 0.1), jax.jit(td.plan, static_argnums=(0, 1, 8))
-    together = plan(args, model, params, obs, mean, first, limits, noise, True)
+@pytest.fixture(scope="module")
+def small():
+    """A small agent of 3 observations and 2 actions, and parameters that make a difference."""
+    agent = td.Agent(**SMALL, obs_dim=3, action_dim=2)
+    params = jax.jit(td.init_params, static_argnums=0)(agent, jax.random.key(0))
+    return agent, jax.tree.map(lambda x: x + 0.1, params)
+
+
+def test_environments_that_are_planned_for_together_get_what_each_gets_alone_whatever_its_horizon(small):
+    agent, params = small
+    noise, obs = td.plan_noise(agent, jax.random.key(1), 3), jax.random.normal(jax.random.key(2), (3, 3))
+    mean, first = 0.3 * jnp.ones((3, agent.horizon, 2)), np.array([False, True, False])
+    limits, plan = td.Schedule(np.array([1, 3, 5], np.int32), 0.1), jax.jit(td.plan, static_argnums=(0, 7))
+    together = plan(agent, params, obs, mean, first, limits, noise, True)
     for i in range(3):
         one = jax.tree.map(lambda x: x[i : i + 1], (obs, mean, first, limits.horizon, noise))  # noqa: B023
-        alone = plan(args, model, params, *one[:3], td.Schedule(one[3], 0.1), one[4], True)
+        alone = plan(agent, params, *one[:3], td.Schedule(one[3], 0.1), one[4], True)
         np.testing.assert_allclose(together[0][i], alone[0][0], atol=1e-5)
         h = limits.horizon[i]
         np.testing.assert_allclose(together[1][i, :h], alone[1][0, :h], atol=1e-5)
 
 
-def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step():
-    args = td.Args(**SMALL)
-    model = td.make_model(args, 3, 2)
-    params = jax.jit(td.init_params, static_argnums=(0, 1))(args, model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1, params)
-    actions, eps = (
-        jax.random.normal(jax.random.key(1), (args.horizon, 9, 2)),
-        jax.random.normal(jax.random.key(2), (9, 2)),
-    )
-    loop = jax.jit(td.estimate_value, static_argnums=(0, 1))
+def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step(small):
+    agent, params = small
+    actions = jax.random.normal(jax.random.key(1), (agent.horizon, 9, 2))
+    eps = jax.random.normal(jax.random.key(2), (9, 2))
+    loop = jax.jit(td.estimate_value, static_argnums=0)
     for horizon in (1, 3):
-        inputs = args, model, params, jnp.ones((1, 8)), actions, jnp.int32(horizon), eps
-        written_out = jax.jit(apart(args, horizon), static_argnums=(0, 1))(*inputs)
-        np.testing.assert_allclose(loop(*inputs), written_out, rtol=1e-5)
+        inputs = params, jnp.ones((1, 8)), actions, jnp.int32(horizon), eps
+        written_out = jax.jit(apart(horizon), static_argnums=0)(agent, *inputs)
+        np.testing.assert_allclose(loop(agent, *inputs), written_out, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -354,9 +345,11 @@ def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step():
 )
 def test_a_task_has_the_originals_settings(task, repeat, latent_dim, iterations, batch_size, lr, millions):
     args = td.with_task_defaults(td.Args(task=task))
-    assert (args.action_repeat, args.latent_dim, args.iterations) == (repeat, latent_dim, iterations)
-    assert (args.batch_size, args.lr, args.total_timesteps) == (batch_size, lr, millions * 10**6)
-    given = td.Args(task=task, action_repeat=3, latent_dim=7, iterations=1, batch_size=2, lr=1.0, total_timesteps=9)
+    agent = args.agent
+    assert (agent.action_repeat, agent.latent_dim, agent.iterations) == (repeat, latent_dim, iterations)
+    assert (agent.batch_size, agent.lr, args.total_timesteps) == (batch_size, lr, millions * 10**6)
+    agent = td.Agent(action_repeat=3, latent_dim=7, iterations=1, batch_size=2, lr=1.0)
+    given = td.Args(task=task, agent=agent, total_timesteps=9)
     assert td.with_task_defaults(given) == given
 
 

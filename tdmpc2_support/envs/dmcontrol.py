@@ -7,12 +7,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.adapter import Simulator
 from tdmpc2_support.envs.tasks import TASKS, TaskSpec, import_simulator, is_image
 from tdmpc2_support.errors import UserError
 
 
-def make(spec: TaskSpec, render_mode: str | None) -> Parts:
+def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     """A task of the table from dm_control's suite or our own ones; another `dm_control/…` id by way of shimmy."""
     import_simulator(spec.domain)
     if spec.name in TASKS:
@@ -32,7 +32,7 @@ def make(spec: TaskSpec, render_mode: str | None) -> Parts:
         physics = env.unwrapped.physics
         return physics.model.ptr, physics.data.ptr
 
-    return Parts(env, seconds, scene, camera, repeats=spec.name in TASKS)
+    return Simulator(env, seconds, scene, camera, repeats=spec.name in TASKS)
 
 
 class DMControl(gym.Env):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.adapter import Simulator
 from tdmpc2_support.envs.rendering import FRAME
 from tdmpc2_support.envs.tasks import PACKAGE_IDS, TaskSpec, import_simulator
 from tdmpc2_support.errors import UserError
@@ -13,7 +13,7 @@ from tdmpc2_support.errors import UserError
 _ASSETS = {"pick-ycb": "ycb", "turn-faucet": "partnet_mobility_faucet"}
 
 
-def make(spec: TaskSpec, render_mode: str | None) -> Parts:
+def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     """A ManiSkill 3 task on its CPU simulator; drawn by the GPU if PyTorch sees one."""
     import_simulator(spec.domain)
     import torch
@@ -40,7 +40,7 @@ def make(spec: TaskSpec, render_mode: str | None) -> Parts:
     except RuntimeError as error:
         hint = "apt-get install -y libvulkan1 mesa-vulkan-drivers; without a GPU, Mesa must be 25 or newer"
         raise UserError(f"task {spec.name!r} needs Vulkan, also without pictures ({error}): {hint}") from error
-    return Parts(ManiSkill(CPUGymWrapper(simulator, ignore_terminations=True)), 1 / simulator.control_freq)
+    return Simulator(ManiSkill(CPUGymWrapper(simulator, ignore_terminations=True)), 1 / simulator.control_freq)
 
 
 class ManiSkill(gym.Wrapper):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.adapter import Simulator
 from tdmpc2_support.envs.rendering import turn_upright
 from tdmpc2_support.envs.tasks import TaskSpec, import_simulator
 
 
-def make(spec: TaskSpec, render_mode: str | None) -> Parts:
+def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     """A Meta-World task with its goal in the observation, seen by camera corner2, moved as in TD-MPC2."""
     import_simulator(spec.domain)
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
@@ -19,7 +19,7 @@ def make(spec: TaskSpec, render_mode: str | None) -> Parts:
     model, camera = simulator.model, simulator.model.camera("corner2").id
     model.cam_pos[camera] = 0.75, 0.075, 0.7
     turn_upright(model, simulator.data, camera)
-    return Parts(MetaWorld(simulator), simulator.dt, lambda: (model, simulator.data), camera)
+    return Simulator(MetaWorld(simulator), simulator.dt, lambda: (model, simulator.data), camera)
 
 
 class MetaWorld(gym.Wrapper):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from tdmpc2_support.envs.parts import Parts
+from tdmpc2_support.envs.adapter import Simulator
 from tdmpc2_support.envs.rendering import turn_upright
 from tdmpc2_support.envs.tasks import PACKAGE_IDS, TaskSpec, import_simulator
 
 
-def make(spec: TaskSpec, render_mode: str | None) -> Parts:
+def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     """A task of the hand; -hard draws goal or object anew at every reset."""
     import_simulator(spec.domain)
     simulator = gym.make(PACKAGE_IDS[spec.name], disable_env_checker=True).unwrapped  # without its own time limit
     camera = simulator.model.camera("hand_side_inter").id
     simulator.reset(seed=0)
     turn_upright(simulator.model, simulator.data, camera)  # it is fixed to the arm, which some tasks' resets turn over
-    return Parts(MyoSuite(simulator), simulator.dt, lambda: (simulator.model, simulator.data), camera)
+    return Simulator(MyoSuite(simulator), simulator.dt, lambda: (simulator.model, simulator.data), camera)
 
 
 class MyoSuite(gym.Wrapper):

@@ -36,8 +36,8 @@ class Domain(NamedTuple):
     episode_length: int
     success: bool
     rgb: bool  # obs="rgb" is supported
-    room: str  # the module of this folder whose `make` gives a task's `Parts`
-    module: str  # what that imports
+    module: str  # the module of this folder whose `make` returns a task's `Simulator`
+    package: str  # what that imports
     install: str  # how to get it
 
 
@@ -70,12 +70,12 @@ DOMAINS = {
             ("walker", "stand walk run walk-backwards run-backwards", 24, 6, 165),
         ),
         action_repeat=2, episode_length=500, success=False, rgb=True,
-        room="dmcontrol", module="dm_control.suite", install="pip install -e .",
+        module="dmcontrol", package="dm_control.suite", install="pip install -e .",
     ),
     "Meta-World": Domain(
         rows=(("mw", _METAWORLD_TASKS, 39, 4, 600),),
         action_repeat=2, episode_length=100, success=True, rgb=True,
-        room="metaworld", module="metaworld", install="pip install -e .",
+        module="metaworld", package="metaworld", install="pip install -e .",
     ),
     "MyoSuite": Domain(
         rows=(
@@ -86,7 +86,7 @@ DOMAINS = {
             ("myo", "pen-twirl pen-twirl-hard", 83, 39, 1400),
         ),
         action_repeat=1, episode_length=100, success=True, rgb=False,
-        room="myosuite", module="myosuite", install="pip install -e '.[myosuite]'",
+        module="myosuite", package="myosuite", install="pip install -e '.[myosuite]'",
     ),
     "ManiSkill": Domain(
         rows=(
@@ -97,7 +97,7 @@ DOMAINS = {
             ("turn", "faucet", None, 7, 9000),
         ),
         action_repeat=2, episode_length=100, success=True, rgb=False,
-        room="maniskill", module="mani_skill.envs", install="pip install -e '.[maniskill]'",
+        module="maniskill", package="mani_skill.envs", install="pip install -e '.[maniskill]'",
     ),
 }  # fmt: skip
 
@@ -203,7 +203,7 @@ def set_tasks(task_set: str | Sequence[str]) -> tuple[str, ...]:
     tasks = TASK_SETS[task_set] if isinstance(task_set, str) else tuple(task_spec(task).name for task in task_set)
     for task in tasks:
         if task not in TASKS or TASKS[task].obs_size is None:
-            raise UserError(f"task {task!r} cannot be in a set: only tasks of the table whose sizes it gives can")
+            raise UserError(f"task {task!r} cannot be in a set: only tasks whose sizes the table has can")
         if tasks.count(task) > 1:
             raise UserError(f"task {task!r} stands twice in the set")
     return tasks
@@ -266,10 +266,11 @@ def import_simulator(domain: str) -> None:
     dm_control and others bind their renderer when they are imported, and fail there when that one does not work. We
     draw with MuJoCo's own instead (rendering.py), so they can always be told to do without.
     """
-    settings, gl = DOMAINS[domain], os.environ.get("MUJOCO_GL")
+    settings = DOMAINS[domain]
+    gl = os.environ.get("MUJOCO_GL")
     try:
         with environ(MUJOCO_GL=gl or "disable"):
-            importlib.import_module(settings.module)
+            importlib.import_module(settings.package)
     except (ImportError, RuntimeError, AttributeError) as error:  # the last: PyOpenGL without its library
         under = f" with MUJOCO_GL={gl}" if gl else ""
         raise UserError(f"{domain} cannot be imported{under} ({error}); to install it: {settings.install}") from error

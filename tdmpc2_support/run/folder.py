@@ -27,6 +27,7 @@ from tdmpc2_support.errors import UserError
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
 
+BEFORE = {"sample": "windows"}  # what was fixed before it became an argument
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 
 
@@ -137,10 +138,10 @@ def started_with(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads((folder / "args.json").read_text())
         if isinstance(record, dict):
-            return record
+            return BEFORE | record
     for checkpoint in complete_checkpoints(folder):
         with contextlib.suppress(UserError):
-            return read_meta(checkpoint)["args"]
+            return BEFORE | read_meta(checkpoint)["args"]
     raise UserError(
         f"{folder}/args.json cannot be read, nor a checkpoint: the run cannot be continued as it was started"
     )

@@ -1,4 +1,4 @@
-"""What a simulator's room gives, and the wrapper that makes the same environment of it everywhere."""
+"""What each simulator's module returns, and the wrapper that makes the same kind of environment of all of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tdmpc2_support.envs.tasks import TaskSpec, check_action_space, is_image
 from tdmpc2_support.errors import UserError
 
 
-class Parts(NamedTuple):
-    """What a simulator's room gives to `Task`."""
+class Simulator(NamedTuple):
+    """An environment as its simulator has it, and what `Task` must know of it."""
 
     env: gym.Env
     seconds: float | None = None  # simulated time per simulator step; None: not known
@@ -30,29 +30,39 @@ class Task(gym.Wrapper):
         UserError: the observations are not what `obs` asks for, or the actions have no bounds.
     """
 
-    def __init__(self, parts: Parts, spec: TaskSpec, seed: int, obs: str, render_mode: str | None, shadows: bool):
-        super().__init__(parts.env)
-        self._parts, self._spec, self._first_seed, self._steps_left = parts, spec, seed, 0
-        self._pixels, self._render_mode, self._cameras, self._shadows = obs == "rgb", render_mode, {}, shadows
-        low, high = check_action_space(parts.env.action_space, spec.name)
-        self._low, self._half_range = low, (high - low) / 2
+    def __init__(
+        self, simulator: Simulator, spec: TaskSpec, seed: int, obs: str, render_mode: str | None, shadows: bool
+    ):
+        super().__init__(simulator.env)
+        self._simulator = simulator
+        self._spec = spec
+        self._first_seed = seed
+        self._steps_left = 0
+        self._pixels = obs == "rgb"
+        self._render_mode = render_mode
+        self._shadows = shadows
+        self._cameras: dict[int, rendering.Camera] = {}  # by the size of their pictures
+        low, high = check_action_space(simulator.env.action_space, spec.name)
+        self._low = low
+        self._half_range = (high - low) / 2
         self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
         self.observation_space = self._check_observations()
-        if parts.seconds:
-            fps = max(1, round(1 / (parts.seconds * spec.action_repeat)))
+        if simulator.seconds:
+            fps = max(1, round(1 / (simulator.seconds * spec.action_repeat)))
             self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
-        if parts.scene and (self._pixels or render_mode):
+        if simulator.scene and (self._pixels or render_mode):
             rendering.choose_gl()
 
     def _check_observations(self) -> gym.spaces.Box:
-        space, name = self.env.observation_space, self._spec.name
+        space = self.env.observation_space
+        name = self._spec.name
         frame = gym.spaces.Box(0, 255, (rendering.PIXELS, rendering.PIXELS, 3), np.uint8)
         if self._pixels:
-            if not self._parts.scene and space != frame:
+            if not self._simulator.scene and space != frame:
                 size = f"{rendering.PIXELS} x {rendering.PIXELS}"
-                raise UserError(f"task {name!r} gives no pictures of {size} as observations, uint8 {list(frame.shape)}")
+                raise UserError(f"task {name!r} has no pictures of {size} as observations, uint8 {list(frame.shape)}")
             return frame
-        if not self._parts.scene and (is_image(space) or len(space.shape) != 1):
+        if not self._simulator.scene and (is_image(space) or len(space.shape) != 1):
             kind = "image" if is_image(space) else f"{space.shape}"
             raise UserError(f"task {name!r} has {kind} observations; only a flat Box of numbers is supported")
         return gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
@@ -65,7 +75,8 @@ class Task(gym.Wrapper):
         """Starts an episode → obs, info."""
         if seed is None:
             seed = self._first_seed
-        self._first_seed, self._steps_left = None, self._spec.simulator_steps
+        self._first_seed = None
+        self._steps_left = self._spec.simulator_steps
         obs, info = self.env.reset(seed=None if seed is None else int(seed), options=options)
         return self._observation(obs), {**info, "success": 0.0}
 
@@ -76,7 +87,7 @@ class Task(gym.Wrapper):
         # The last decision of an episode that the repeat does not divide gets what is left.
         repeat = max(1, min(self._spec.action_repeat, self._steps_left))
         self._steps_left -= repeat
-        if self._parts.repeats:
+        if self._simulator.repeats:
             obs, total, terminated, truncated, info = self.env.step(action, repeat)
             total = float(total)
         else:
@@ -91,7 +102,7 @@ class Task(gym.Wrapper):
         return self._observation(obs), total, bool(terminated), bool(truncated), info
 
     def _observation(self, obs: Any) -> np.ndarray:
-        if self._pixels and self._parts.scene:
+        if self._pixels and self._simulator.scene:
             return self._draw(rendering.PIXELS)
         return np.asarray(obs, self.observation_space.dtype)
 
@@ -99,15 +110,15 @@ class Task(gym.Wrapper):
         """The current picture, uint8 [height, width, 3], or None without a render_mode."""
         if not self.render_mode:
             return None
-        return self._draw(rendering.FRAME) if self._parts.scene else self.env.render()
+        return self._draw(rendering.FRAME) if self._simulator.scene else self.env.render()
 
     def _draw(self, size: int) -> np.ndarray:
-        model, data = self._parts.scene()
+        model, data = self._simulator.scene()
         if size in self._cameras and self._cameras[size].model is not model:  # some resets build a new model
             self._cameras.pop(size).close()
         if size not in self._cameras:
             effects = self._shadows or size != rendering.PIXELS
-            self._cameras[size] = rendering.Camera(model, size, self._parts.camera, effects)
+            self._cameras[size] = rendering.Camera(model, size, self._simulator.camera, effects)
         return self._cameras[size].frame(data)
 
     def close(self) -> None:

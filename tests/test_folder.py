@@ -1,0 +1,174 @@
+"""The folder of a run: who may train in it, what a start that is refused leaves, and signals that end a run."""
+
+import fcntl
+import os
+import signal
+
+import numpy as np
+import pytest
+from helpers import read_scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tdmpc2_support.envs.tasks import task_spec
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run import folder as module
+from tdmpc2_support.run.checkpoints import Checkpoints
+from tdmpc2_support.run.folder import RunFolder, Signals, started_with
+from tdmpc2_support.run.logging import Logger
+from tdmpc2_support.run.reports import Evaluation
+
+SETTINGS = {"task": "x", "lr": 1.0, "seed": 1, "total_timesteps": 10, "resume": False}
+
+
+def begun(path, **changed):
+    """A folder in which a run has begun, and ended."""
+    with RunFolder(path, SETTINGS | changed) as folder:
+        folder.begin()
+    return path
+
+
+def start(path, **changed):
+    """Enters the folder and leaves it before a run begins."""
+    with RunFolder(path, SETTINGS | changed):
+        pass
+
+
+def test_a_folder_without_its_curve_is_a_run_all_the_same(tmp_path):
+    path = begun(tmp_path / "run")
+    assert not (path / "eval.csv").exists()
+    with pytest.raises(UserError, match="holds a run; go on with --resume"):
+        start(path)
+    with pytest.raises(UserError, match="--resume continues a run as it was started: --lr 1.0"):
+        start(path, resume=True, lr=2.0)
+    start(path, resume=True)
+
+
+def test_a_resumed_run_may_differ_in_what_does_not_define_it(tmp_path):
+    path = begun(tmp_path / "run")
+    start(path, resume=True, total_timesteps=20, eval_freq=3, save_episodes="data")
+
+
+@pytest.mark.parametrize("content", ["", '{"lr": 1.0, ', "[]"])
+def test_a_damaged_record_of_arguments_is_taken_from_the_newest_checkpoint(tmp_path, content):
+    path = begun(tmp_path / "run")
+    (path / "args.json").write_text(content)
+    with pytest.raises(UserError, match="args.json cannot be read, nor a checkpoint"):
+        start(path, resume=True)
+    with Checkpoints(RunFolder(path, SETTINGS), "x") as checkpoints:
+        checkpoints.save(1, {"decisions": 1})
+    assert started_with(path)["lr"] == 1.0
+    start(path, resume=True)
+    with pytest.raises(UserError, match="--lr 1.0"):
+        start(path, resume=True, lr=2.0)
+
+
+def test_a_run_of_before_windows_were_drawn_by_episodes_draws_them_as_it_did(tmp_path):
+    assert started_with(begun(tmp_path / "run"))["sample"] == "windows"
+
+
+def test_a_start_that_ends_before_the_run_begins_leaves_nothing(tmp_path):
+    start(tmp_path / "task" / "name" / "1")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.txt").write_text("stays")
+    start(tmp_path / "task" / "name" / "1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["task", "mine.txt"]
+
+
+def test_a_folder_of_a_live_run_is_refused_and_left_as_it_is(tmp_path):
+    with RunFolder(tmp_path / "run", SETTINGS):
+        with pytest.raises(UserError, match="in use by a live run"):
+            start(tmp_path / "run")
+        assert (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_lock_whose_file_was_removed_before_it_was_taken_is_taken_anew(tmp_path, monkeypatch):
+    """A start that is refused removes the file; who had opened it by then would lock what nobody else sees."""
+    path = tmp_path / "run"
+    flock = fcntl.flock
+
+    def slow(file, how):
+        if not removed:
+            (path / ".lock").unlink()
+            removed.append(True)
+        return flock(file, how)
+
+    removed = []
+    monkeypatch.setattr(module.fcntl, "flock", slow)
+    with RunFolder(path, SETTINGS) as folder:
+        folder.begin()
+        with open(path / ".lock", "a") as seen, pytest.raises(BlockingIOError):
+            flock(seen, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ------------------------------------------------------------------------------------------------------------ Signals
+def test_any_number_of_terminations_ask_for_one_end_in_order():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        assert not signals
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert signals and signals.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(SystemExit) as stop:
+        signals.exit_if_received("simulator step 7")
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+def test_only_a_second_ctrl_c_a_second_later_does_not_wait(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Signals() as signals:
+        for seconds in (0.0, 0.4, 0.5):  # a hand that trembles, or a terminal that sends it to a whole group
+            now[0] += seconds
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_without_a_signal_nothing_ends():
+    with Signals() as signals:
+        pass
+    signals.exit_if_received("simulator step 7")
+
+
+# ------------------------------------------------------------------------------------------------------------- Curves
+def logger_at(path, step, evaluated, **settings):
+    logger = Logger(RunFolder(path, SETTINGS | settings), ("step", "reward"))
+    logger.begin("title", "head", {}, step, 100, {"seconds": 0.0, "evaluated": evaluated})
+    return logger
+
+
+def test_points_and_rows_beyond_the_last_checkpoint_are_dropped(tmp_path):
+    path = begun(tmp_path / "run")
+    with logger_at(path, 0, -1) as logger:
+        for step in (10, 20, 30):
+            logger.log(step, {"charts/x": step})
+    (path / "eval.csv").write_text("step,reward\n0,1.0\n10,2.0\n20,3.0\n30,")  # the last one was cut off
+    with logger_at(path, 20, 10) as logger:
+        logger.log(25, {"charts/x": 1})
+    assert (path / "eval.csv").read_text() == "step,reward\n0,1.0\n10,2.0\n"
+    assert read_scalars(path, "charts/x") == [(10, 10.0), (20, 20.0), (25, 1.0)]
+
+
+def test_arguments_stand_beside_the_curves_and_what_is_logged_is_on_the_disk_at_once(tmp_path):
+    path = begun(tmp_path / "run")
+    with logger_at(path, 0, -1) as logger:
+        logger.log(10, {"charts/x": 1.5})
+        events = EventAccumulator(str(path)).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("charts/x")] == [(10, 1.5)]
+        (text,) = events.Tensors("hyperparameters/text_summary")
+        assert "|lr|1.0|" in text.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_a_disk_that_is_full_is_one_sentence(tmp_path):
+    path = begun(tmp_path / "run")
+    result = Evaluation(np.ones(2), np.ones(2), [])
+    with logger_at(path, 0, -1) as logger:
+        (path / "eval.csv").unlink()
+        (path / "eval.csv").symlink_to("/dev/full")
+        with pytest.raises(UserError, match="run cannot be written: No space left on device"):
+            logger.record_returns(10, task_spec("walker-walk"), result)
