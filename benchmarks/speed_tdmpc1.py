@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tdmpc_jax as td  # noqa: E402
 from benchmarks.speed import UNIT, count_products, interleave, square_product, total_gflop  # noqa: E402
+from tdmpc2_support.run.schedule import random_streams  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
