@@ -173,10 +173,20 @@ def as_flag(name: str, *value: Any) -> str:
     return f"without --{flag}" if value[0] is None else f"--{flag} {value[0]}"
 
 
+def check_envs_module() -> None:
+    """UserError if the script has imported somebody else's `envs`: a folder or a file beside a copy of the script."""
+    module = sys.modules.get("envs")
+    if module is None or hasattr(module, "make_envs"):
+        return
+    place = module.__file__ or next(iter(module.__path__))
+    raise UserError(f"{place} hides this project's envs.py: rename it, or start the script where there is no such file")
+
+
 @contextlib.contextmanager
 def errors_as_sentences() -> Iterator[None]:
     """Ends the process with one sentence for a mistake of the user and for a Ctrl-C before or after the loop."""
     try:
+        check_envs_module()
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
