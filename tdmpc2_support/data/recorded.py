@@ -1,4 +1,4 @@
-"""Recorded episodes in a device's memory, some held out; what is known of these; tables of planners.
+"""Recorded episodes in a device's memory, some held out; what networks know of these; tables of planners.
 
 recorded = read_recorded(["walker-walk"], "data", steps=8)   # windows of 9 entries lie within one episode each
 print_measures(measures(answers))                            # of networks, on windows that they have not seen
@@ -7,7 +7,7 @@ print_measures(measures(answers))                            # of networks, on w
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import numpy as np
 from tdmpc2_support.data.datasets import load_dataset
 from tdmpc2_support.envs.tasks import task_spec
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.run.reports import Evaluation, report_video, write_atomically
+from tdmpc2_support.files import write_atomically
+from tdmpc2_support.run.reports import Evaluation, report_video
 
 
 class Recorded(NamedTuple):
@@ -53,18 +54,23 @@ def window_starts(
     Raises:
         UserError: there are not both, of each task.
     """
-    firsts, held = np.cumsum(lengths) - lengths, np.zeros(len(lengths), bool)
-    inside = [np.arange(first, first + max(length - steps, 0)) for first, length in zip(firsts, lengths, strict=True)]
+    firsts = np.cumsum(lengths) - lengths
+    starts = [np.arange(first, first + max(length - steps, 0)) for first, length in zip(firsts, lengths, strict=True)]
+    held_out = np.zeros(len(lengths), bool)  # by episode
     for task in np.unique(tasks):
-        its = np.flatnonzero(tasks == task)
-        held[its] = np.arange(len(its)) % 10 == min(5, len(its) // 2)
-        windows = np.array([len(inside[i]) for i in its])
-        if not windows[held[its]].sum() or not windows[~held[its]].sum():
-            where = f"{names[task]}: " * (len(names) > 1)
-            entries = f"{len(its)} episode(s) of at most {max(lengths[its])} entries"
-            raise UserError(f"{where}{entries} are too few: two or more with windows of {steps + 1} entries are needed")
-    starts, held_out = (np.concatenate([*itertools.compress(inside, some), []]).astype(int) for some in (~held, held))
-    return starts, held_out
+        episodes = np.flatnonzero(tasks == task)
+        held_out[episodes] = np.arange(len(episodes)) % 10 == min(5, len(episodes) // 2)
+        windows = np.array([len(starts[i]) for i in episodes])
+        if not windows[held_out[episodes]].sum() or not windows[~held_out[episodes]].sum():
+            task_name = f"{names[task]}: " if len(names) > 1 else ""
+            found = f"{len(episodes)} episode(s) of at most {max(lengths[episodes])} entries"
+            wanted = f"two or more with windows of {steps + 1} entries are needed"
+            raise UserError(f"{task_name}{found} are too few: {wanted}")
+    return _joined(itertools.compress(starts, ~held_out)), _joined(itertools.compress(starts, held_out))
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([*arrays, []]).astype(int)
 
 
 def read_recorded(tasks: Sequence[str], data_dir: str, steps: int) -> Recorded:
@@ -76,18 +82,26 @@ def read_recorded(tasks: Sequence[str], data_dir: str, steps: int) -> Recorded:
     """
     data = load_dataset(tasks, data_dir)
     data.check_files()
-    entries, lengths = data.read(0, data.num_entries), [[chunk.obs.shape[1]] * len(chunk.obs) for chunk in data.chunks]
-    lengths, absent = np.concatenate(lengths), {*range(len(tasks))} - {*np.unique(entries["task"]).tolist()}
-    if absent:
-        raise UserError(f"{data_dir} holds no episodes of {tasks[min(absent)]}")
-    starts = window_starts(lengths, steps, entries["task"][np.cumsum(lengths) - lengths], tasks)
-    arrays = [jnp.asarray(entries[name], jnp.float32) for name in ("obs", "action", "reward")]
-    arrays = [*arrays, jnp.asarray(entries["task"], jnp.int32), *map(jnp.asarray, starts)]
-    return jax.device_put(Recorded(*arrays), jax.devices()[0])
+    entries = data.read(0, data.num_entries)
+    for i, task in enumerate(tasks):
+        if not (entries["task"] == i).any():
+            raise UserError(f"{data_dir} holds no episodes of {task}")
+    lengths = np.concatenate([np.full(len(chunk.obs), chunk.obs.shape[1]) for chunk in data.chunks])
+    first_entries = np.cumsum(lengths) - lengths
+    starts, held_out = window_starts(lengths, steps, entries["task"][first_entries], tasks)
+    recorded = Recorded(
+        obs=jnp.asarray(entries["obs"], jnp.float32),
+        action=jnp.asarray(entries["action"], jnp.float32),
+        reward=jnp.asarray(entries["reward"], jnp.float32),
+        task=jnp.asarray(entries["task"], jnp.int32),
+        starts=jnp.asarray(starts),
+        held_out=jnp.asarray(held_out),
+    )
+    return jax.device_put(recorded, jax.devices()[0])
 
 
 def of_one(recorded: Recorded, starts: jax.Array, task: int, number: int) -> jax.Array:
-    """At most so many of the windows that start there and are of this task, evenly spread."""
+    """At most so many of the windows with these starts that are of this task, evenly spread."""
     return spread_out(starts[recorded.task[starts] == task], number)
 
 
@@ -100,33 +114,42 @@ def windows_at(recorded: Recorded, starts: jax.Array, steps: int) -> Windows:
     """The windows of steps + 1 entries that start at these [B]. Recorded episodes are whole: none terminates."""
     rows = starts[:, None] + jnp.arange(steps + 1)  # [B, L+1]
     reward = recorded.reward[rows[:, 1:]]
-    action, ended = recorded.action[rows[:, 1:]], jnp.zeros_like(reward)
-    return Windows(recorded.obs[rows], action, reward, ended, recorded.task[starts])
+    return Windows(
+        z=recorded.obs[rows],
+        action=recorded.action[rows[:, 1:]],
+        reward=reward,
+        terminated=jnp.zeros_like(reward),
+        task=recorded.task[starts],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- Measures
+TINY = 1e-12  # least variance that is divided by: of what never changes it is 0
+
+
 def nmse(guess: np.ndarray, truth: np.ndarray) -> list[float]:
     """Squared error [F] of latent futures [B, F, Z], in units of the truth's own variance."""
-    error, spread = (((x - truth) ** 2).sum(-1).mean(0) for x in (guess, truth.mean((0, 1))))
-    return (error / spread).tolist()
+    error = ((guess - truth) ** 2).sum(-1).mean(0)
+    variance = ((truth - truth.mean((0, 1))) ** 2).sum(-1).mean(0)
+    return (error / np.maximum(variance, TINY)).tolist()
 
 
 def agreement(guess: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """R2 and rank correlation (Spearman) of guesses [B]."""
-    unexplained = ((guess - truth) ** 2).sum() / max(((truth - truth.mean()) ** 2).sum(), 1e-12)
-    places = [np.argsort(np.argsort(x)) for x in (guess, truth)]
-    return {"r2": float(1 - unexplained), "spearman": float(np.corrcoef(*places)[0, 1])}
+    unexplained = ((guess - truth) ** 2).sum() / max(((truth - truth.mean()) ** 2).sum(), TINY)
+    ranks = [np.argsort(np.argsort(values)) for values in (guess, truth)]
+    return {"r2": float(1 - unexplained), "spearman": float(np.corrcoef(*ranks)[0, 1])}
 
 
 def variety(actions: np.ndarray) -> dict[str, float]:
     """Standard deviation and correlation of neighbours in time of action sequences [B, F, A]."""
     centred = actions - actions.mean((0, 1))
-    lag_1 = (centred[:, 1:] * centred[:, :-1]).mean() / (centred**2).mean()
+    lag_1 = (centred[:, 1:] * centred[:, :-1]).mean() / max((centred**2).mean(), TINY)
     return {"std": float(centred.std()), "correlation": float(lag_1)}
 
 
 def measures(answers: dict[str, Any], action_size: int | None = None) -> dict[str, Any]:
-    """What networks know of held-out windows.
+    """How well networks predict held-out windows.
 
     Args:
         answers: arrays; "futures": for each scale {"true": [B, F, Z], name: [B, F, Z]}; "advantages": {"true": [B],
@@ -137,21 +160,24 @@ def measures(answers: dict[str, Any], action_size: int | None = None) -> dict[st
         {"nmse": {scale: {name: [F]}}, "advantages": {name: {r2, spearman}}, "actions": {name: {std, correlation}}}.
     """
     answers = jax.device_get(answers)
-    futures, advantages = answers["futures"], answers["advantages"]
-    errors = {scale: {k: nmse(x, of["true"]) for k, x in of.items() if k != "true"} for scale, of in futures.items()}
-    agreements = {k: agreement(x, advantages["true"]) for k, x in advantages.items() if k != "true"}
+    errors: dict[str, Any] = {}
+    for scale, futures in answers["futures"].items():
+        errors[scale] = {name: nmse(x, futures["true"]) for name, x in futures.items() if name != "true"}
+    truth = answers["advantages"]["true"]
+    agreements = {name: agreement(x, truth) for name, x in answers["advantages"].items() if name != "true"}
     varieties = {name: variety(actions[..., :action_size]) for name, actions in answers["actions"].items()}
     return {"nmse": errors, "advantages": agreements, "actions": varieties}
 
 
 def print_measures(found: dict[str, Any]) -> None:
-    """Prints what `measures` returns."""
-    future = len(next(iter(next(iter(found["nmse"].values())).values())))
-    at = [h for h in (1, 2, 4, 8, 16, 32) if h < future] + [future]
-    print("\n" + f"{'NMSE at token':<30}" + "".join(f"{h:>9}" for h in at))
+    """Prints the result of `measures`."""
+    first_scale = next(iter(found["nmse"].values()))
+    future = len(next(iter(first_scale.values())))
+    tokens = [h for h in (1, 2, 4, 8, 16, 32) if h < future] + [future]
+    print(f"\n{'NMSE at token':<30}" + "".join(f"{h:>9}" for h in tokens))
     for scale, rows in found["nmse"].items():
         for name, errors in rows.items():
-            print(f"{f'{name}, scale {scale}':<30}" + "".join(f"{errors[h - 1]:>9.4f}" for h in at))
+            print(f"{f'{name}, scale {scale}':<30}" + "".join(f"{errors[h - 1]:>9.4f}" for h in tokens))
     for part in ("advantages", "actions"):
         for name, row in found[part].items():
             print(f"{f'{part}: {name}':<30}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
@@ -165,9 +191,11 @@ def table_rows(args: Any) -> Iterator[Any]:
     """The arguments of every row of a table of planners: all combinations of the names in args (a dataclass with the
     fields of `HOW`), but for parts that a planner or scorer ignores."""
     seen = set()
-    for row in itertools.product(*(getattr(args, name).split(",") for name in HOW)):
-        planner, scorer, rollouts = (row[0], "-", "-") if row[0] in ("mppi", "pi") else row
-        rollouts = "-" if scorer == "random" else rollouts
+    for planner, scorer, rollouts in itertools.product(*(getattr(args, name).split(",") for name in HOW)):
+        if planner in ("mppi", "pi"):
+            scorer = rollouts = "-"
+        if scorer == "random":
+            rollouts = "-"
         if (planner, scorer, rollouts) not in seen:
             seen.add((planner, scorer, rollouts))
             yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
@@ -176,31 +204,37 @@ def table_rows(args: Any) -> Iterator[Any]:
 def compare_planners(
     args: Any, tasks: Sequence[str], evaluate: Callable[[Any, int], Evaluation], know: Callable[[int], dict[str, Any]]
 ) -> None:
-    """What --evaluate leaves: for each task a table of planners, scorers and roll-outs, and what the networks know;
-    all of it in --json, and films of the last rows. args has the fields of `HOW`, checkpoint, json and seed.
+    """Prints and writes the results of --evaluate: for each task a table of planners, scorers and roll-outs, and what
+    the networks know; all of it in --json, and films of the last rows.
 
     Args:
+        args: has the fields of `HOW`, checkpoint, json and seed.
         evaluate: called with the arguments of a row and a task's index.
         know: called with a task's index; returns what `measures` does, or nothing.
     """
     parts = []
     for i, task in enumerate(tasks):
-        spec, table = task_spec(task), []
-        print(f"\n{task}\n" if len(tasks) > 1 else "", end="")
-        rate = f"{'success':>9}" * spec.success
-        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}{rate}", flush=True)
+        success = task_spec(task).success
+        if len(tasks) > 1:
+            print(f"\n{task}")
+        success_head = f"{'success':>9}" if success else ""
+        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}{success_head}", flush=True)
+        table = []
         for row in table_rows(args):
             returns, successes, frames, fps = evaluate(row, i)
-            rate = f"{successes.mean():>9.2f}" * spec.success
-            how = f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}"
-            print(f"{how}{returns.mean():>8.1f} {returns.std():>8.1f}{rate}", flush=True)
-            table.append({name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()})
-            table[-1] |= {"successes": successes.tolist()} if spec.success else {}
-        if known := know(i):
+            names = f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}"
+            rate = f"{successes.mean():>9.2f}" if success else ""
+            print(f"{names}{returns.mean():>8.1f} {returns.std():>8.1f}{rate}", flush=True)
+            result = {name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()}
+            if success:
+                result["successes"] = successes.tolist()
+            table.append(result)
+        known = know(i)
+        if known:
             print_measures(known)
         parts.append({"task": task, "table": table, "held_out": known})
         report_video(args.checkpoint, frames, fps, task if len(tasks) > 1 else "")
     if args.json:
-        parts = parts[0] if len(tasks) == 1 else {"tasks": parts}
-        results = {"checkpoint": args.checkpoint, "seed": args.seed} | parts
+        results = parts[0] if len(tasks) == 1 else {"tasks": parts}
+        results = {"checkpoint": args.checkpoint, "seed": args.seed} | results
         write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
