@@ -45,7 +45,7 @@ from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
 from tdmpc2_support.run.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
-from tdmpc2_support.run.schedule import Streams, due, random_streams, seed_steps_of, updates_due
+from tdmpc2_support.run.schedule import Streams, check_windows, due, random_streams, seed_steps_of, updates_due
 
 
 # --------------------------------------------------------------------------------------------------- Agent and Args
@@ -891,6 +891,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
         # Log
         logger.log_episodes(step, done, infos)
         if due(step, logger.logged, args.log_freq):
+            check_windows(replay.size, count["updates"], agent.horizon)
             logger.log_losses(step, info)
         logger.advance(step)
 
@@ -921,7 +922,7 @@ def run(args: Args) -> None:
 def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.run_folder, SCRIPTS))
-        cli.check_bounds(args)
+        cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent)))
         if args.capture_video:
             environments.check_rendering(args.task)
         use_compile_cache(args.compile_cache)

@@ -33,7 +33,7 @@ from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
 from tdmpc2_support.run.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
-from tdmpc2_support.run.schedule import Streams, due, random_streams, updates_due
+from tdmpc2_support.run.schedule import Streams, check_windows, due, random_streams, updates_due
 
 
 # --------------------------------------------------------------------------------------------------- Agent and Args
@@ -795,6 +795,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
         # Log
         logger.log_episodes(step, done, infos)
         if due(step, logger.logged, args.log_freq):
+            check_windows(replay.size, count["updates"], agent.horizon)
             logger.log_losses(step, info)
         logger.advance(step)
 

@@ -31,6 +31,7 @@ CARTPOLE = ["--task", "cartpole-balance"]
         ([*CARTPOLE, "--evaluate", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
         ([*CARTPOLE, "--num-elites", 1000], ["--num-elites"]),
         ([*CARTPOLE, "--latent-dim", 30], ["--simnorm-dim"]),
+        ([*CARTPOLE, "--simnorm-dim", 7], ["--latent-dim"]),
         ([*CARTPOLE, "--utd", 0], ["--utd"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40],

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tdmpc2_support.envs.tasks import TaskSpec
+from tdmpc2_support.errors import UserError
 
 
 class Streams(NamedTuple):
@@ -52,3 +53,18 @@ def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst
         return 0
     total = int(seed_steps + (decisions - seed_steps) * utd)
     return (total - updates) // burst
+
+
+def check_windows(windows: Any, updates: int, horizon: int) -> None:
+    """Stops a run that learns from a replay in which no window is left: all episodes in it are shorter than one.
+
+    Args:
+        windows: number of windows in the replay; on the device until here.
+        updates: made so far.
+        horizon: of a window.
+
+    Raises:
+        UserError: there is none, though there was one before.
+    """
+    if updates and not windows:
+        raise UserError(f"the replay holds no window of {horizon + 1} entries any more: all episodes are shorter")
