@@ -26,20 +26,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import envs as environments
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
-from tdmpc2_support.cli import (
-    Count,
-    Flat,
-    Fraction,
-    FromTask,
-    Name,
-    Natural,
-    NewFile,
-    Number,
-    Positive,
-    Several,
-    Share,
-    Weight,
-)
+from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.devices import committed, use_compile_cache, use_huge_pages
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings

@@ -1,7 +1,4 @@
-"""What a script's command line needs: types of arguments with their bounds, what may be left out, error sentences.
-
-lr: Positive = 3e-4  # learning rate                          a field of a script's `Agent` or `Args`
-check_bounds(args)                                            refuses `--lr nan` in one sentence
+"""What a script's command line needs: what may be left out, checks, error sentences.
 
 A script has two frozen dataclasses: `Agent`, which is what defines the agent, and `Args`, which is all else and holds
 an `Agent` in its field `agent`. On the command line, in args.json and in checkpoints the names of both stand together.
@@ -10,7 +7,6 @@ an `Agent` in its field `agent`. On the command line, in args.json and in checkp
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import re
 import signal
 import sys
@@ -18,51 +14,19 @@ import typing
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from tdmpc2_support.bounds import (  # noqa: F401
+    Bounds, Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight, names,
+)  # fmt: skip
 from tdmpc2_support.envs.tasks import TASK_SETS, set_tasks, task_spec
 from tdmpc2_support.errors import UserError
 
-# ------------------------------------------------------------------------------------------------ Types of arguments
 T = TypeVar("T")
 Flat = tyro.conf.OmitArgPrefixes  # Flat[Agent]: the flags of its fields are --lr, not --agent.lr
 FromTask = Annotated[T, tyro.conf.Suppress]  # FromTask[int]: no flag; the task decides it, so that it is not saved
-
-
-class Bounds(NamedTuple):
-    """What an argument may be, as part of its type."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-Count = Annotated[int, Bounds(lambda x: 1 <= x < 2**31, "a whole number from 1 to 2^31 - 1")]
-Several = Annotated[int, Bounds(lambda x: 2 <= x < 2**31, "a whole number from 2 to 2^31 - 1")]
-Natural = Annotated[int, Bounds(lambda x: 0 <= x < 2**31, "a whole number from 0 to 2^31 - 1")]
-Number = Annotated[float, Bounds(math.isfinite, "a finite number")]
-Positive = Annotated[float, Bounds(lambda x: 0 < x < math.inf, "a positive number")]
-Weight = Annotated[float, Bounds(lambda x: 0 <= x < math.inf, "a number that is not negative")]
-Share = Annotated[float, Bounds(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
-Fraction = Annotated[float, Bounds(lambda x: 0 <= x < 1, "a number from 0 to less than 1")]
-
-
-def is_name(x: str) -> bool:
-    """Whether a text can be a folder's name, or a path below one."""
-    parts = Path(x).parts
-    if not parts or not x.isprintable() or {"/", ".."} & {*parts}:
-        return False
-    return max(map(len, parts)) <= 100 and len(x) <= 200
-
-
-NewFile = Annotated[str, Bounds(lambda x: Path(x).absolute().parent.is_dir(), "a file in a folder that exists")]
-Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a path below the task's folder")]
-
-
-def names(*known: str) -> Any:
-    """Type of an argument that is one of these names, or several of them with commas where a script takes several."""
-    return Annotated[str, Bounds(lambda x: {*x.split(",")} <= {*known}, f"one of {', '.join(known)}")]
 
 
 # ------------------------------------------------------------------------------------------------ The two dataclasses

@@ -92,10 +92,11 @@ def test_the_arguments_that_two_scripts_share_have_the_same_type_default_and_exp
 
 LAYERS = {  # what a module of the package may import of it, beside what its own folder has
     "errors": set(),
+    "bounds": set(),
     "files": set(),
     "convolution": set(),
     "envs": {"errors", "files"},
-    "cli": {"envs", "errors"},
+    "cli": {"bounds", "envs", "errors"},
     "devices": {"errors"},
     "data": {"envs", "cli", "devices", "errors", "files"},
     "run": {"agents", "data", "envs", "cli", "devices", "errors", "files"},
