@@ -2,10 +2,10 @@
 
 import fcntl
 import json
+import sys
 
 import pytest
 
-import envs
 import tdmpc2_jax as td
 import tdmpc_jax
 from tdmpc2_support.cli import settings
@@ -122,11 +122,14 @@ def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
 
 
 def test_video_without_a_gl_library_names_the_packages(refused, monkeypatch):
-    def no_gl(task):
-        raise envs.UserError("no GL library works here: apt-get install libegl1 ...")
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # each library is tried in a process of its own: none works
+    assert "apt-get install -y libegl1" in refused(*CARTPOLE, "--capture-video")
 
-    monkeypatch.setattr(envs, "check_rendering", no_gl)  # what it finds is tested in test_envs.py
-    assert "apt-get install" in refused(*CARTPOLE, "--capture-video")
+
+def test_video_that_the_user_has_switched_off_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    assert "MUJOCO_GL=disable forbids pictures" in refused(*CARTPOLE, "--capture-video")
 
 
 def test_the_command_line_exits_with_one_sentence(script):

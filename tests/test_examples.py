@@ -38,7 +38,8 @@ def test_a_fork_with_all_of_them_trains_evaluates_and_resumes(tmp_path, monkeypa
     fork.main([*flags, "--total-timesteps", "150", "--smooth-coef", "0.5"])
     folder = tmp_path / "runs" / "QuietPendulum-v0" / "tdmpc2_jax" / "1"
     assert json.loads((folder / "args.json").read_text())["smooth_coef"] == 0.5
-    assert all(value > 0 for _, value in read_scalars(folder, "losses/smooth_loss"))
+    smooth = [value for _, value in read_scalars(folder, "losses/smooth_loss")]
+    assert smooth and min(smooth) > 0
     fork.main([*flags, "--total-timesteps", "200", "--resume"])
     assert [row["step"] for row in csv.DictReader((folder / "eval.csv").open())] == ["0", "150", "200"]
     capsys.readouterr()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -125,17 +124,20 @@ def test_a_ctrl_c_before_the_run_has_begun_is_one_sentence(start, tmp_path):
     assert child.returncode == 130 and "--resume" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_step(start, here, tmp_path, number):
+SIGNALS = [(signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM), (signal.SIGUSR1,), (signal.SIGINT,)]
+
+
+@pytest.mark.parametrize("numbers", SIGNALS, ids=lambda numbers: "-".join(number.name for number in numbers))
+def test_signals_end_the_run_with_a_checkpoint_of_the_last_step(start, here, tmp_path, numbers):
     folder = tmp_path / "runs" / FOLDER
     child = start(*POINT, "--total-timesteps", 100_000)
     wait_for(lambda: (folder / "checkpoints" / "200").exists(), child)
-    time.sleep(0.3)
-    child.send_signal(number)
+    for number in numbers:
+        child.send_signal(number)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 128 + number and "--resume" in err
+    assert child.returncode - 128 in numbers and "--resume" in err and "Traceback" not in err
     count = count_of(folder)
-    assert f"at simulator step {count['decisions']};" in err and count["decisions"] > 200
+    assert f"at simulator step {count['decisions']};" in err and count["decisions"] >= 200
     status, _, err = here(*POINT, "--total-timesteps", count["decisions"] + 50, "--resume")
     assert status == 0, err
     assert count_of(folder)["decisions"] == count["decisions"] + 50
@@ -194,7 +196,7 @@ def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, here, tmp_pa
     child = start(*flags, "--checkpoint-freq", 50, "--total-timesteps", 1_000_000)
     folder = tmp_path / "runs" / "strange_envs:Slow-v0" / "tdmpc2_jax" / "1"
     wait_for(lambda: (folder / "checkpoints" / "50").exists(), child)
-    time.sleep(3)  # five random decisions later begins an evaluation of at least 40 slow steps
+    wait_for(lambda: (tmp_path / "slow").exists(), child)  # it is in the evaluation, of at least 40 slow steps
     assert len((folder / "eval.csv").read_text().splitlines()) == 2  # header and step 0
     workers = children(child.pid)
     child.send_signal(number)
@@ -227,8 +229,9 @@ def test_several_environments_with_terminations_share_one_run(here, tmp_path, na
     folder = tmp_path / "runs" / "strange_envs:Falling-v0" / name / "1"
     meta = meta_of(folder, name)
     assert 400 <= meta["count"]["decisions"] < 404
-    termination = read_scalars(folder, "losses/termination_loss") if name == "tdmpc2_jax" else []
-    assert all(value > 0 for _, value in termination), "it has a termination head"
+    if name == "tdmpc2_jax":
+        termination = [value for _, value in read_scalars(folder, "losses/termination_loss")]
+        assert termination and min(termination) > 0, "it has a termination head"
     due = 100 + (meta["count"]["decisions"] - 100) * 0.5
     assert due - 4 <= meta["count"]["updates"] <= due
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
