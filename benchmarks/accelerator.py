@@ -33,8 +33,9 @@ from benchmarks import speed
 from benchmarks.distillation import Args as DistillationArgs
 from benchmarks.distillation import cost
 from tdmpc2_support.data.recorded import Recorded
+from tdmpc2_support.run.schedule import random_streams
 
-TASK, DISCOUNT = "walker-walk", speed.DISCOUNT
+TASK = "walker-walk"
 OBS, ACTION = 24, 6  # its sizes
 
 
@@ -65,24 +66,25 @@ def measure(turn, args: Args, update: Callable, **plans: Callable) -> dict[str, 
 
 def online(turn, args: Args, num_envs: int, compute_dtype: str = "float32") -> dict[str, float]:
     """tdmpc2_jax.py, 5M."""
-    script, key, n = speed.tdmpc2_jax, jax.random.key(1), num_envs
-    its = script.with_model_size(script.Args(task=TASK, num_envs=n, compute_dtype=compute_dtype))
-    model = script.make_model(its, OBS, ACTION, False)
-    held, replay = [script.fresh_state(its, model)["train"]], speed.filled_replay(its, model)
-    obs, mean, first = np.ones((n, OBS), np.float32), jnp.zeros((n, its.horizon, ACTION)), np.zeros(n, bool)
-
-    def update():
-        held[0], info = script.train(its, model, held[0], replay, DISCOUNT, num_updates=1)
-        return info
-
-    def plan():
-        return script.act(its, model, held[0].params, obs, mean, first, DISCOUNT, key, explore=True)
-
+    script, key, n = speed.td, jax.random.key(1), num_envs
+    agent = script.Agent(compute_dtype=compute_dtype)
     with closing(environments.make_envs(TASK, n, seed=0)) as envs:
-        _, held[0] = speed.loop_decisions_per_s(its, model, held[0], envs, 0)  # compiles
+        agent = script.for_task(agent, TASK, envs)
+        state, replay = script.fresh_state(agent, random_streams(0))["train"], speed.filled_replay(agent, n)
+        obs, mean, first = np.ones((n, OBS), np.float32), jnp.zeros((n, agent.horizon, ACTION)), np.zeros(n, bool)
+
+        def update():
+            nonlocal state  # the one passed in is consumed
+            state, info = script.train(agent, state, replay, num_updates=1)
+            return info
+
+        def plan():
+            return script.act(agent, state.params, obs, mean, first, key, explore=True)
+
+        _, state = speed.loop_decisions_per_s(agent, n, state, envs, 0)  # compiles
         row = measure(turn, args, update, plan=plan)
         with turn:
-            rate, _ = speed.loop_decisions_per_s(its, model, held[0], envs, args.seconds)
+            rate, _ = speed.loop_decisions_per_s(agent, n, state, envs, args.seconds)
     return row | {"steps_per_s": rate * environments.task_spec(TASK).action_repeat}
 
 
@@ -109,20 +111,21 @@ def first_version(turn, args: Args) -> dict[str, float]:
     """tdmpc_jax.py, at the end of its schedules."""
     from benchmarks.speed_tdmpc1 import filled_replay, td
 
-    its = td.with_task_defaults(td.Args())
-    model, key = td.make_model(its, OBS, ACTION), jax.random.key(0)
-    held = [jax.tree.map(jnp.copy, td.fresh_state(its, model)["train"]), filled_replay(100_000, OBS, ACTION)]
-    params, obs = jax.tree.map(jnp.copy, held[0].params), np.ones((1, OBS), np.float32)
-    schedule = td.Schedule(np.array([its.horizon], np.int32), np.float32(its.min_std))
-    mean, first = jnp.zeros((1, its.horizon, ACTION)), np.zeros(1, bool)
+    agent = td.with_task_defaults(td.Args()).agent
+    agent = dataclasses.replace(agent, obs_dim=OBS, action_dim=ACTION)
+    state = jax.tree.map(jnp.copy, td.fresh_state(agent, random_streams(0))["train"])
+    replay = filled_replay(agent, 100_000)
+    params, obs, key = jax.tree.map(jnp.copy, state.params), np.ones((1, OBS), np.float32), jax.random.key(0)
+    limits = td.Schedule(np.array([agent.horizon], np.int32), np.float32(agent.min_std))
+    mean, first = jnp.zeros((1, agent.horizon, ACTION)), np.zeros(1, bool)
 
     def update():
-        *held[:], info = td.train(its, model, *held, num_updates=1)
+        nonlocal state, replay  # those passed in are consumed
+        state, replay, info = td.train(agent, state, replay, num_updates=1)
         return info
 
-    return measure(
-        turn, args, update, plan=partial(td.act, its, model, params, obs, mean, first, schedule, key, explore=True)
-    )
+    plan = partial(td.act, agent, params, obs, mean, first, limits, key, explore=True)
+    return measure(turn, args, update, plan=plan)
 
 
 def distilled(turn, args: Args, compute_dtype: str = "float32") -> dict[str, float]:

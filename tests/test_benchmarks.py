@@ -7,26 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import envs
 import tdmpc2_jax as td
 from benchmarks import distillation, environments, learning, multitask, speed, speed_multitask
+from tdmpc2_support.run.schedule import random_streams
 
 O, A = 5, 3  # noqa: E741
 SMALL = {"enc_dim": 24, "mlp_dim": 48, "latent_dim": 32, "num_enc_layers": 2, "num_q": 3, "num_bins": 21}
-ARGS = td.Args(**SMALL, batch_size=16, num_samples=64, num_elites=8, num_pi_trajs=8)
+AGENT = td.Agent(**SMALL, batch_size=16, num_samples=64, num_elites=8, num_pi_trajs=8, obs_dim=O, action_dim=A)
 
 
 @pytest.fixture(scope="module")
 def traced():
     """Jaxprs of one update and of one plan of a small model."""
-    model = td.make_model(ARGS, O, A, episodic=False)
-    state, replay = jax.eval_shape(lambda: (td.fresh_state(ARGS, model)["train"], td.init_replay(50, 1, O, A)))
-    obs, prev_mean, first = jnp.zeros((1, O)), jnp.zeros((1, ARGS.horizon, A)), jnp.ones(1, bool)
-    key = jax.random.key(0)
-    update = td.train.trace(ARGS, model, state, replay, 0.99, num_updates=2)
-    plan = td.act.trace(ARGS, model, state.params, obs, prev_mean, first, 0.99, key, explore=True)
+    shapes = jax.eval_shape(lambda: (td.fresh_state(AGENT, random_streams(0))["train"], td.init_replay(AGENT, 50, 1)))
+    obs, prev_mean, first = jnp.zeros((1, O)), jnp.zeros((1, AGENT.horizon, A)), jnp.ones(1, bool)
+    update = td.train.trace(AGENT, *shapes, num_updates=2)
+    plan = td.act.trace(AGENT, shapes[0].params, obs, prev_mean, first, jax.random.key(0), explore=True)
     return update.jaxpr, plan.jaxpr
 
 
@@ -43,7 +42,7 @@ FROM_Z, FROM_A = 2 * Z * W, 2 * A * W  # first layers' shares
 
 
 def test_products_of_an_update_agree_with_a_count_by_hand(traced):
-    H, B, q = ARGS.horizon, ARGS.batch_size, ARGS.num_q
+    H, B, q = AGENT.horizon, AGENT.batch_size, AGENT.num_q
     target = H * B * (ENCODER + PI + 2 * HEAD)
     # behind a forward pass: the weights' gradients (as much again), and the inputs' but for what needs none
     encoder = B * (3 * ENCODER - ENCODER_FIRST)
@@ -55,11 +54,11 @@ def test_products_of_an_update_agree_with_a_count_by_hand(traced):
 
 
 def test_products_of_a_plan_agree_with_a_count_by_hand(traced):
-    H, N, P = ARGS.horizon, ARGS.num_samples, ARGS.num_pi_trajs
+    H, N, P = AGENT.horizon, AGENT.num_samples, AGENT.num_pi_trajs
     proposals = P * ((H - 1) * DYNAMICS + H * PI)
     iteration = N * (H * (DYNAMICS + HEAD) + PI + 2 * HEAD - 2 * FROM_Z)  # the first step's z is shared by all samples
     counted = speed.total_gflop(speed.count_products(traced[1])) * 1e9
-    assert counted == pytest.approx(proposals + ARGS.iterations * iteration, rel=0.02)
+    assert counted == pytest.approx(proposals + AGENT.iterations * iteration, rel=0.02)
 
 
 def test_products_in_a_loop_of_unknown_length_are_refused():
@@ -92,7 +91,8 @@ def quick_compilation():
 
 def test_every_figure_is_measured_and_written(quick_compilation):
     """On a small model and for a moment: the values mean nothing here, only that all are there."""
-    row = speed.measure(dataclasses.replace(ARGS, horizon=1), None, None, repeats=1, loop_s=0.1)
+    args = td.Args(agent=dataclasses.replace(AGENT, horizon=1))
+    row = speed.measure(args, None, None, repeats=1, loop_s=0.1)
     written = json.loads(speed.as_json([row]))
     assert written.pop("rows") == [written]
     for part in ("update", "plan"):
