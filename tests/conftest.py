@@ -1,5 +1,6 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
+import gc
 import importlib.metadata
 import os
 import signal
@@ -32,6 +33,7 @@ os.environ |= {
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and children would inherit that
 sys.path.insert(0, str(ROOT))
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -48,6 +50,25 @@ SMALL = {
     + SMALL[: SMALL.index("--num-q")]
     + SMALL[SMALL.index("--num-q") + 2 :],
 }
+
+
+GB_A_WORKER = 2.5
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many test processes as there are cores, if there is memory for them."""
+    from tdmpc2_support.devices import available_bytes
+
+    return max(1, min(len(os.sched_getaffinity(0)), int(available_bytes() / (GB_A_WORKER * 1e9))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs go with the file that needed them: each takes memory and 100 to 200 of the 65,530 memory maps
+    that Linux allows a process. They stay on the disk for the next file that asks for the same."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 # The longest first: of two processes, neither should end with one of them
