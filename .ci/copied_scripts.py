@@ -9,10 +9,12 @@ what is in its way. At last it compares the list of installed files with what ma
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +35,23 @@ SCRIPTS = {  # flags, and how the second start goes further than the first
 MAY_BE_INSTALLED = ("tdmpc", "envs.py", "deploy.py", "__pycache__/", "__editable__")
 
 
-def start(folder: Path, script: str, flags: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+class Failed(Exception):
+    """A script did not do what it should; the message has all that it printed."""
+
+
+def start(folder: Path, script: str, flags: str) -> subprocess.CompletedProcess:
     """Runs the copy of a script that is in this folder, from there."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster; what is computed is tested elsewhere
+    }
     command = [sys.executable, f"{script}.py", *flags.split()]
     before = time.monotonic()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    print(f"{script:22}{' '.join(flags.split()[-3:]):40}{time.monotonic() - before:6.1f} s", flush=True)
+    print(f"{folder.name:32}{' '.join(flags.split()[-3:]):36}{time.monotonic() - before:6.1f} s", flush=True)
     return done
 
 
@@ -49,50 +62,55 @@ def copied(script: str, folder: Path) -> Path:
     return folder
 
 
-def one_sentence(done: subprocess.CompletedProcess) -> bool:
-    """Whether a script has ended with an error of one line."""
-    lines = done.stderr.strip().splitlines()
-    return done.returncode != 0 and len(lines) == 1 and lines[0].startswith("error: ")
+def check_two_starts(work: Path, script: str) -> None:
+    """Trains, and goes on with --resume, in a folder that was empty; Failed if either start ends badly."""
+    flags, length, first, second = SCRIPTS[script]
+    folder = copied(script, work / script)
+    for more in (f"{length} {first}", f"{length} {second} --resume"):
+        done = start(folder, script, f"{flags} {more}")
+        if done.returncode:
+            raise Failed(f"{script}.py {flags} {more}: status {done.returncode}\n{done.stdout}{done.stderr}")
 
 
-def failed(done: subprocess.CompletedProcess, what: str) -> None:
-    sys.exit(f"{what} failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+def check_beside_generic_names(work: Path, script: str, packages: bool) -> None:
+    """Starts beside folders of the fork's own; Failed if it ends with more than one sentence."""
+    flags, length, first, _ = SCRIPTS[script]
+    folder = copied(script, work / f"{script}, {'packages' if packages else 'folders'}")
+    for generic in GENERIC:
+        (folder / generic).mkdir()
+        if packages:
+            (folder / generic / "__init__.py").touch()
+    done = start(folder, script, f"{flags} {length} {first}" if packages else "--help")
+    if done.returncode:
+        print(f"  {done.stderr.strip()}", flush=True)
+    if done.returncode and not re.fullmatch("error: [^\n]*\n", done.stderr):
+        raise Failed(f"{folder.name}: status {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def check_installed_names() -> None:
+    """Failed if something is installed under a name that is not a script's, the package's or envs.py."""
+    files = [str(path) for path in importlib.metadata.files("tdmpc2-jax-single-file") or []]
+    generic = [path for path in files if not path.startswith(MAY_BE_INSTALLED)]
+    if generic or not files:
+        raise Failed(f"installed under generic names: {', '.join(generic) or 'nothing is installed'}")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
+    others = [script for script in SCRIPTS if script != "tdmpc2_jax"]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         work = Path(name)
-        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-        environment |= {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster; what is computed is tested elsewhere
-        }
-        for script, (flags, length, first, second) in SCRIPTS.items():
-            folder = copied(script, work / script)
-            for more in (f"{length} {first}", f"{length} {second} --resume"):
-                done = start(folder, script, f"{flags} {more}", environment)
-                if done.returncode:
-                    failed(done, f"{script}.py {flags} {more}")
-        for kind in ("folders", "packages"):
-            for script, (flags, length, first, _) in SCRIPTS.items():
-                folder = copied(script, work / f"{script}_{kind}")
-                for generic in GENERIC:
-                    (folder / generic).mkdir()
-                    if kind == "packages":
-                        (folder / generic / "__init__.py").touch()
-                more = "--help" if kind == "folders" else f"{length} {first}"
-                done = start(folder, script, f"{flags} {more}", environment)
-                if done.returncode and not one_sentence(done):
-                    failed(done, f"{script}.py beside {kind} with generic names")
-                if done.returncode:
-                    print(f"  {done.stderr.strip()}")
-    files = [str(path) for path in importlib.metadata.files("tdmpc2-jax-single-file") or []]
-    generic = [path for path in files if not path.startswith(MAY_BE_INSTALLED)]
-    if generic:
-        sys.exit(f"installed under generic names: {', '.join(generic)}")
-    print(f"{len(SCRIPTS)} scripts run and resume where they were copied to; {len(files)} files are installed")
+        check_two_starts(work, "tdmpc2_jax")
+        checks = [pool.submit(check_two_starts, work, script) for script in others]
+        for packages in (False, True):
+            checks += [pool.submit(check_beside_generic_names, work, script, packages) for script in SCRIPTS]
+        for check in checks:
+            check.result()
+        check_installed_names()
+    print(f"{len(SCRIPTS)} scripts run and resume where they were copied to")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as failure:
+        sys.exit(str(failure))
