@@ -28,7 +28,7 @@ from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
 from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
-from tdmpc2_support.devices import committed, use_compile_cache, use_huge_pages
+from tdmpc2_support.devices import committed, keep_freed_memory, use_compile_cache
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
@@ -921,5 +921,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_freed_memory()
     main()

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from tdmpc2_support.run.runs import Run
 
 import envs as environments
 import world_model
@@ -42,10 +43,9 @@ from tdmpc2_support.data.recorded import (
     table_rows,
     windows_at,
 )
-from tdmpc2_support.devices import shapes_on, use_compile_cache, use_huge_pages
+from tdmpc2_support.devices import keep_freed_memory, shapes_on, use_compile_cache
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint, read_meta
 from tdmpc2_support.run.reports import RETURNS_COLUMNS, curve_of, evaluating, play, record_each, returns_head
-from tdmpc2_support.run.runs import Run
 from world_model import World, WorldModel, follow, init_replays, make_model, policy, two_hot_inv, value, world_of
 
 
@@ -904,5 +904,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_freed_memory()
     main()

@@ -1005,5 +1005,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    devices.use_huge_pages()
+    devices.keep_freed_memory()
     main()

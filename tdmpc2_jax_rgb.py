@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from tdmpc2_support.run.runs import Run
 
 import envs as environments
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
 from tdmpc2_support.cli import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.convolution import convolve
-from tdmpc2_support.devices import place_replay, use_compile_cache, use_huge_pages
+from tdmpc2_support.devices import keep_freed_memory, place_replay, use_compile_cache
 from tdmpc2_support.run.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
-from tdmpc2_support.run.runs import Run
 
 
 # ------------------------------------------------------------------------------------------------------------- Args
@@ -846,5 +846,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_freed_memory()
     main()

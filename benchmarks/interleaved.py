@@ -31,6 +31,10 @@ import tyro
 
 DISCOUNT = 0.99
 CALLS = ("update", "plan", "decision")
+# What keep_freed_memory of tdmpc2_support/devices.py tells the allocator, here also for checkouts that do not have it
+KEEP_FREED_MEMORY = ":".join(
+    f"glibc.malloc.{option}" for option in ("arena_max=1", "trim_threshold=1073741824", "mmap_threshold=1073741824")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +164,7 @@ def measure(checkouts: tuple[Path, ...], names: tuple[str, ...], rounds: int, *c
     ends, processes = [], []
     try:
         for checkout in checkouts:
-            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # for all alike
+            os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # for all alike
             mine, theirs = spawn.Pipe()
             processes.append(spawn.Process(target=serve, args=(theirs, str(checkout.resolve()), *config), daemon=True))
             processes[-1].start()

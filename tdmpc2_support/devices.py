@@ -1,11 +1,11 @@
 """Devices: programs kept between starts, memory that is free, and arrays spread over devices and processes."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdmpc2_support.errors import UserError
+
+# Options of mallopt, from glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 
 
 def use_compile_cache(wanted: bool) -> None:
@@ -39,14 +44,27 @@ def processor_kind() -> str:
     return hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:12]
 
 
-def use_huge_pages() -> None:
-    """Starts this process anew with glibc's allocator asking for huge pages, unless it was told how to allocate or
-    there is an accelerator. XLA allocates what a program needs anew at every call: without them an update of the 1M
-    model takes 23,000 page faults (with them some 100) and a sixth longer. Does nothing elsewhere than on Linux."""
-    accelerators = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("accel*"), *Path("/dev").glob("kfd")]
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not accelerators:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def keep_freed_memory(root: Path = Path("/")) -> bool:
+    """Tells the C library's allocator to keep memory that was freed for what is allocated next; whether it did.
+
+    XLA allocates the temporary memory of a program anew at every call (89 MB for an update of the 1M model). Unless it
+    is kept the system takes it back each time, and clears each page at its next first use: 22,000 page faults, about
+    a third of an update's time on a CPU. Blocks of 1 GiB or more are still given back, as a large replay's copy for a
+    checkpoint. One arena serves all threads: those of later threads cannot hold a block above 64 MB.
+
+    Call it where a program starts: threads that have allocated before keep their arenas. It does nothing beside an
+    accelerator, without glibc, or if the user has said how to allocate (GLIBC_TUNABLES=glibc.malloc..., MALLOC_...).
+    root is the folder that holds dev/.
+    """
+    accelerators = [path for kind in ("nvidia[0-9]*", "accel*", "kfd") for path in (root / "dev").glob(kind)]
+    told = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    told = told or any(name.startswith("MALLOC_") for name in os.environ)
+    if told or platform.libc_ver()[0] != "glibc" or (accelerators and os.environ.get("JAX_PLATFORMS") != "cpu"):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    if not mallopt(M_MMAP_THRESHOLD, 2**30):  # old versions allow 32 MiB, too little
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**30) and mallopt(M_ARENA_MAX, 1))
 
 
 def shapes_on(sharding: jax.sharding.Sharding, make: Callable, *args: Any) -> Any:

@@ -26,7 +26,6 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"] if WORKER else CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", FLAGS),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # what scripts start themselves anew for
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
 }

@@ -1,11 +1,19 @@
 """What devices.py says of memory and does with arrays."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from tdmpc2_support.devices import available_bytes, committed
+from tdmpc2_support.devices import available_bytes, committed, keep_freed_memory
+
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 GB = 10**9
 NO_LIMIT_V1 = 2**63 - 4096  # what the kernel writes where version 2 writes the word max
@@ -48,6 +56,70 @@ def group_v1(limit, used=0, cached=0, below=0):
     stat += f"total_cache {cached * GB}\ntotal_inactive_file {cached * GB}\ntotal_active_file 0"
     usage = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used * GB}
     return usage | {"memory.stat": stat}
+
+
+# A program with 100 MB of temporary memory, and the page faults of a call once small blocks have found their places
+FAULTS = """
+import resource, sys, jax, jax.numpy as jnp
+from tdmpc2_support.devices import keep_freed_memory
+assert "keep" not in sys.argv or keep_freed_memory()
+product = jax.jit(lambda a, b, c: a @ b @ c)
+a, b, c = jnp.ones((5000, 8)), jnp.ones((8, 5000)), jnp.ones((5000, 8))
+for i in range(40):
+    if i == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    product(a, b, c).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 20)
+"""
+
+# Debuggers, profilers and notebooks run a script in a process that is not its own
+BY_RUNPY = """
+import runpy, sys
+print("started")
+sys.argv = ["tdmpc2_jax.py", "--help"]
+try:
+    runpy.run_path("tdmpc2_jax.py", run_name="__main__")
+finally:
+    print("ended")
+"""
+
+
+def child(code, *args, **env):
+    """What a Python process prints that runs this code, with no allocator's settings but these."""
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")} | env
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+@GLIBC
+def test_temporary_memory_is_kept_between_calls_of_a_program():
+    assert int(child(FAULTS, "keep")) < 8_000 < 20_000 < int(child(FAULTS))
+
+
+@GLIBC
+@pytest.mark.parametrize("variable", [("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"), ("MALLOC_ARENA_MAX", "4")])
+def test_the_users_own_settings_of_the_allocator_stay(variable, monkeypatch, tmp_path):
+    monkeypatch.setenv(*variable)
+    assert not keep_freed_memory(root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "accel0", "kfd"])
+def test_beside_an_accelerator_the_allocator_stays_as_it_is(name, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / name).touch()
+    assert not keep_freed_memory(root=tmp_path)
+
+
+def test_without_glibc_nothing_is_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # as on macOS
+    assert not keep_freed_memory(root=tmp_path)
+
+
+def test_a_script_runs_once_in_the_process_that_started_it():
+    printed = child(BY_RUNPY).splitlines()
+    assert printed.count("started") == 1
+    assert printed[-1] == "ended"
 
 
 def test_without_control_groups_the_memory_is_what_the_kernel_calls_available(machine):
