@@ -25,12 +25,13 @@ PLANNER = "--num-samples 16 --num-elites 4 --num-pi-trajs 4 --iterations 1 --bat
 ONLINE = "../tdmpc2_jax"  # the first script's folder: its run is the world model of another, its episodes are data
 SETS = f"--data-dir {ONLINE}/data"
 WORLD_MODEL = f"--world-model {ONLINE}/runs/mw-reach/tdmpc2_jax/1"
+DIFFUSION = "--diffusion-batch-size 8 --eval-episodes 1"
 SCRIPTS = {  # flags, and how the second start goes further than the first
     "tdmpc2_jax": (f"{TASK} {NETWORKS} {PLANNER} --save-episodes data", "--total-timesteps", 240, 480),
     "tdmpc2_jax_rgb": (f"{TASK} {NETWORKS} {PLANNER}", "--total-timesteps", 240, 480),
     "tdmpc_jax": (f"{TASK} {NETWORKS} {PLANNER} --enc-dim 16", "--total-timesteps", 240, 480),
     "tdmpc2_jax_mt": (f"--tasks mw-reach {NETWORKS} {PLANNER} {SETS}", "--num-updates", 20, 40),
-    "tdmpc2_jax_diffusion": (f"{SETS} {WORLD_MODEL} --batch-size 8 --eval-episodes 1", "--num-updates", 20, 40),
+    "tdmpc2_jax_diffusion": (f"{SETS} {WORLD_MODEL} {DIFFUSION}", "--num-updates", 20, 20),  # its length is fixed
 }
 MAY_BE_INSTALLED = ("tdmpc", "envs.py", "deploy.py", "__pycache__/", "__editable__")
 
