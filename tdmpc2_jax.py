@@ -636,7 +636,7 @@ class Replay(NamedTuple):
         start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
         starts    0  1  4  5  6                 windows: a draw of 5 is the window of rows 5, 6, 7
         starts       1        6                 episodes: a draw of 6 is the second one, ...
-        number    1  2        1  2  3           ... whose windows start at row 6 and the two before it
+        is_start  0  2  0  0  0  0  3  0  0     ... which has three windows up to there
     """
 
     obs: jax.Array  # [C, n, O]
@@ -644,12 +644,11 @@ class Replay(NamedTuple):
     reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
     first: jax.Array  # [C, n] the entry is a reset: action and reward are filler
-    is_start: jax.Array  # [C, n] the entry is in the queue
+    is_start: jax.Array  # [C, n] the entry is in the queue; for episodes, how many windows its episode has up to it
     starts: jax.Array  # [C * n] ring of flat indices row * n + environment
     head: jax.Array  # position of the oldest start in the ring
     size: jax.Array  # length of the queue
     rows: jax.Array  # number of steps ever written
-    number: jax.Array | None  # [C, n] number of a start in its episode, from 1; only with --sample episodes
 
 
 def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
@@ -661,12 +660,11 @@ def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
         reward=jnp.zeros((C, n)),
         terminated=jnp.zeros((C, n), bool),
         first=jnp.zeros((C, n), bool),
-        is_start=jnp.zeros((C, n), bool),
+        is_start=jnp.zeros((C, n), jnp.int32 if agent.sample == "episodes" else bool),
         starts=jnp.zeros(C * n, jnp.int32),
         head=jnp.zeros((), jnp.int32),
         size=jnp.zeros((), jnp.int32),
         rows=jnp.zeros((), jnp.int32),
-        number=jnp.zeros((C, n), jnp.int32) if agent.sample == "episodes" else None,
     )
 
 
@@ -676,44 +674,56 @@ def add(agent: Agent, replay: Replay, step: Step) -> Replay:
     C, n = replay.first.shape
     row = replay.rows % C
     written = {k: getattr(replay, k).at[row].set(v) for k, v in step._asdict().items()}
-    expired = replay.is_start[row].sum()  # starts in the row that is overwritten: they are the oldest of the queue
-    is_start = replay.is_start.at[row].set(False)
-    head = (replay.head + expired) % (C * n)
-    size = replay.size - expired
-
     start = (replay.rows - agent.horizon) % C  # the windows that this step completes start here
     after_start = (start + 1 + jnp.arange(agent.horizon)) % C
     valid = ~written["first"][after_start].any(0) & (replay.rows >= agent.horizon)  # [n]
+    return Replay(**written, **move_queue(agent, replay, row, start, valid), rows=replay.rows + 1)
+
+
+def move_queue(agent: Agent, replay: Replay, row: jax.Array, start: jax.Array, valid: jax.Array) -> dict:
+    """Fields of the queue without the starts in `row`, which is overwritten: they are its oldest; and with those in row
+    `start` where valid [n]."""
+    C, n = replay.first.shape
+    expired = (replay.is_start[row] > 0).sum()
+    head = (replay.head + expired) % (C * n)
+    size = replay.size - expired
     before = (start - 1) % C
-    newest = is_start[before]  # [n] the newest of the queue
-    stays = newest
-    number = replay.number
+    newest = replay.is_start.at[row].set(False)[before]  # [n] the newest of the queue
+    stays = newest > 0
+    number = valid.astype(newest.dtype)
     if agent.sample == "episodes":  # the new window takes the place of the one before it in its episode
-        stays = newest & ~valid
-        number = number.at[start].set(jnp.where(newest, number[before], 0) + 1)
-    size -= newest.sum()
+        stays &= ~valid
+        number *= newest + 1
+    size -= (newest > 0).sum()
     added = jnp.concatenate([stays, valid])
     index = jnp.concatenate([before * n + jnp.arange(n), start * n + jnp.arange(n)])
     slots = jnp.where(added, (head + size + jnp.cumsum(added) - 1) % (C * n), C * n)  # C * n: dropped
-    starts = replay.starts.at[slots].set(index, mode="drop")
-    is_start = is_start.at[before].set(stays).at[start].set(valid)
-    size += added.sum()
-    return Replay(
-        **written, is_start=is_start, starts=starts, head=head, size=size, rows=replay.rows + 1, number=number
-    )
+    return {
+        "is_start": replay.is_start.at[row].set(False).at[before].set(newest * stays).at[start].set(number),
+        "starts": replay.starts.at[slots].set(index, mode="drop"),
+        "head": head,
+        "size": size + added.sum(),
+    }
 
 
-def sample(agent: Agent, replay: Replay, key: jax.Array) -> Batch:
-    """Windows, drawn with replacement: of all of them uniformly; or an episode uniformly, then one of its windows."""
+def draw_starts(agent: Agent, replay: Replay, key: jax.Array, oldest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows and environments [B] where windows start, drawn with replacement: of all of them uniformly; or an episode
+    uniformly, then one of its windows, none before row `oldest`."""
     C, n = replay.first.shape
     key, number_key = jax.random.split(key)
     drawn = jax.random.randint(key, (agent.batch_size,), 0, replay.size)
-    start, env = jnp.divmod(replay.starts[(replay.head + drawn) % (C * n)], n)
+    row, env = jnp.divmod(replay.starts[(replay.head + drawn) % (C * n)], n)
     if agent.sample == "episodes":
-        since_oldest = (start - replay.rows) % C + 1  # rows of the ring up to this one
-        windows = jnp.minimum(replay.number[start, env], since_oldest)  # of the episode, but for what is overwritten
-        start -= jax.random.randint(number_key, (agent.batch_size,), 0, windows)
-    rows = (start + jnp.arange(agent.horizon + 1)[:, None]) % C  # [H+1, B]
+        windows = jnp.minimum(replay.is_start[row, env], (row - oldest) % C + 1)  # but for those that are overwritten
+        row -= jax.random.randint(number_key, (agent.batch_size,), 0, windows)
+    return row % C, env
+
+
+def sample(agent: Agent, replay: Replay, key: jax.Array) -> Batch:
+    """Windows that begin where `draw_starts` says."""
+    C = len(replay.first)
+    row, env = draw_starts(agent, replay, key, replay.rows % C)
+    rows = (row + jnp.arange(agent.horizon + 1)[:, None]) % C  # [H+1, B]
     terminated = replay.terminated[rows[1:], env].astype(jnp.float32)
     return Batch(replay.obs[rows, env], replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated)
 

@@ -134,7 +134,9 @@ def with_task_defaults(args: Args) -> Args:
     if spec.domain == "DMControl":
         domain = spec.name.removeprefix("dm_control/").partition("-")[0]
         values |= {"action_repeat": REPEATS.get(domain, 4)} | TASK_DEFAULTS.get(domain, {})
-    total_timesteps = args.total_timesteps or values.pop("total_timesteps")
+    total_timesteps = values.pop("total_timesteps")
+    if args.total_timesteps is not None:
+        total_timesteps = args.total_timesteps
     missing = {k: v for k, v in values.items() if getattr(args.agent, k, 0) is None}
     agent = dataclasses.replace(args.agent, **missing)
     return dataclasses.replace(args, agent=agent, total_timesteps=total_timesteps)
@@ -162,6 +164,17 @@ def schedule(agent: Agent, decisions: int, first: np.ndarray, horizon: np.ndarra
 
 
 # --------------------------------------------------------------------------------------------------------- Networks
+def orthogonal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A random matrix with orthonormal rows or columns, whichever are fewer: the orthogonal factor of a normal matrix,
+    by Newton's iteration. (By QR it is the same, but LAPACK, called from several of XLA's threads at once, can wait for
+    itself for ever.)"""
+    x = jax.random.normal(key, (max(shape), min(shape)))
+    x = x / jnp.linalg.norm(x)  # all singular values below 1, from where they go to 1
+    multiply = partial(jnp.matmul, precision="highest")
+    x = jax.lax.fori_loop(0, 40, lambda _, x: 1.5 * x - 0.5 * multiply(x, multiply(x.T, x)), x)
+    return x if shape[0] >= shape[1] else x.T
+
+
 class Linear(nn.Module):
     """Affine layer on the concatenation of its inputs, which broadcast and are never written out side by side: what
     all samples of a plan share (their first latent state) is multiplied once instead of N times."""
@@ -173,7 +186,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, *inputs):
         sizes = [x.shape[-1] for x in inputs]
-        init = nn.initializers.zeros if self.zero_init else nn.initializers.orthogonal()
+        init = nn.initializers.zeros if self.zero_init else orthogonal
         kernel = self.param("kernel", init, (sum(sizes), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])

@@ -83,7 +83,7 @@ def test_an_episode_is_in_the_queue_once_with_as_many_windows_as_it_has(seed):
         replay, valid = write_episodes(td, agent, seed, capacity, num_envs, steps, ends)
         queue = np.asarray(replay.starts)[(int(replay.head) + np.arange(int(replay.size))) % (capacity * num_envs)]
         rows, envs = queue // num_envs, queue % num_envs
-        numbers = np.asarray(replay.number)[rows, envs]
+        numbers = np.asarray(replay.is_start)[rows, envs]
         whole = np.minimum(numbers, (rows - int(replay.rows)) % capacity + 1)
         episodes = [tuple(x) for x in np.asarray(replay.obs)[rows, envs, :2].tolist()]
         assert dict(zip(episodes, whole.tolist(), strict=True)) == Counter(window[:2] for window in valid)
