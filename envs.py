@@ -32,8 +32,8 @@ from tdmpc2_support.errors import UserError
 
 __all__ = [
     "DOMAINS", "FRAME", "PIXELS", "TASKS", "TASK_SETS", "Chunk", "Dataset", "EpisodeWriter", "TaskSpec", "UserError",
-    "check_rendering", "default_workers", "load_dataset", "load_pt", "make_env", "make_envs", "save_tensordict",
-    "set_sizes", "set_tasks", "task_spec",
+    "check_rendering", "check_simulators", "default_workers", "load_dataset", "load_pt", "make_env", "make_envs",
+    "save_tensordict", "set_sizes", "set_tasks", "task_spec",
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,6 +108,17 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
         raise UserError(f"task {task!r} has no pictures")
 
 
+def check_simulators(tasks: Sequence[str]) -> None:
+    """Makes and closes an environment of the first task of every domain, to learn before a long run whether that works.
+
+    Raises:
+        UserError: as `make_env`.
+    """
+    first_of = {task_spec(task).domain: task for task in reversed(tasks)}
+    for task in first_of.values():
+        make_env(task).close()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Many environments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,6 +134,7 @@ def make_envs(
     sizes: tuple[int, int] | None = None,
     shadows: bool = True,
     action_repeat: int | None = None,
+    first: int = 0,
 ) -> gym.vector.VectorEnv:
     """Makes `num_envs` environments that step together; environment i is `make_env(task, env_seeds(seed, …)[i])`.
 
@@ -144,6 +156,7 @@ def make_envs(
         num_workers: worker processes to spread the environments over; 0 steps them in this process. Default: what
             should be fastest for this task and number of cores (`default_workers`).
         sizes: of observation and action, if larger ones than those of the largest of several tasks are wanted.
+        first: environment i is number first + i of those with this seed, until `reset` is given another one.
 
     Raises:
         UserError: as `make_env`, or num_envs < 1.
@@ -154,9 +167,10 @@ def make_envs(
     modes = [render_mode] + [None] * (num_envs - 1)
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]
+    seeds = vector.env_seeds(seed, first + len(one_each))[first:]
     makers = [
         functools.partial(_make_one, sizes, name, env_seed, obs, mode, shadows, action_repeat)
-        for (name, mode), env_seed in zip(one_each, vector.env_seeds(seed, len(one_each)), strict=True)
+        for (name, mode), env_seed in zip(one_each, seeds, strict=True)
     ]
     if num_workers is None:
         num_workers = default_workers(names, num_envs, obs=obs)

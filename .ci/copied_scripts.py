@@ -22,16 +22,25 @@ GENERIC = "envs", "files", "runs", "domains", "arguments", "devices", "utils"
 TASK = "--task mw-reach --seed-steps 50 --buffer-size 3000"  # episodes of 100 decisions: short
 NETWORKS = "--mlp-dim 16 --latent-dim 16"
 PLANNER = "--num-samples 16 --num-elites 4 --num-pi-trajs 4 --iterations 1 --batch-size 8 --eval-episodes 1"
-ONLINE = "../tdmpc2_jax"  # the first script's folder: its run is the world model of another, its episodes are data
-SETS = f"--data-dir {ONLINE}/data"
-WORLD_MODEL = f"--world-model {ONLINE}/runs/mw-reach/tdmpc2_jax/1"
-DIFFUSION = "--diffusion-batch-size 8 --eval-episodes 1"
-SCRIPTS = {  # flags, and how the second start goes further than the first
-    "tdmpc2_jax": (f"{TASK} {NETWORKS} {PLANNER} --save-episodes data", "--total-timesteps", 240, 480),
-    "tdmpc2_jax_rgb": (f"{TASK} {NETWORKS} {PLANNER}", "--total-timesteps", 240, 480),
-    "tdmpc_jax": (f"{TASK} {NETWORKS} {PLANNER} --enc-dim 16", "--total-timesteps", 240, 480),
-    "tdmpc2_jax_mt": (f"--tasks mw-reach {NETWORKS} {PLANNER} {SETS}", "--num-updates", 20, 40),
-    "tdmpc2_jax_diffusion": (f"{SETS} {WORLD_MODEL} {DIFFUSION}", "--num-updates", 20, 20),  # its length is fixed
+DIFFUSION = "--diffusion-batch-size 8 --eval-episodes 1 --num-updates 20"
+DATA = "../tdmpc2_jax/data"  # the first script's run and episodes are what others need
+RUN = "../tdmpc2_jax/runs/mw-reach/tdmpc2_jax/1"
+TWO_STARTS = "--total-timesteps 240", "--total-timesteps 480 --resume"
+SCRIPTS = {  # flags, and what the first and the second start have besides
+    "tdmpc2_jax": (f"{TASK} {NETWORKS} {PLANNER} --save-episodes data", *TWO_STARTS),
+    "tdmpc2_jax_rgb": (f"{TASK} {NETWORKS} {PLANNER}", *TWO_STARTS),
+    "tdmpc_jax": (f"{TASK} {NETWORKS} {PLANNER} --enc-dim 16", *TWO_STARTS),
+    "tdmpc2_jax_mt": (
+        f"--tasks mw-reach {NETWORKS} {PLANNER} --data-dir {DATA}",
+        "--num-updates 20",
+        "--num-updates 40 --resume",
+    ),
+    "tdmpc2_jax_diffusion": (f"--data-dir {DATA} --world-model {RUN} {DIFFUSION}", "", "--resume"),
+    "deploy": (
+        f"--checkpoint {RUN} --data-dir {DATA} --quantize int8",
+        "--output 1.safetensors",
+        "--output 2.safetensors",
+    ),
 }
 MAY_BE_INSTALLED = ("tdmpc", "envs.py", "deploy.py", "__pycache__/", "__editable__")
 
@@ -64,10 +73,10 @@ def copied(script: str, folder: Path) -> Path:
 
 
 def check_two_starts(work: Path, script: str) -> None:
-    """Trains, and goes on with --resume, in a folder that was empty; Failed if either start ends badly."""
-    flags, length, first, second = SCRIPTS[script]
+    """Starts it, and starts it again, in a folder that was empty; Failed if either ends badly."""
+    flags, *starts = SCRIPTS[script]
     folder = copied(script, work / script)
-    for more in (f"{length} {first}", f"{length} {second} --resume"):
+    for more in starts:
         done = start(folder, script, f"{flags} {more}")
         if done.returncode:
             raise Failed(f"{script}.py {flags} {more}: status {done.returncode}\n{done.stdout}{done.stderr}")
@@ -75,13 +84,13 @@ def check_two_starts(work: Path, script: str) -> None:
 
 def check_beside_generic_names(work: Path, script: str, packages: bool) -> None:
     """Starts beside folders of the fork's own; Failed if it ends with more than one sentence."""
-    flags, length, first, _ = SCRIPTS[script]
+    flags, first, _ = SCRIPTS[script]
     folder = copied(script, work / f"{script}, {'packages' if packages else 'folders'}")
     for generic in GENERIC:
         (folder / generic).mkdir()
         if packages:
             (folder / generic / "__init__.py").touch()
-    done = start(folder, script, f"{flags} {length} {first}" if packages else "--help")
+    done = start(folder, script, f"{flags} {first}" if packages else "--help")
     if done.returncode:
         print(f"  {done.stderr.strip()}", flush=True)
     if done.returncode and not re.fullmatch("error: [^\n]*\n", done.stderr):

@@ -12,15 +12,13 @@ import signal
 import sys
 import typing
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from tdmpc2_support.bounds import (  # noqa: F401
-    Bounds, Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight, names,
-)  # fmt: skip
+from tdmpc2_support.bounds import Bounds
 from tdmpc2_support.envs.tasks import TASK_SETS, set_tasks, task_spec
 from tdmpc2_support.errors import UserError
 
@@ -77,10 +75,20 @@ def parse(Args: type, argv: list[str] | None, description: str, recorded: Callab
     return tyro.cli(Args, args=argv, default=default, description=description)
 
 
+def refuse_moved(argv: list[str] | None, flags: Sequence[str], command: str) -> None:
+    """Raises a UserError that names the new command if the command line has one of these flags, which were a script's
+    and are another's now."""
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    moved = [flag for flag in flags if flag in given]
+    require(not moved, f"{', '.join(moved)}: this is another command now: {command}")
+
+
 # ---------------------------------------------------------------------------------------------------------- Checks
 ORDERS = (  # of two arguments, where a script has both
     "num_pi_trajs < num_samples", "num_elites <= num_samples", "vmin < vmax", "log_std_min < log_std_max",
     "min_std <= max_std", "discount_min <= discount_max", "first_horizon <= horizon", "first_min_std <= max_std",
+    "horizon <= future",
 )  # fmt: skip
 
 
@@ -94,14 +102,8 @@ def check_bounds(args: Any) -> None:
     """Refuses arguments that are not within the bounds of their types, or two that are not in their order; UserError
     names the first."""
     require(not args.track or importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    for part in (args.agent, args):
-        for name, kind in typing.get_type_hints(type(part), include_extras=True).items():
-            kinds = (kind, *typing.get_args(kind))  # the latter for `Count | None`
-            bounds = [b for k in kinds for b in getattr(k, "__metadata__", ()) if isinstance(b, Bounds)]
-            value = getattr(part, name)
-            if value is not None and bounds and not bounds[0].holds(value):
-                shown = repr(value) if isinstance(value, str) else str(value)
-                raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {shown[:50]}")
+    check_fields(args.agent)
+    check_fields(args)
     agent = args.agent
     if getattr(agent, "latent_dim", None) and hasattr(agent, "simnorm_dim"):
         require(agent.latent_dim % agent.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim")
@@ -115,6 +117,24 @@ def check_bounds(args: Any) -> None:
         words = "smaller than" if sign == "<" else "at most"
         holds = low < high if sign == "<" else low <= high
         require(holds, f"{as_flag(small)} must be {words} {as_flag(large)}")
+
+
+def check_fields(part: Any) -> None:
+    """Refuses fields of a dataclass that are not within the bounds of their types; UserError names the first."""
+    for name, kind in typing.get_type_hints(type(part), include_extras=True).items():
+        kinds = (kind, *typing.get_args(kind))  # the latter for `Count | None`
+        bounds = [b for k in kinds for b in getattr(k, "__metadata__", ()) if isinstance(b, Bounds)]
+        value = getattr(part, name)
+        if value is not None and bounds and not bounds[0].holds(value):
+            shown = repr(value) if isinstance(value, str) else str(value)
+            raise UserError(f"{as_flag(name)} must be {bounds[0].words}, not {shown[:50]}")
+
+
+def refuse_useless(argv: list[str] | None, useless: Set[str], mode: str) -> None:
+    """Refuses a command line (None: that of the process) that names an argument of which this mode makes no use."""
+    words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    found = [word for word in words if word[2:].removeprefix("no-").replace("-", "_") in useless]
+    require(not found, f"{mode} makes no use of {', '.join(found)}")
 
 
 def check_replay(args: Any, seed_steps: int) -> None:
@@ -174,6 +194,13 @@ def task_set(tasks: str | None) -> str | list[str]:
     if tasks in TASK_SETS or re.fullmatch(r"mt\d+", tasks):
         return tasks
     return tasks.split(",")
+
+
+def task_names(args: Any) -> tuple[str, ...]:
+    """Canonical names of --tasks or, without it, of --task alone."""
+    if args.tasks:
+        return set_tasks(task_set(args.tasks))
+    return (task_spec(args.task).name,)
 
 
 def set_folder(args: Any) -> Path:

@@ -6,9 +6,9 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdmpc2_support.errors import UserError
+
+T = TypeVar("T")
 
 # Options of mallopt, from glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -196,6 +198,13 @@ def check_replay_fits(size: int, device: jax.Device, place: str, buffer_size: in
     raise UserError(f"--buffer-size {buffer_size} {takes} whenever a checkpoint is written; {free}")
 
 
+def groups_that_fit(items: Sequence[T], bytes_each: int) -> list[Sequence[T]]:
+    """The items in their order, in groups of as many as a third of the memory that is free has space for, and one at
+    least."""
+    size = max(1, available_bytes() // 3 // bytes_each)
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def committed(tree: Any) -> Any:
     """The same arrays, placed on the device that learns.
 
@@ -226,6 +235,51 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh, axis: int) -> NamedSharding:
     """The axis with this number is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "devices"))
+
+
+def placed(shapes: Any, mesh: Mesh, spread: str) -> Any:
+    """The same shapes and types with places.
+
+    Args:
+        spread: "no": a copy on every device; "yes": each array is split over the devices along its longest axis that
+            can be; "auto": so only if copies would take more than half of a device's free memory.
+    """
+
+    def place(x: jax.ShapeDtypeStruct | np.ndarray) -> jax.ShapeDtypeStruct:
+        axes = [i for i in range(x.ndim) if x.shape[i] % mesh.size == 0] if spread == "yes" else []
+        sharding = split(mesh, max(axes, key=lambda i: x.shape[i])) if axes else replicated(mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    if spread == "auto":
+        too_large = mesh.size > 1 and 2 * bytes_of(placed(shapes, mesh, "no")) > least_available_bytes()
+        return placed(shapes, mesh, "yes" if too_large else "no")
+    return jax.tree.map(place, shapes)
+
+
+def compile_within_memory(
+    function: Callable, inputs: Sequence[Any], parts: dict[str, int], ways: str, **options: Any
+) -> Callable:
+    """The function compiled for inputs of these shapes, types and places. Prints what memory of each device it takes.
+
+    Args:
+        parts: bytes of the inputs on each device, by what they are called.
+        ways: to take less, for the sentence.
+        options: of jax.jit.
+
+    Raises:
+        UserError: it does not fit; without compiling, if the inputs alone do not.
+    """
+    free = least_available_bytes()
+    program = None
+    if sum(parts.values()) <= free:
+        program = jax.jit(function, **options).lower(*inputs).compile()
+        parts = parts | {"activations": program.memory_analysis().temp_size_in_bytes}
+    text = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
+    if jax.process_index() == 0:
+        print(f"memory of each device: {text}; {free / 1e9:.2f} GB are free", flush=True)
+    if program is None or sum(parts.values()) > free:
+        raise UserError(f"{sum(parts.values()) / 1e9:.2f} GB do not fit into {free / 1e9:.2f} GB ({ways})")
+    return program
 
 
 def global_arrays(values: Any, sharding: NamedSharding) -> Any:
@@ -259,6 +313,16 @@ def on_all_processes(prepare: Callable[[], Any]) -> Any:
     if any_process(problem is not None):
         raise problem or UserError("another process could not start")
     return result
+
+
+def check_cluster(distributed: bool, *cluster: Any) -> None:
+    """Refuses arguments of `start_distributed` that do not go together, or stand without --distributed."""
+    flags = "--coordinator, --num-processes and --process-id"
+    given = [value is not None for value in cluster]
+    if any(given) and not distributed:
+        raise UserError(f"{flags} go with --distributed")
+    if any(given) and not all(given):
+        raise UserError(f"{flags} go together")
 
 
 def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

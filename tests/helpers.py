@@ -2,6 +2,7 @@
 
 import csv
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,11 @@ def write_episodes(td, agent, seed, capacity, num_envs, steps, ends=0.15):
             if not any(history[start + k][1][env] for k in range(1, agent.horizon + 1)):
                 valid.add(tuple(history[start][0][env].tolist()))
     return replay, valid
+
+
+def likelihoods(agent, valid):
+    """How likely each valid window is, in the order of `valid` sorted."""
+    if getattr(agent, "sample", "windows") == "windows":
+        return np.full(len(valid), 1 / len(valid))
+    windows_of = Counter(window[:2] for window in valid)  # by environment and episode
+    return np.array([1 / len(windows_of) / windows_of[window[:2]] for window in sorted(valid)])

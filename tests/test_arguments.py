@@ -103,4 +103,4 @@ def test_bounds_hold_for_both_dataclasses():
 
 def test_streams_of_different_seeds_and_uses_are_different():
     keys = [tuple(jax.random.key_data(key).tolist()) for seed in (1, 2) for key in random_streams(seed)]
-    assert len(set(keys)) == len(keys) == 8
+    assert len(set(keys)) == len(keys)

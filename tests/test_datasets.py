@@ -12,6 +12,7 @@ from test_pt_files import pickled, tensor, write_pt
 
 import envs
 import tdmpc2_jax_mt as mt
+from tdmpc2_support.data.device_data import to_devices
 
 ENTRIES, H = 9, 3
 STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}
@@ -259,10 +260,10 @@ def test_a_set_in_device_memory_gives_the_windows_of_the_files_all_as_likely(fol
 
     data = envs.load_dataset(TASKS, folder)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
-    args = mt.Args(storage_dtype=dtype)
-    held = mt.to_devices(data, args.storage_dtype, mesh, args.horizon)
-    assert held.obs.dtype == (np.float16 if dtype == "float16" else np.float32)
-    batch = jax.jit(mt.sample, static_argnums=(2, 3))(held, jax.random.key(0), 26 * 6 * 100, H)
+    agent = mt.Agent(batch_size=26 * 6 * 100, horizon=H)
+    on_device = to_devices(data, dtype, mesh, agent.horizon)
+    assert on_device.obs.dtype == (np.float16 if dtype == "float16" else np.float32)
+    batch = jax.jit(mt.sample, static_argnums=0)(agent, on_device, jax.random.key(0))
     episode, entry = np.asarray(batch.obs[..., 0]), np.asarray(batch.obs[..., 1])
     assert (episode == episode[0]).all() and (np.diff(entry, axis=0) == 1).all()
     np.testing.assert_array_equal(batch.action[..., 0], entry[1:])
@@ -292,7 +293,7 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
     write_chunk(tmp_path / "chunk_0.pt", arrays)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
     with pytest.raises(envs.UserError, match="numbers beyond 65504"):
-        mt.to_devices(envs.load_dataset(TASKS, tmp_path), "float16", mesh, 3)
+        to_devices(envs.load_dataset(TASKS, tmp_path), "float16", mesh, 3)
 
 
 def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refused(tmp_path):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from tdmpc2_support import devices
 from tdmpc2_support.devices import available_bytes, committed, keep_freed_memory
+from tdmpc2_support.errors import UserError
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
@@ -178,6 +180,27 @@ def test_what_is_used_beyond_a_limit_leaves_nothing(machine):
 
 def test_this_machine_has_memory_for_this_test():
     assert 10**7 < available_bytes() < 10**15
+
+
+def test_groups_take_a_third_of_the_memory_that_is_free_and_one_item_at_least(monkeypatch):
+    monkeypatch.setattr(devices, "available_bytes", lambda: 10 * GB)
+    assert devices.groups_that_fit("abcdefgh", GB) == ["abc", "def", "gh"]
+    assert devices.groups_that_fit(("a", "b"), 20 * GB) == [("a",), ("b",)]
+    assert devices.groups_that_fit("abcdefgh", 1) == ["abcdefgh"]
+
+
+def test_a_program_that_does_not_fit_beside_its_inputs_is_refused(monkeypatch, capsys):
+    x = jax.ShapeDtypeStruct((1000, 1000), np.float32)
+
+    def compile_with(free):
+        monkeypatch.setattr(devices, "least_available_bytes", lambda: free)
+        return devices.compile_within_memory(lambda x: x @ x.T + 1, (x,), {"matrix": 4 * 10**6}, "a smaller matrix")
+
+    assert compile_with(GB)(np.ones((1000, 1000), np.float32))[0, 0] == 1001
+    assert capsys.readouterr().out.startswith("memory of each device: matrix 0.00 GB, activations 0.0")
+    with pytest.raises(UserError, match="GB do not fit into 0.00 GB .a smaller matrix"):
+        compile_with(10**6)
+    assert "activations" not in capsys.readouterr().out, "it was not compiled"
 
 
 def test_a_loop_that_starts_with_committed_arrays_compiles_its_step_once(caplog):

@@ -619,6 +619,22 @@ def test_environment_i_gets_number_i_of_the_seeds_that_follow_from_one_seed(num_
         np.testing.assert_array_equal(results[0][0][i], envs.make_env("walker-walk", seed=seed).reset()[0])
 
 
+def test_environments_that_are_made_some_at_a_time_start_as_all_of_them_do():
+    together = envs.make_envs(["cartpole-swingup", "pendulum-swingup"], 3, (1, 1), num_workers=0)
+    second = envs.make_envs(["pendulum-swingup"], 3, (1, 1), num_workers=0, sizes=(5, 1), first=3)
+    np.testing.assert_array_equal(second.reset()[0], together.reset()[0][3:])
+    second.close()
+    together.close()
+
+
+def test_a_simulator_that_is_not_installed_is_found_out_before_it_is_needed(monkeypatch):
+    envs.check_simulators(("walker-walk", "cartpole-swingup", "mw-reach"))
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    envs.check_simulators(("walker-walk", "cartpole-swingup"))
+    with pytest.raises(envs.UserError, match="Meta-World cannot be imported .*; to install it: pip"):
+        envs.check_simulators(("walker-walk", "mw-reach", "mw-soccer"))
+
+
 def test_start_states_of_different_seeds_and_streams_are_all_different():
     vector, starts = envs.make_envs("cartpole-swingup", 10, (1, 0), num_workers=0), []
     streams = [1, 2, (1, 0), (1, 1), (2, 1), (1, 1, 1000), (1, 1, 1002), (1, 0, 0), (0, 1)]

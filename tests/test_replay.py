@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import write_episodes
+from helpers import likelihoods, write_episodes
 from scipy.stats import chisquare
 
 import tdmpc2_jax
@@ -47,14 +47,6 @@ def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, agent, seed):
     assert (steps[..., 2] == 1).all(), "a window's entries follow each other"
     np.testing.assert_array_equal(batch.action[..., 0], batch.obs[1:, :, 2])  # the action that led to the entry
     np.testing.assert_array_equal(batch.reward, batch.obs[1:, :, 2] * 10)
-
-
-def likelihoods(agent, valid):
-    """How likely each valid window is, in the order of `valid` sorted."""
-    if getattr(agent, "sample", "windows") == "windows":
-        return np.full(len(valid), 1 / len(valid))
-    windows_of = Counter(window[:2] for window in valid)  # by environment and episode
-    return np.array([1 / len(windows_of) / windows_of[window[:2]] for window in sorted(valid)])
 
 
 @ALL

@@ -47,9 +47,6 @@ class LoadedAgent(NamedTuple):
             raise UserError(f"the agent of --checkpoint is {self.stored} already: quantise the one that it was made of")
 
 
-Agent = LoadedAgent  # as tdmpc2_jax_mt.py still calls it
-
-
 # --------------------------------------------------------------------------------------------- Files of the original
 def read_tensors(path: str | os.PathLike, in_place: bool = False) -> dict[str, np.ndarray]:
     """The tensors {name: array} of an original checkpoint, {"model": tensors} or the tensors alone; `in_place` leaves
@@ -400,6 +397,16 @@ def load_multitask(path: str, named: Sequence[str], *scripts: str, parts: Sequen
     agent = _read(path, "state", scripts, parts)
     if agent.task_emb is None:
         raise UserError(f"{path} is a single-task agent: it is for tdmpc2_jax.py")
+    return _with_table(agent, named, path)
+
+
+def load_any(path: str, named: Sequence[str], *scripts: str) -> LoadedAgent:
+    """As `load_multitask`, but a single-task agent, too: without `task_emb` among its parameters."""
+    agent = _read(path, "state", scripts)
+    return agent if agent.task_emb is None else _with_table(agent, named, path)
+
+
+def _with_table(agent: LoadedAgent, named: Sequence[str], path: str) -> LoadedAgent:
     tasks = agent.tasks or tuple(named)
     if len(tasks) != len(agent.task_emb):
         raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
@@ -474,8 +481,8 @@ def _read(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str] = ()
 def write_quantized(
     path: str, agent: LoadedAgent, variant: str, script: str, args: Mapping[str, Any], target_q: bool = False
 ) -> None:
-    """Writes a multi-task agent of `load_multitask` to a file of this variant (see `quantize`), with those of its
-    script's arguments that make it; without target Qs unless asked: only learning needs them.
+    """Writes an agent of `load_any` to a file of this variant (see `quantize`), with the arguments of its script that
+    make it; without target Qs unless asked: only learning needs them.
 
     Raises:
         UserError: the agent is of a quantised file already, the file exists, or cannot be written.
@@ -486,11 +493,7 @@ def write_quantized(
         params["target_q"] = agent.target_q
     tensors = quantize(params, variant)
     tensors["q_scale"] = np.asarray(agent.q_scale, np.float32)
-    names = [*args][: [*args].index("exp_name")]
-    made = {name: args[name] for name in names if name not in ("data_dir", "teacher", "distill_coef")}
-    if made["tasks"]:
-        made["tasks"] = ",".join(agent.tasks)  # all that it knows, whichever are named now
-    record = {"script": script, "variant": variant, "tasks": json.dumps(agent.tasks), "args": json.dumps(made)}
+    record = {"script": script, "variant": variant, "tasks": json.dumps(agent.tasks), "args": json.dumps(dict(args))}
     write_safetensors(path, tensors, record)
 
 
@@ -533,13 +536,14 @@ def _read_quantized(path: str, scripts: Sequence[str], parts: Sequence[str]) -> 
         raise UserError(f"{path} holds no whole agent") from None
     params = jax.tree.map(jnp.asarray, params)
     q_scale = params.pop("q_scale", 1.0)
-    task_emb = params.pop("task_emb")
+    task_emb = params.pop("task_emb", None)
     target_q = params.pop("target_q", params.get("q", {}))  # learning that goes on begins with the Qs themselves
     return LoadedAgent(params, target_q, q_scale, task_emb, record["tasks"], record["args"], record["variant"])
 
 
 def _check_whole_file(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     components = nested({name: shape for name, shape in shapes.items() if not name.endswith(".kernel_scale")})
-    networks = {name: components[name] for name in ("encoder", "dynamics", "reward", "pi", "q")}
+    names = {"encoder", "dynamics", "reward", "pi", "q"} | {"termination"} & components.keys()
+    networks = {name: components[name] for name in names}
     networks["target Q"] = components.get("target_q", components["q"])
-    _check_whole(networks, components["task_emb"].shape[-1])
+    _check_whole(networks, components["task_emb"].shape[-1] if "task_emb" in components else 0)

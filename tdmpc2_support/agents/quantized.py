@@ -212,44 +212,6 @@ def _expect(condition: bool, sentence: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- Errors
-class Visited:
-    """Vectorised environments that record the observations and actions of the environments that were stepped."""
-
-    def __init__(self, envs: Any):
-        self._envs = envs
-        self._obs = []
-        self._action = []
-        self._active = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._envs, name)
-
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        obs, info = self._envs.reset(**options)
-        self._obs = [np.copy(obs)]
-        return obs, info
-
-    def step(self, action: np.ndarray, active: np.ndarray) -> tuple:
-        result = self._envs.step(action, active=active)
-        self._action.append(np.copy(action))
-        self._active.append(np.copy(active))
-        self._obs.append(np.copy(result[0]))
-        return result
-
-    def windows(self, count: int, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`count` states, evenly spread over those visited, the actions that followed, and the numbers of the
-        environments: obs [count, O], action [H, count, A], env [count]."""
-        action = np.stack(self._action)  # [steps, n, A]
-        active = np.stack(self._active)  # [steps, n]
-        whole = np.logical_and.reduce([active[i : len(active) - horizon + 1 + i] for i in range(horizon)])
-        step, env = np.nonzero(whole)
-        chosen = np.linspace(0, len(step) - 1, count).astype(int)
-        step = step[chosen]
-        env = env[chosen]
-        actions = np.stack([action[step + i, env] for i in range(horizon)])
-        return np.stack(self._obs)[step, env], actions, env
-
-
 def errors(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, float]:
     """How far outputs of networks have moved, by name.
 
@@ -312,8 +274,8 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     print(f"errors {where}; a component alone is quantised in each row, all of them in the last")
     names = [name for name in rows[0] if name not in ("component", "bytes", "share", "action", "action_moved")]
     head = "".join(f"{name + ' %':>10}" for name in names)
-    print(f"{'component':<10}{'kB':>10}{'of float32':>12}{head}{'action rms':>12}{'moved > 0.1':>13}")
+    print(f"{'component':<12}{'kB':>10}{'of float32':>12}{head}{'action rms':>12}{'moved > 0.1':>13}")
     for row in rows:
         shares = "".join(f"{100 * row[name]:>10.2f}" for name in names)
-        line = f"{row['component']:<10}{row['bytes'] / 1e3:>10.1f}{row['share']:>12.0%}{shares}"
+        line = f"{row['component']:<12}{row['bytes'] / 1e3:>10.1f}{row['share']:>12.0%}{shares}"
         print(f"{line}{row['action']:>12.4f}{row['action_moved']:>13.1%}")

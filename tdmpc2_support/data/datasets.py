@@ -13,7 +13,7 @@ import os
 import pathlib
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -241,7 +241,7 @@ class Dataset:
         first: int = 0,
         readers: int = 4,
         rows: slice = slice(None),
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Generator[dict[str, np.ndarray], None, None]:
         """Endless batches of `sample`, drawn ahead by threads; batch i depends on the seed and i only.
 
         Args:

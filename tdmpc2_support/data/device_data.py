@@ -1,11 +1,15 @@
-"""Offline datasets in the memory of devices, and where a dataset is best kept.
+"""Where the batches of an offline dataset come from: device memory, the machine's, or the files.
 
-storage = choose_storage("auto", dataset, "float32", mesh)   # "disk", "host" or "device"
-data = to_devices(dataset, "float32", mesh, horizon=3)       # split over the devices
+source = Source(dataset, "auto", "files", mesh, batch_size=1024, horizon=3)
+source.load()                                                 # into the memory that it has chosen
+for batch in source.batches(seed=1, first=0, readers=4):      # `DeviceData` or a dict of arrays, split over the devices
+    ...
 """
 
+import contextlib
 import socket
 import zlib
+from collections.abc import Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tdmpc2_support.data.datasets import Dataset
 from tdmpc2_support.devices import bytes_of, global_arrays, least_available_bytes, replicated, split
@@ -75,12 +79,6 @@ def _processes_of_this_host() -> int:
     return int((multihost_utils.process_allgather(host) == host).sum())
 
 
-def describe(data: Dataset, storage: str) -> str:
-    """How large the dataset is, and where it is kept."""
-    where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[storage]
-    return f"{data.num_episodes} episodes, {data.nbytes / 1e9:.2f} GB, {where}"
-
-
 @partial(jax.jit, donate_argnums=0)
 def write_piece(arrays: Any, piece: Any, start: int) -> Any:
     """Overwrites entries start, start + 1, ... of the arrays."""
@@ -123,3 +121,77 @@ def _read_piece(data: Dataset, start: int, stop: int, dtype: np.dtype) -> dict[s
         if not np.isfinite(piece[name]).all():
             raise UserError("--storage-dtype float16: the dataset holds numbers beyond 65504")
     return piece
+
+
+# ------------------------------------------------------------------------------------------------------------- Batches
+def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
+    """Every device has its share of a batch's windows."""
+    second_axis = split(mesh, 1)
+    return {"obs": second_axis, "action": second_axis, "reward": second_axis, "task": split(mesh, 0)}
+
+
+def batch_shapes(
+    obs_size: int, action_size: int, batch_size: int, horizon: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and places of a batch as `Dataset.sample` draws it."""
+    H, B = horizon, batch_size
+    shapes = {"obs": (H + 1, B, obs_size), "action": (H, B, action_size), "reward": (H, B), "task": (B,)}
+    types = dict.fromkeys(shapes, np.float32) | {"task": np.int32}
+    places = batch_shardings(mesh)
+    return {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=places[name]) for name in shapes}
+
+
+class Source:
+    """Batches of a dataset, from where it is kept.
+
+    Args:
+        storage: "device", "host", "disk" or "auto": see `choose_storage`.
+        storage_dtype: see `data_dtype`.
+        batch_size, horizon: windows B of H + 1 entries.
+    """
+
+    def __init__(self, data: Dataset, storage: str, storage_dtype: str, mesh: Mesh, batch_size: int, horizon: int):
+        self.storage = choose_storage(storage, data, storage_dtype, mesh)
+        self._data = data
+        self._storage_dtype = storage_dtype
+        self._mesh = mesh
+        self._batch_size = batch_size
+        self._horizon = horizon
+        self._loaded: Dataset | DeviceData = data
+
+    def __str__(self) -> str:
+        where = {"disk": "on disk", "host": "in memory", "device": "in device memory"}[self.storage]
+        return f"{self._data.num_episodes} episodes, {self._data.nbytes / 1e9:.2f} GB, {where}"
+
+    def shapes(self) -> DeviceData | dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and places of what `batches` yields."""
+        if self.storage == "device":
+            return data_shapes(self._data, self._storage_dtype, self._mesh)
+        data = self._data
+        return batch_shapes(data.obs_size, data.action_size, self._batch_size, self._horizon, self._mesh)
+
+    def check(self) -> None:
+        """Compares the checksums of files that will be read whole; UserError if one is damaged."""
+        if self.storage != "disk":
+            self._data.check_files()
+
+    def load(self) -> None:
+        """Reads what is kept in memory; UserError as `Dataset.to_host` and `to_devices`."""
+        if self.storage == "host":
+            self._loaded = self._data.to_host()
+        if self.storage == "device":
+            self._loaded = to_devices(self._data, self._storage_dtype, self._mesh, self._horizon)
+
+    def batches(self, seed: int, first: int, readers: int) -> Generator[DeviceData | dict[str, jax.Array], None, None]:
+        """Endlessly batch after batch from number `first` on, of several processes each with its share of the windows,
+        or the same device memory each time; see `Dataset.batches`."""
+        if isinstance(self._loaded, DeviceData):
+            while True:
+                yield self._loaded
+        share = self._batch_size // jax.process_count()
+        rows = slice(share * jax.process_index(), share * (jax.process_index() + 1))
+        batches = self._loaded.batches(seed, self._batch_size, self._horizon, first, readers, rows)
+        places = batch_shardings(self._mesh)
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield {name: global_arrays(batch[name], places[name]) for name in places}

@@ -1,14 +1,11 @@
-"""Recorded episodes in a device's memory, some held out; what networks know of these; tables of planners.
+"""Recorded episodes in a device's memory, some held out; what networks know of these.
 
 recorded = read_recorded(["walker-walk"], "data", steps=8)   # windows of 9 entries lie within one episode each
 print_measures(measures(answers))                            # of networks, on windows that they have not seen
 """
 
-import dataclasses
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdmpc2_support.data.datasets import load_dataset
-from tdmpc2_support.envs.tasks import task_spec
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.files import write_atomically
-from tdmpc2_support.run.reports import Evaluation, report_video
 
 
 class Recorded(NamedTuple):
@@ -181,60 +175,3 @@ def print_measures(found: dict[str, Any]) -> None:
     for part in ("advantages", "actions"):
         for name, row in found[part].items():
             print(f"{f'{part}: {name}':<30}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
-
-
-# ------------------------------------------------------------------------------------------------ Planners in a table
-HOW = ("planner", "scorer", "rollouts")
-
-
-def table_rows(args: Any) -> Iterator[Any]:
-    """The arguments of every row of a table of planners: all combinations of the names in args (a dataclass with the
-    fields of `HOW`), but for parts that a planner or scorer ignores."""
-    seen = set()
-    for planner, scorer, rollouts in itertools.product(*(getattr(args, name).split(",") for name in HOW)):
-        if planner in ("mppi", "pi"):
-            scorer = rollouts = "-"
-        if scorer == "random":
-            rollouts = "-"
-        if (planner, scorer, rollouts) not in seen:
-            seen.add((planner, scorer, rollouts))
-            yield dataclasses.replace(args, planner=planner, scorer=scorer, rollouts=rollouts)
-
-
-def compare_planners(
-    args: Any, tasks: Sequence[str], evaluate: Callable[[Any, int], Evaluation], know: Callable[[int], dict[str, Any]]
-) -> None:
-    """Prints and writes the results of --evaluate: for each task a table of planners, scorers and roll-outs, and what
-    the networks know; all of it in --json, and films of the last rows.
-
-    Args:
-        args: has the fields of `HOW`, checkpoint, json and seed.
-        evaluate: called with the arguments of a row and a task's index.
-        know: called with a task's index; returns what `measures` does, or nothing.
-    """
-    parts = []
-    for i, task in enumerate(tasks):
-        success = task_spec(task).success
-        if len(tasks) > 1:
-            print(f"\n{task}")
-        success_head = f"{'success':>9}" if success else ""
-        print(f"{'planner':<10}{'scorer':<8}{'roll-outs':<11}{'return':>8} {'± std':>8}{success_head}", flush=True)
-        table = []
-        for row in table_rows(args):
-            returns, successes, frames, fps = evaluate(row, i)
-            names = f"{row.planner:<10}{row.scorer:<8}{row.rollouts:<11}"
-            rate = f"{successes.mean():>9.2f}" if success else ""
-            print(f"{names}{returns.mean():>8.1f} {returns.std():>8.1f}{rate}", flush=True)
-            result = {name: getattr(row, name) for name in HOW} | {"returns": returns.tolist()}
-            if success:
-                result["successes"] = successes.tolist()
-            table.append(result)
-        known = know(i)
-        if known:
-            print_measures(known)
-        parts.append({"task": task, "table": table, "held_out": known})
-        report_video(args.checkpoint, frames, fps, task if len(tasks) > 1 else "")
-    if args.json:
-        results = parts[0] if len(tasks) == 1 else {"tasks": parts}
-        results = {"checkpoint": args.checkpoint, "seed": args.seed} | results
-        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -23,6 +23,7 @@ import numpy as np
 
 from tdmpc2_support.agents.pretrained import read_record
 from tdmpc2_support.cli import MAY_CHANGE, as_flag, saved_fields
+from tdmpc2_support.devices import any_process
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
@@ -37,7 +38,7 @@ class RunFolder:
     Args:
         path: the folder.
         settings: the run's arguments by name (`cli.settings`). When the run is resumed, those may differ from the ones
-            it was started with that `cli.MAY_CHANGE` names.
+            it was started with that may_change names.
         primary: whether this process writes files (one of several does).
 
     Raises:
@@ -45,10 +46,13 @@ class RunFolder:
             arguments, or cannot be written.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], primary: bool = True):
+    def __init__(
+        self, path: Path, settings: dict[str, Any], primary: bool = True, may_change: frozenset[str] = MAY_CHANGE
+    ):
         self.path = path
         self.settings = settings
         self.primary = primary
+        self.may_change = may_change
         self._lock: TextIO | None = None
         self._refused = False  # by a live run: the folder is left as it is
         self._begun = False
@@ -109,9 +113,8 @@ class RunFolder:
         if not self.settings.get("resume"):
             raise UserError(f"{self.path} holds a run; go on with --resume, or choose another --exp-name or --seed")
         before = started_with(self.path)
-        changed = [
-            name for name, value in self.settings.items() if name not in MAY_CHANGE and before.get(name, value) != value
-        ]
+        fixed = {name: value for name, value in self.settings.items() if name not in self.may_change}
+        changed = [name for name, value in fixed.items() if before.get(name, value) != value]
         if changed:
             flags = ", ".join(as_flag(name, before[name]) for name in changed)
             raise UserError(f"--resume continues a run as it was started: {flags}")
@@ -148,7 +151,11 @@ def started_with(folder: Path) -> dict[str, Any]:
 
 
 def recorded_settings(
-    args: Any, run_folder: Callable[[Any], Path], scripts: tuple[str, ...], of_run: tuple[str, ...] = ("task",)
+    args: Any,
+    run_folder: Callable[[Any], Path],
+    scripts: tuple[str, ...],
+    of_run: tuple[str, ...] = ("task",),
+    gone: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What an earlier run has recorded of the arguments that the command line leaves out: all of them if --resume
     continues it or, if --evaluate takes its agent, those of the agent and of_run.
@@ -158,17 +165,26 @@ def recorded_settings(
         run_folder: called with args, returns the run's folder.
         scripts: whose agents --evaluate takes.
         of_run: arguments beside the agent's that an evaluation takes from the agent's run.
+        gone: arguments that earlier versions had, and the values at which they did what is done now.
 
     Raises:
-        UserError: the agent or the run's record cannot be read.
+        UserError: the agent or the run's record cannot be read, or has another value of an argument that is gone.
     """
+    record = _recorded(args, run_folder, scripts)
+    other = [as_flag(name, record[name]) for name, value in (gone or {}).items() if record.get(name, value) != value]
+    if other:
+        raise UserError(f"the run was made with {', '.join(other)}, which this version does not have")
     if args.evaluate:
         wanted = {field.name for field in saved_fields(type(args.agent))} | {*of_run}
-        record = read_record(args.checkpoint, *scripts)["args"]
         record = {name: value for name, value in record.items() if name in wanted}
         if getattr(args, "source_task", None):
             record["task"] = args.source_task
-        return record
+    return record
+
+
+def _recorded(args: Any, run_folder: Callable[[Any], Path], scripts: tuple[str, ...]) -> dict[str, Any]:
+    if args.evaluate:
+        return read_record(args.checkpoint, *scripts)["args"]
     if args.resume:
         folder = RunFolder(run_folder(args), {})
         if folder.holds_run:
@@ -201,6 +217,14 @@ class Signals:
 
     def __bool__(self) -> bool:
         return self.received is not None
+
+    def in_any_process(self) -> bool:
+        """Whether a signal has come to any of several processes, which all must ask at the same time; from then on this
+        one is true in all of them."""
+        stopping = any_process(self)
+        if stopping and self.received is None:
+            self.received = signal.SIGTERM
+        return stopping
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

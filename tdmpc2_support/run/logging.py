@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,12 +29,12 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from tdmpc2_support.envs.tasks import TaskSpec
+from tdmpc2_support.envs.tasks import TaskSpec, task_spec
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.folder import RunFolder, check_finite
 from tdmpc2_support.run.reports import Evaluation, SetEvaluation, headline, summary
-from tdmpc2_support.run.video import write_video
+from tdmpc2_support.run.video import side_by_side, write_video
 
 
 class Logger:
@@ -52,6 +52,7 @@ class Logger:
     def __init__(self, folder: RunFolder, columns: tuple[str, ...], unit: str = "simulator step"):
         self.folder = folder.path
         self.settings = folder.settings
+        self.may_change = folder.may_change
         self.primary = folder.primary  # whether this process shows and writes anything
         self.columns = columns
         self.unit = unit
@@ -103,7 +104,8 @@ class Logger:
         where = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
         print(f"{title}, {size:.1f}M parameters, on {where}; from {self.unit} {step}, in {self.folder}")
         if step >= self._total:
-            more = ": ask for more to go on" if {"total_timesteps", "num_updates"} & self.settings.keys() else ""
+            lengths = {"total_timesteps", "num_updates"} & self.settings.keys() & self.may_change
+            more = ": ask for more to go on" if lengths else ""
             print(f"all {self._total} {self.unit}s have been made{more}")
         print(table_head, flush=True)
 
@@ -193,6 +195,16 @@ class Logger:
         line = f"{step:>10} {self.seconds() / 60:>8.1f}  {headline(results)}"
         self._record(step, line, rows, scalars, result.frames, result.fps)
 
+    def record_evaluations(self, step: int, tasks: tuple[str, ...], results: Sequence[Evaluation]) -> None:
+        """`record_returns` of an evaluation in one task, `record_scores` of those in each of several; by eval.csv."""
+        if "task" not in self.columns:
+            self.record_returns(step, task_spec(tasks[0]), results[0])
+            return
+        returns = np.stack([result.returns for result in results])
+        successes = np.stack([result.successes for result in results])
+        frames = side_by_side([result.frames for result in results])
+        self.record_scores(step, SetEvaluation(tasks, returns, successes, frames, results[0].fps))
+
     def _record(
         self, step: int, line: str, rows: list[list], scalars: dict[str, Any], frames: list[np.ndarray], fps: int
     ) -> None:
@@ -249,9 +261,8 @@ class EventFile:
     """A file of TensorBoard events, each written when it is added: a context manager."""
 
     def __init__(self, folder: Path):
-        name = (
-            f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        )
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in the order of their names
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
         self._file: IO[bytes] = open(folder / name, "wb")
         self._writer = RecordWriter(self._file)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tdmpc2_support.envs.tasks import DOMAINS, TaskSpec, task_spec
 from tdmpc2_support.files import write_atomically
-from tdmpc2_support.run.video import write_video
+from tdmpc2_support.run.video import side_by_side, write_video
 
 RETURNS_COLUMNS = ("step", "reward", "success", "seed")  # of eval.csv, where a run is of one task
 SCORES_COLUMNS = ("step", "task", "reward", "success", "seed")  # and where it is of several
@@ -35,6 +35,14 @@ class SetEvaluation(NamedTuple):
     successes: np.ndarray  # [T, E], at the episodes' ends
     frames: list[np.ndarray]  # grids of the tasks' first episodes; none without --capture-video
     fps: int = 25
+
+
+def joined(tasks: tuple[str, ...], parts: Sequence[tuple[np.ndarray, np.ndarray, list]]) -> SetEvaluation:
+    """The evaluation of all tasks from those of some of them at a time, each as returns and successes of all episodes,
+    those of the first task first, and for every step a picture of each task (or no steps)."""
+    returns, successes = (np.concatenate([part[i] for part in parts]).reshape(len(tasks), -1) for i in range(2))
+    films = [list(film) for _, _, frames in parts for film in zip(*frames, strict=True)]
+    return SetEvaluation(tasks, returns, successes, side_by_side(films) if films else [])
 
 
 @contextlib.contextmanager

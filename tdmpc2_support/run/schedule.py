@@ -15,11 +15,12 @@ class Streams(NamedTuple):
     train: jax.Array
     act: jax.Array
     evaluate: jax.Array
+    batches: jax.Array  # of batches that are drawn outside of the compiled updates
 
 
 def random_streams(seed: int) -> Streams:
     """The streams of the run with this seed."""
-    return Streams(*jax.random.split(jax.random.key(seed), 4))
+    return Streams(*jax.random.split(jax.random.key(seed), len(Streams._fields)))
 
 
 def due(step: int, last: int, freq: int, end: bool = False) -> bool:

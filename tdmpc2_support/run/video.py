@@ -19,12 +19,21 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
             video.send(np.ascontiguousarray(frame))
 
 
-def grid(pictures: Sequence[np.ndarray | None], width: int = 768) -> np.ndarray:
-    """The pictures that are not None, made small, side by side in rows: uint8 [height, width, 3]."""
+def thumbnails(pictures: Sequence[np.ndarray | None], number: int, width: int = 768) -> list[np.ndarray]:
+    """The pictures that are not None, as small as `number` of them must be to stand side by side in `grid`."""
     shown = [picture for picture in pictures if picture is not None]
-    columns = int(np.ceil(np.sqrt(len(shown))))
-    step = -(-columns * shown[0].shape[1] // width)
-    shown = [picture[::step, ::step] for picture in shown]
+    step = -(-columns_of(number) * shown[0].shape[1] // width)
+    return [picture[::step, ::step] for picture in shown]
+
+
+def columns_of(number: int) -> int:
+    return int(np.ceil(np.sqrt(number)))
+
+
+def grid(pictures: Sequence[np.ndarray | None]) -> np.ndarray:
+    """The pictures that are not None, made small, side by side in rows: uint8 [height, width, 3]."""
+    shown = thumbnails(pictures, sum(picture is not None for picture in pictures))
+    columns = columns_of(len(shown))
     shown += [np.zeros_like(shown[0])] * (-len(shown) % columns)
     rows = [np.concatenate(shown[i : i + columns], axis=1) for i in range(0, len(shown), columns)]
     return np.concatenate(rows)
