@@ -2,16 +2,17 @@
 
 Paper: Hansen, Su, Wang, "TD-MPC2: Scalable, Robust World Models for Continuous Control" (arXiv 2310.16828).
 Online reinforcement learning on one task from pictures: tdmpc2_jax.py with a convolutional encoder of the last three
-frames, random shifts of them, and a replay of single frames. Shapes are written in the paper's letters: H horizon,
-B batch, N samples of the planner, P policy sequences, A action size, Z latent size, K bins of the discrete regression,
-n environments, q an ensemble of value heads; a picture is [64, 64, 3], a stack of them [64, 64, 9], oldest first.
+frames, random shifts of them, and a replay of single frames. Shapes are written in the paper's letters:
+H horizon, B batch, N samples of the planner, P policy sequences, A action size, Z latent size,
+K bins of the discrete regression, n environments, q an ensemble of value heads;
+a picture is [64, 64, 3], a stack of them [64, 64, 9], oldest first.
 
     python tdmpc2_jax_rgb.py --task dm_control/walker-walk-v0               # train; a killed run goes on with --resume
     python tdmpc2_jax_rgb.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_rgb/1
 """
 
+import contextlib
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,24 +23,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
-from tdmpc2_support.run.runs import Run
 
 import envs as environments
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
-from tdmpc2_support.cli import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.convolution import convolve
-from tdmpc2_support.devices import keep_freed_memory, place_replay, use_compile_cache
-from tdmpc2_support.run.reports import RETURNS_COLUMNS, evaluating, play, report_returns, returns_head
+from tdmpc2_support.devices import committed, keep_freed_memory, place_replay, use_compile_cache
+from tdmpc2_support.run.checkpoints import Checkpoints
+from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
+from tdmpc2_support.run.logging import Logger
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, Evaluation, progress, report_returns, returns_head
+from tdmpc2_support.run.schedule import Streams, check_windows, due, random_streams, seed_steps_of, updates_due
 
 
-# ------------------------------------------------------------------------------------------------------------- Args
+# --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
-class Args:
-    task: str = "walker-walk"  # one of DMControl or Meta-World (python envs.py), or a Gymnasium id of 64 x 64 pictures
-    shadows: bool = True  # shadows and reflections in the pictures, as published; --no-shadows draws them faster
+class Agent:
+    """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
 
     # World model
+    shadows: bool = True  # shadows and reflections in the pictures, as published; --no-shadows draws them faster
     model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters, if it saw states: sets the next three
     mlp_dim: Count | None = None  # width of all hidden layers
     latent_dim: Count | None = None  # latent size Z: 16 units for each channel of the encoder's convolutions
@@ -56,10 +61,7 @@ class Args:
 
     # Learning
     batch_size: Count = 256  # windows per update B
-    buffer_size: Count = 1_000_000  # decisions that the replay holds, 12.3 KB each
-    num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
-    utd: Positive = 1.0  # gradient updates per decision of one environment
-    seed_steps: Natural | None = None  # random decisions, then as many updates at once; default max(1000, 5 episodes)
+    sample: Literal["episodes", "windows"] = "episodes"  # draw an episode, then a window of it; or any window
     lr: Positive = 3e-4  # learning rate
     enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
     grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
@@ -85,6 +87,24 @@ class Args:
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
     temperature: Weight = 0.5  # inverse temperature of the elites' weights
 
+    # What the task decides, see `for_task`: no flags
+    action_dim: FromTask[int] = 0  # action size A
+    can_terminate: FromTask[bool] = False  # whether episodes can end before their time limit
+    discount: FromTask[float] = 0.99  # gamma
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    task: str = "walker-walk"  # one of DMControl or Meta-World (python envs.py), or a Gymnasium id of 64 x 64 pictures
+    agent: Flat[Agent] = Agent()
+
+    # Data
+    num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
+    buffer_size: Count = 1_000_000  # decisions that the replay holds, 12.3 KB each
+    storage: Literal["auto", "device", "host"] = "auto"  # whose memory holds the replay: the device's if it fits
+    seed_steps: Natural | None = None  # random decisions, then as many updates at once; default max(1000, 5 episodes)
+    utd: Positive = 1.0  # gradient updates per decision of one environment
+
     # Run
     exp_name: Name = "tdmpc2_jax_rgb"  # name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED
     runs_dir: str = "runs"  # folder of all runs
@@ -99,7 +119,6 @@ class Args:
     checkpoint_freq: Count = 100_000  # simulator steps between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
     log_freq: Count = 2_000  # simulator steps between two points of the loss curves
     capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
-    storage: Literal["auto", "device", "host"] = "auto"  # whose memory holds the replay: the device's if it fits
     track: bool = False  # also send everything to Weights & Biases (pip install wandb)
     wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -120,16 +139,36 @@ FRAMES = 3  # pictures in a stack
 SHIFT = 3  # pixels that a stack is moved at most, in each direction
 
 
-def with_model_size(args: Args) -> Args:
+def with_model_size(agent: Agent) -> Agent:
     """Fills in the three sizes that were not given from the table of model sizes."""
-    sizes = dict(zip(SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True))
-    return dataclasses.replace(args, **{k: v for k, v in sizes.items() if getattr(args, k) is None})
+    sizes = dict(zip(SIZE_FIELDS, MODEL_SIZES[agent.model_size], strict=True))
+    return dataclasses.replace(agent, **{k: v for k, v in sizes.items() if getattr(agent, k) is None})
 
 
-def discount_of(args: Args, episode_length: int) -> float:
+def discount_of(agent: Agent, episode_length: int) -> float:
     """Discount for episodes of this many decisions: a fifth of the episode is the time scale (appendix)."""
-    scale = episode_length / args.discount_denom
-    return float(np.clip((scale - 1) / scale, args.discount_min, args.discount_max))
+    scale = episode_length / agent.discount_denom
+    return float(np.clip((scale - 1) / scale, agent.discount_min, agent.discount_max))
+
+
+def for_task(agent: Agent, task: str, envs) -> Agent:
+    """The agent with all sizes filled in, and what the task and its vector environment decide."""
+    spec = environments.task_spec(task)
+    return dataclasses.replace(
+        with_model_size(agent),
+        action_dim=envs.single_action_space.shape[0],
+        can_terminate=spec.can_terminate,
+        discount=discount_of(agent, spec.episode_length),
+    )
+
+
+def check_pictures(args: Args) -> None:
+    """Refuses what cannot work from pixels; UserError says why."""
+    channels = args.agent.latent_dim is None or args.agent.latent_dim % 16 == 0
+    cli.require(channels, "--latent-dim must be a multiple of 16, the units of a channel of the encoder")
+    drawn_here = environments.task_spec(args.task).domain != "Gymnasium"
+    cli.require(args.agent.shadows or drawn_here, "--no-shadows goes with DMControl and Meta-World")
+    environments.check_rendering(args.task, "rgb", "rgb_array" if args.capture_video else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ Maths
@@ -141,22 +180,22 @@ def symexp(x):
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
 
 
-def two_hot(args: Args, x: jax.Array) -> jax.Array:
+def two_hot(agent: Agent, x: jax.Array) -> jax.Array:
     """Scalars [...] as weights [..., K] on the two nearest bins in symlog space."""
-    bins = jnp.linspace(args.vmin, args.vmax, args.num_bins)
-    x = jnp.clip(symlog(x), args.vmin, args.vmax)[..., None]
-    return jax.nn.relu(1 - jnp.abs(x - bins) * ((args.num_bins - 1) / (args.vmax - args.vmin)))
+    bins = jnp.linspace(agent.vmin, agent.vmax, agent.num_bins)
+    x = jnp.clip(symlog(x), agent.vmin, agent.vmax)[..., None]
+    return jax.nn.relu(1 - jnp.abs(x - bins) * ((agent.num_bins - 1) / (agent.vmax - agent.vmin)))
 
 
-def two_hot_inv(args: Args, logits: jax.Array) -> jax.Array:
+def two_hot_inv(agent: Agent, logits: jax.Array) -> jax.Array:
     """The scalars [...] that logits [..., K] stand for."""
-    bins = jnp.linspace(args.vmin, args.vmax, args.num_bins)
+    bins = jnp.linspace(agent.vmin, agent.vmax, agent.num_bins)
     return symexp((jax.nn.softmax(logits) * bins).sum(-1))
 
 
-def soft_ce(args: Args, logits: jax.Array, x: jax.Array) -> jax.Array:
+def soft_ce(agent: Agent, logits: jax.Array, x: jax.Array) -> jax.Array:
     """Cross entropy [...] of logits [..., K] against the two-hot encoding of scalars x [...]."""
-    return -(two_hot(args, x) * jax.nn.log_softmax(logits)).sum(-1)
+    return -(two_hot(agent, x) * jax.nn.log_softmax(logits)).sum(-1)
 
 
 def mish(x):
@@ -205,11 +244,14 @@ class MLP(nn.Module):
         """Inputs [..., in_i] -> [..., out]; dropout [..., hidden[0]] multiplies the first Linear's output."""
         for i, width in enumerate(self.hidden):
             x = Linear(width, dtype=self.dtype, name=f"linear_{i}")(*inputs)
-            x = x if dropout is None or i > 0 else x * dropout
+            if i == 0 and dropout is not None:
+                x = x * dropout
             inputs = (mish(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x)),)
         i = len(self.hidden)
         x = Linear(self.out, self.zero_init, self.dtype, name=f"linear_{i}")(*inputs)
-        return simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim) if self.simnorm_dim else x
+        if self.simnorm_dim:
+            x = simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim)
+        return x
 
 
 class ConvEncoder(nn.Module):
@@ -229,12 +271,13 @@ class ConvEncoder(nn.Module):
             kernel = self.param(f"kernel_{i}", init, (size, size, x.shape[-1], self.channels))
             bias = self.param(f"bias_{i}", init, (self.channels,))
             x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), stride).astype(jnp.float32) + bias
-            x = nn.relu(x) if i < 3 else x
+            if i < 3:
+                x = nn.relu(x)
         return simnorm(jnp.moveaxis(x, -1, 1).reshape(len(x), -1), self.simnorm_dim)
 
 
-class WorldModel(NamedTuple):
-    """The components of the model. Hashable and without parameters: a static argument of the jitted functions."""
+class Networks(NamedTuple):
+    """The components of the world model and the policy: modules without parameters."""
 
     encoder: ConvEncoder  # h(s) -> z
     dynamics: MLP  # d(z, a) -> z'
@@ -242,59 +285,64 @@ class WorldModel(NamedTuple):
     pi: MLP  # p(z) -> mean and log std of A actions
     q: MLP  # Q(z, a) -> K logits: one head; the ensemble is the same module over stacked parameters
     termination: MLP | None  # logit of the probability that the episode ended on reaching z
-    num_q: int
-    action_dim: int
 
 
-def make_model(args: Args, action_dim: int, episodic: bool) -> WorldModel:
-    """The networks for A = action_dim; with a termination head if episodic."""
-    args = with_model_size(args)
-    mlp = partial(MLP, (args.mlp_dim, args.mlp_dim), dtype=args.compute_dtype)
-    return WorldModel(
-        encoder=ConvEncoder(args.latent_dim // 16, args.simnorm_dim, args.compute_dtype),
-        dynamics=mlp(args.latent_dim, args.simnorm_dim),
-        reward=mlp(args.num_bins, zero_init=True),
-        pi=mlp(2 * action_dim),
-        q=mlp(args.num_bins, zero_init=True),
-        termination=mlp(1) if episodic else None,
-        num_q=args.num_q,
-        action_dim=action_dim,
+def networks(agent: Agent) -> Networks:
+    """The networks of an agent; with a termination head if episodes can terminate."""
+    mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
+    return Networks(
+        encoder=ConvEncoder(agent.latent_dim // 16, agent.simnorm_dim, agent.compute_dtype),
+        dynamics=mlp(agent.latent_dim, agent.simnorm_dim),
+        reward=mlp(agent.num_bins, zero_init=True),
+        pi=mlp(2 * agent.action_dim),
+        q=mlp(agent.num_bins, zero_init=True),
+        termination=mlp(1) if agent.episodic and agent.can_terminate else None,
     )
 
 
-def init_params(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
+def init_params(agent: Agent, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters, one entry per component; those of `q` are stacked along a leading axis [num_q]."""
-    z, a = jnp.zeros(with_model_size(args).latent_dim), jnp.zeros(model.action_dim)
+    model = networks(agent)
+    z = jnp.zeros(agent.latent_dim)
+    action = jnp.zeros(agent.action_dim)
     keys = jax.random.split(key, 6)
     params = {
         "encoder": model.encoder.init(keys[0], jnp.zeros((1, PIXELS, PIXELS, 3 * FRAMES))),
-        "dynamics": model.dynamics.init(keys[1], z, a),
-        "reward": model.reward.init(keys[2], z, a),
+        "dynamics": model.dynamics.init(keys[1], z, action),
+        "reward": model.reward.init(keys[2], z, action),
         "pi": model.pi.init(keys[3], z),
-        "q": jax.vmap(lambda k: model.q.init(k, z, a))(jax.random.split(keys[4], model.num_q)),
+        "q": jax.vmap(lambda k: model.q.init(k, z, action))(jax.random.split(keys[4], agent.num_q)),
     }
-    return params | ({"termination": model.termination.init(keys[5], z)} if model.termination else {})
+    if model.termination:
+        params["termination"] = model.termination.init(keys[5], z)
+    return params
 
 
 # ------------------------------------------------------------------------------------------------------ World model
-def random_shift(stack: jax.Array, shift: jax.Array) -> jax.Array:
+def draw_shifts(key: jax.Array, *shape: int) -> jax.Array:
+    """Shifts [*shape, 2] for as many stacks, each (x, y) in 0 .. 6."""
+    return jax.random.randint(key, (*shape, 2), 0, 2 * SHIFT + 1)
+
+
+def shift_stack(stack: jax.Array, shift: jax.Array) -> jax.Array:
     """A stack [64, 64, 9] moved right and down by 3 - shift pixels, shift (x, y) in 0 .. 6, all its pictures alike.
     What comes in repeats the edge; no pixel changes its value."""
     padded = jnp.pad(stack, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
     return jax.lax.dynamic_slice(padded, (shift[1], shift[0], 0), stack.shape)
 
 
-def encode(model: WorldModel, encoder_params, stack: jax.Array, shift: jax.Array) -> jax.Array:
+def encode(agent: Agent, encoder_params, stack: jax.Array, shift: jax.Array) -> jax.Array:
     """Encoder h(s): stacks uint8 [..., 64, 64, 9], each moved by its shift [..., 2] -> z [..., Z]."""
+    encoder = networks(agent).encoder
 
-    def one(stack_and_shift):
-        return model.encoder.apply(encoder_params, random_shift(*stack_and_shift)[None])[0]
+    def encode_one(stack_and_shift):
+        return encoder.apply(encoder_params, shift_stack(*stack_and_shift)[None])[0]
 
     flat = stack.reshape(-1, *stack.shape[-3:]), shift.reshape(-1, 2)
     if jax.default_backend() == "cpu":  # so few at once that a layer stays in the cache
-        z = jax.lax.map(one, flat, batch_size=8)
+        z = jax.lax.map(encode_one, flat, batch_size=8)
     else:
-        z = jax.vmap(one)(flat)
+        z = jax.vmap(encode_one)(flat)
     return z.reshape(*stack.shape[:-3], -1)
 
 
@@ -306,23 +354,25 @@ class PolicySample(NamedTuple):
     scaled_entropy: jax.Array  # [...] the entropy that the policy's loss rewards
 
 
-def policy(args: Args, model: WorldModel, pi_params, z: jax.Array, eps: jax.Array) -> PolicySample:
+def policy(agent: Agent, pi_params, z: jax.Array, eps: jax.Array) -> PolicySample:
     """Policy prior p(z), a squashed Gaussian: z [..., Z] and standard normal eps [..., A] -> sample and statistics."""
-    mean, log_std = jnp.split(model.pi.apply(pi_params, z), 2, axis=-1)
-    log_std = args.log_std_min + 0.5 * (args.log_std_max - args.log_std_min) * (jnp.tanh(log_std) + 1)
+    mean, log_std = jnp.split(networks(agent).pi.apply(pi_params, z), 2, axis=-1)
+    log_std = agent.log_std_min + 0.5 * (agent.log_std_max - agent.log_std_min) * (jnp.tanh(log_std) + 1)
     action = jnp.tanh(mean + eps * jnp.exp(log_std))
     log_gauss = (-0.5 * eps**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
     log_pi = log_gauss - jnp.log(jax.nn.relu(1 - action**2) + 1e-6).sum(-1)
-    entropy_scale = model.action_dim * log_gauss / (log_pi + 1e-8)
+    entropy_scale = agent.action_dim * log_gauss / (log_pi + 1e-8)
     return PolicySample(action, jnp.tanh(mean), log_std, -log_pi, -log_pi * entropy_scale)
 
 
-def q_logits(model: WorldModel, q_params, z: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
+def q_logits(agent: Agent, q_params, z: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
     """All heads in q_params: z [..., Z], action [..., A] -> [q, ..., K]; dropout [q, ..., mlp_dim] or None."""
-    if dropout is None:
-        heads = (pick_heads(q_params, i) for i in range(len(jax.tree.leaves(q_params)[0])))
-        return jnp.stack([model.q.apply(p, z, action) for p in heads])  # on a CPU faster than batched products
-    return jax.vmap(lambda p, d: model.q.apply(p, z, action, dropout=d))(q_params, dropout)
+    head = networks(agent).q
+    if dropout is not None:
+        return jax.vmap(lambda params, factors: head.apply(params, z, action, dropout=factors))(q_params, dropout)
+    num_heads = len(jax.tree.leaves(q_params)[0])
+    logits = [head.apply(pick_heads(q_params, i), z, action) for i in range(num_heads)]
+    return jnp.stack(logits)  # one by one: on a CPU faster than batched products
 
 
 def pick_heads(q_params, heads: jax.Array):
@@ -330,13 +380,13 @@ def pick_heads(q_params, heads: jax.Array):
     return jax.tree.map(lambda p: p[heads], q_params)
 
 
-def dropout_mask(args: Args, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+def dropout_mask(agent: Agent, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
     """Inverted dropout as a factor, from 16 random bits a unit: each 32-bit word that is drawn serves two units."""
-    if args.dropout == 0:
+    if agent.dropout == 0:
         return None
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), "uint32")
     bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
-    return jnp.where(bits < round(args.dropout * 2**16), 0.0, 1 / (1 - args.dropout))
+    return jnp.where(bits < round(agent.dropout * 2**16), 0.0, 1 / (1 - agent.dropout))
 
 
 # --------------------------------------------------------------------------------------------------------- Planning
@@ -352,104 +402,121 @@ class PlanNoise(NamedTuple):
     exploration: jax.Array  # [n, A] normal: added to the action
 
 
-def plan_noise(args: Args, model: WorldModel, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
+def plan_noise(agent: Agent, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
     """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
     them use, so that their parameters are gathered once."""
-    H, P, N, A = args.horizon, args.num_pi_trajs, args.num_samples, model.action_dim
-    iterations = args.iterations + 2 * (A >= 20)
+    H, P, N, A = agent.horizon, agent.num_pi_trajs, agent.num_samples, agent.action_dim
+    iterations = agent.iterations + 2 if A >= 20 else agent.iterations
     keys = jax.random.split(key, 7)
     noise = PlanNoise(
-        shift=jax.random.randint(keys[6], (n, 2), 0, 2 * SHIFT + 1),
+        shift=draw_shifts(keys[6], n),
         pi=jax.random.normal(keys[0], (n, H, P, A)),
         sample=jax.random.normal(keys[1], (n, iterations, H, N - P, A)),
         terminal=jax.random.normal(keys[2], (n, iterations, N, A)),
-        gumbel=jax.random.gumbel(keys[4], (n, args.num_elites)),
+        gumbel=jax.random.gumbel(keys[4], (n, agent.num_elites)),
         exploration=jax.random.normal(keys[5], (n, A)),
     )
-    return noise, jax.vmap(lambda k: two_heads(model, k))(jax.random.split(keys[3], iterations))
+    heads = jax.vmap(partial(two_heads, agent))(jax.random.split(keys[3], iterations))
+    return noise, heads
 
 
-def two_heads(model: WorldModel, key: jax.Array) -> jax.Array:
+def two_heads(agent: Agent, key: jax.Array) -> jax.Array:
     """Indices [2] of two different value heads, drawn at random: any first one, then any step to another."""
-    head, step = jax.random.randint(key, (2,), jnp.array([0, 1]), model.num_q)
-    return jnp.stack([head, (head + step) % model.num_q])
+    head, step = jax.random.randint(key, (2,), jnp.array([0, 1]), agent.num_q)
+    return jnp.stack([head, (head + step) % agent.num_q])
 
 
-def estimate_value(args: Args, model: WorldModel, params, z, actions, discount, heads, eps) -> jax.Array:
+def estimate_value(agent: Agent, params, z, actions, heads, eps) -> jax.Array:
     """Value [N] of action sequences [H, N, A] from z [1, Z]: rewards over the horizon, then the mean of two Qs."""
-    value, alive = 0.0, 1.0  # alive: 0 after a predicted termination
-    for t in range(args.horizon):
-        reward = two_hot_inv(args, model.reward.apply(params["reward"], z, actions[t]))
-        value = value + discount**t * alive * reward
+    model = networks(agent)
+    value = 0.0
+    alive = 1.0  # 0 after a predicted termination
+    for t in range(agent.horizon):
+        reward = two_hot_inv(agent, model.reward.apply(params["reward"], z, actions[t]))
+        value = value + agent.discount**t * alive * reward
         z = model.dynamics.apply(params["dynamics"], z, actions[t])
         if model.termination:
             alive = alive * (model.termination.apply(params["termination"], z)[..., 0] <= 0)
-    action = policy(args, model, params["pi"], z, eps).action
-    q = two_hot_inv(args, q_logits(model, pick_heads(params["q"], heads), z, action)).mean(0)
-    return jnp.nan_to_num(value + discount**args.horizon * alive * q, nan=0.0)
+    action = policy(agent, params["pi"], z, eps).action
+    q = two_hot_inv(agent, q_logits(agent, pick_heads(params["q"], heads), z, action)).mean(0)
+    return jnp.nan_to_num(value + agent.discount**agent.horizon * alive * q, nan=0.0)
 
 
-def plan(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, noise: PlanNoise, heads, explore):
+def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, explore: bool):
     """Model predictive path integral control (MPPI) in n environments at once.
     obs [n, 64, 64, 9]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an
-    episode; discount, a scalar; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns
-    actions [n, A] in [-1, 1] and the new means [n, H, A].
+    episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions [n, A] in
+    [-1, 1] and the new means [n, H, A].
     """
-    n, H, A = len(obs), args.horizon, model.action_dim
+    n, H, A = len(obs), agent.horizon, agent.action_dim
     chex.assert_shape([obs, prev_mean, first], [(n, PIXELS, PIXELS, 3 * FRAMES), (n, H, A), (n,)])
+    model = networks(agent)
 
     def plan_one(env):
         env_obs, last_mean, starts, draws = env
-        z = encode(model, params["encoder"], env_obs, draws.shift)[None]  # [1, Z]
-        pi_actions, pi_z = [], z
+        z = encode(agent, params["encoder"], env_obs, draws.shift)[None]  # [1, Z]
+        pi_actions = []
+        pi_z = z
         for t in range(H):
-            pi_actions.append(policy(args, model, params["pi"], pi_z, draws.pi[t]).action)
-            pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t]) if t < H - 1 else None
+            pi_actions.append(policy(agent, params["pi"], pi_z, draws.pi[t]).action)
+            if t < H - 1:
+                pi_z = model.dynamics.apply(params["dynamics"], pi_z, pi_actions[t])
         pi_actions = jnp.stack(pi_actions)  # [H, P, A]
 
         def iterate(distribution, draw):
-            (mean, std), (sample_noise, terminal_noise, two) = distribution, draw
+            mean, std = distribution
+            sample_noise, terminal_noise, two = draw
             sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1)
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(args, model, params, z, actions, discount, two, terminal_noise)
-            elite_values, elite_indices = jax.lax.top_k(values, args.num_elites)
+            values = estimate_value(agent, params, z, actions, two, terminal_noise)
+            elite_values, elite_indices = jax.lax.top_k(values, agent.num_elites)
             elites = actions[:, elite_indices]  # [H, E, A]
-            weights = jax.nn.softmax(args.temperature * elite_values)  # [E]
+            weights = jax.nn.softmax(agent.temperature * elite_values)  # [E]
             mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
-            std = jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std)
+            std = jnp.clip(jnp.sqrt(variance), agent.min_std, agent.max_std)
             return (mean, std), (elites[0], weights)
 
         mean = jnp.where(starts, 0.0, jnp.roll(last_mean, -1, axis=0).at[-1].set(0.0))
-        distribution = (mean, jnp.full((H, A), args.max_std))
+        std = jnp.full((H, A), agent.max_std)
         iterations = (draws.sample, draws.terminal, heads)
-        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, distribution, iterations)
-        action = elite_actions[-1, jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)]  # [A] of one elite, drawn by weight
-        action = action + std[0] * draws.exploration if explore else action
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), iterations)
+        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
+        action = elite_actions[-1, elite]  # [A]
+        if explore:
+            action = action + std[0] * draws.exploration
         return jnp.clip(action, -1, 1), mean
 
-    # Side by side, but on a CPU only as many as leave a layer in the cache, the others after them: 30 of them side
-    # by side take 1.8 times as long as six times five.
-    at_once = max(1, (2**22 if jax.default_backend() == "cpu" else 2**29) // (4 * args.num_samples * model.q.hidden[0]))
     envs = (obs, prev_mean, first, noise)
+    at_once = environments_at_once(agent)
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
-@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
-def act(args: Args, model: WorldModel, params, obs, prev_mean, first, discount, key, explore: bool, random=False):
-    """Actions [n, A] for stacks obs [n, 64, 64, 9] by `plan`, by the policy (--no-mpc) or random, the planner's means,
-    and a new key."""
+def environments_at_once(agent: Agent) -> int:
+    """How many environments are planned for side by side, the others after them. On a CPU as many as leave a layer in
+    the cache: 30 of them side by side take 1.8 times as long as six times five. Elsewhere as many as memory allows."""
+    bytes_at_once = 2**22 if jax.default_backend() == "cpu" else 2**29
+    layer_bytes = 4 * agent.num_samples * agent.mlp_dim
+    return max(1, bytes_at_once // layer_bytes)
+
+
+@partial(jax.jit, static_argnames=("agent", "explore", "random"))
+def act(agent: Agent, params, obs, prev_mean, first, key, explore: bool, random: bool = False):
+    """Actions [n, A] for stacks obs [n, 64, 64, 9] by `plan`, by the policy (--no-mpc) or random; the planner's means;
+    a new key."""
+    n = len(obs)
     key, noise_key = jax.random.split(key)
     if random:
-        return jax.random.uniform(noise_key, (len(obs), model.action_dim), minval=-1, maxval=1), prev_mean, key
-    if args.mpc:
-        noise, heads = plan_noise(args, model, noise_key, len(obs))
-        return *plan(args, model, params, obs, prev_mean, first, discount, noise, heads, explore), key
-    eps_key, shift_key = jax.random.split(noise_key)
-    eps = jax.random.normal(eps_key, (len(obs), model.action_dim))
-    shift = jax.random.randint(shift_key, (len(obs), 2), 0, 2 * SHIFT + 1)
-    sample = policy(args, model, params["pi"], encode(model, params["encoder"], obs, shift), eps)
-    return sample.action if explore else sample.mean, prev_mean, key
+        action = jax.random.uniform(noise_key, (n, agent.action_dim), minval=-1, maxval=1)
+    elif agent.mpc:
+        noise, heads = plan_noise(agent, noise_key, n)
+        action, prev_mean = plan(agent, params, obs, prev_mean, first, noise, heads, explore)
+    else:
+        eps_key, shift_key = jax.random.split(noise_key)
+        z = encode(agent, params["encoder"], obs, draw_shifts(shift_key, n))
+        sample = policy(agent, params["pi"], z, jax.random.normal(eps_key, (n, agent.action_dim)))
+        action = sample.action if explore else sample.mean
+    return action, prev_mean, key
 
 
 # --------------------------------------------------------------------------------------------------------- Learning
@@ -486,123 +553,156 @@ class UpdateNoise(NamedTuple):
     pi_dropout: jax.Array | None  # [2, H+1, B, mlp_dim] and in the policy's loss
 
 
-def update_noise(args: Args, model: WorldModel, key: jax.Array) -> UpdateNoise:
+def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
-    H, B, A, width = args.horizon, args.batch_size, model.action_dim, model.q.hidden[0]
+    H, B, A, width = agent.horizon, agent.batch_size, agent.action_dim, agent.mlp_dim
     keys = jax.random.split(key, 7)
     return UpdateNoise(
-        shift=jax.random.randint(keys[6], (H + 1, B, 2), 0, 2 * SHIFT + 1),
+        shift=draw_shifts(keys[6], H + 1, B),
         next_action=jax.random.normal(keys[0], (H, B, A)),
-        target_heads=two_heads(model, keys[1]),
+        target_heads=two_heads(agent, keys[1]),
         pi_action=jax.random.normal(keys[2], (H + 1, B, A)),
-        pi_heads=two_heads(model, keys[3]),
-        dropout=dropout_mask(args, keys[4], (model.num_q, H, B, width)),
-        pi_dropout=dropout_mask(args, keys[5], (2, H + 1, B, width)),
+        pi_heads=two_heads(agent, keys[3]),
+        dropout=dropout_mask(agent, keys[4], (agent.num_q, H, B, width)),
+        pi_dropout=dropout_mask(agent, keys[5], (2, H + 1, B, width)),
     )
 
 
-def optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+def optimizers(agent: Agent) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Adam for the model (the encoder slower) and for the policy, each behind its own global-norm clip."""
-    clip = optax.clip_by_global_norm(args.grad_clip_norm)
-    rates = {"encoder": optax.scale(-args.lr * args.enc_lr_scale), "other": optax.scale(-args.lr)}
+    clip = optax.clip_by_global_norm(agent.grad_clip_norm)
+    rates = {"encoder": optax.scale(-agent.lr * agent.enc_lr_scale), "other": optax.scale(-agent.lr)}
     rates = optax.multi_transform(rates, lambda params: {k: k if k == "encoder" else "other" for k in params})
     model_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates)
-    return model_tx, optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-args.lr))
+    pi_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5), optax.scale(-agent.lr))
+    return model_tx, pi_tx
 
 
-def init_state(args: Args, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
+def init_state(agent: Agent, params: dict[str, Any], target_q, q_scale, key: jax.Array) -> TrainState:
     """Learning state at the start of a run with these parameters."""
-    model_tx, pi_tx = optimizers(args)
-    model_opt = model_tx.init({k: v for k, v in params.items() if k != "pi"})
-    target_q = jax.tree.map(jnp.copy, target_q)  # not the same buffers: both are donated
-    q_scale, updates = jnp.asarray(q_scale, jnp.float32), jnp.zeros((), jnp.int32)
-    return TrainState(params, target_q, model_opt, pi_tx.init(params["pi"]), q_scale, key, updates)
+    model_tx, pi_tx = optimizers(agent)
+    return TrainState(
+        params=params,
+        target_q=jax.tree.map(jnp.copy, target_q),  # not the same buffers: both are donated
+        model_opt=model_tx.init({k: v for k, v in params.items() if k != "pi"}),
+        pi_opt=pi_tx.init(params["pi"]),
+        q_scale=jnp.asarray(q_scale, jnp.float32),
+        key=key,
+        updates=jnp.zeros((), jnp.int32),
+    )
 
 
-def td_target(args: Args, model: WorldModel, state: TrainState, next_z, batch: Batch, discount, noise) -> jax.Array:
+def td_target(agent: Agent, state: TrainState, next_z, batch: Batch, noise: UpdateNoise) -> jax.Array:
     """TD targets [H, B]: r + discount * (1 - terminated) * min of two random target Qs at the policy's next action."""
-    next_action = policy(args, model, state.params["pi"], next_z, noise.next_action).action
-    q = two_hot_inv(args, q_logits(model, pick_heads(state.target_q, noise.target_heads), next_z, next_action))
-    return batch.reward + discount * (1 - batch.terminated) * q.min(0)
+    next_action = policy(agent, state.params["pi"], next_z, noise.next_action).action
+    q = two_hot_inv(agent, q_logits(agent, pick_heads(state.target_q, noise.target_heads), next_z, next_action))
+    return batch.reward + agent.discount * (1 - batch.terminated) * q.min(0)
 
 
-def model_loss(args: Args, model: WorldModel, params, batch: Batch, next_z, target, noise):
+def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: UpdateNoise):
     """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts."""
-    rho = args.rho ** jnp.arange(args.horizon)  # [H]
-    zs = [encode(model, params["encoder"], batch.obs[0], noise.shift[0])]
-    for t in range(args.horizon):
+    model = networks(agent)
+    rho = agent.rho ** jnp.arange(agent.horizon)  # [H]
+    zs = [encode(agent, params["encoder"], batch.obs[0], noise.shift[0])]
+    for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
     zs = jnp.stack(zs)  # [H+1, B, Z]
 
     reward_logits = model.reward.apply(params["reward"], zs[:-1], batch.action)  # [H, B, K]
-    value_logits = q_logits(model, params["q"], zs[:-1], batch.action, noise.dropout)  # [q, H, B, K]
+    value_logits = q_logits(agent, params["q"], zs[:-1], batch.action, noise.dropout)  # [q, H, B, K]
     consistency = (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean()
-    reward = (rho * soft_ce(args, reward_logits, batch.reward).mean(1)).mean()
-    value = (rho * soft_ce(args, value_logits, target).mean(2)).mean()
+    reward = (rho * soft_ce(agent, reward_logits, batch.reward).mean(1)).mean()
+    value = (rho * soft_ce(agent, value_logits, target).mean(2)).mean()
     termination = jnp.zeros(())
     if model.termination:
         logits = model.termination.apply(params["termination"], zs[1:])[..., 0]  # [H, B]
         termination = optax.sigmoid_binary_cross_entropy(logits, batch.terminated).mean()
-    total = args.consistency_coef * consistency + args.reward_coef * reward + args.value_coef * value
-    total = total + args.termination_coef * termination
-    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
-    return total, (zs, info | {"termination_loss": termination, "total_loss": total})
+    total = (
+        agent.consistency_coef * consistency
+        + agent.reward_coef * reward
+        + agent.value_coef * value
+        + agent.termination_coef * termination
+    )
+    info = {
+        "consistency_loss": consistency,
+        "reward_loss": reward,
+        "value_loss": value,
+        "termination_loss": termination,
+        "total_loss": total,
+    }
+    return total, (zs, info)
 
 
-def policy_loss(args: Args, model: WorldModel, pi_params, q_params, zs, q_scale, noise):
+def policy_loss(agent: Agent, pi_params, q_params, zs, q_scale, noise: UpdateNoise):
     """Policy objective (eq. 4) on latent states zs [H+1, B, Z]. Returns the loss, and the new Q scale and entropies."""
-    pi = policy(args, model, pi_params, zs, noise.pi_action)
-    logits = q_logits(model, pick_heads(q_params, noise.pi_heads), zs, pi.action, noise.pi_dropout)
-    q = two_hot_inv(args, logits).mean(0)  # [H+1, B]
+    pi = policy(agent, pi_params, zs, noise.pi_action)
+    logits = q_logits(agent, pick_heads(q_params, noise.pi_heads), zs, pi.action, noise.pi_dropout)
+    q = two_hot_inv(agent, logits).mean(0)  # [H+1, B]
     low, high = jnp.percentile(jax.lax.stop_gradient(q[0]), jnp.array([5.0, 95.0]))
-    q_scale = q_scale + args.tau * (jnp.maximum(high - low, 1.0) - q_scale)
-    rho = args.rho ** jnp.arange(args.horizon + 1)
-    loss = -(rho * (args.entropy_coef * pi.scaled_entropy + q / q_scale).mean(1)).mean()
-    info = {"pi_entropy": pi.entropy.mean(), "pi_scaled_entropy": pi.scaled_entropy.mean(), "pi_scale": q_scale}
-    return loss, (q_scale, info | {"pi_loss": loss})
+    q_scale = q_scale + agent.tau * (jnp.maximum(high - low, 1.0) - q_scale)
+    rho = agent.rho ** jnp.arange(agent.horizon + 1)
+    loss = -(rho * (agent.entropy_coef * pi.scaled_entropy + q / q_scale).mean(1)).mean()
+    info = {
+        "pi_loss": loss,
+        "pi_entropy": pi.entropy.mean(),
+        "pi_scaled_entropy": pi.scaled_entropy.mean(),
+        "pi_scale": q_scale,
+    }
+    return loss, (q_scale, info)
 
 
-def update(args: Args, model: WorldModel, state: TrainState, batch: Batch, discount, noise: UpdateNoise):
-    """One gradient step on the world model, then one on the policy, then one of the target values.
+def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) -> tuple[TrainState, dict[str, Any]]:
+    """One gradient step on the world model, then one on the policy, then a step of the target values towards the new
+    ones. Returns the new state and a dict of scalars for the log."""
+    H, B = agent.horizon, len(batch.obs[0])
+    stacks = (H + 1, B, PIXELS, PIXELS, 3 * FRAMES)
+    chex.assert_shape(list(batch), [stacks, (H, B, agent.action_dim), (H, B), (H, B)])
+    model_tx, pi_tx = optimizers(agent)
 
-    discount is a scalar. Returns the new state and a dict of scalars for the log.
-    """
-    H, B = args.horizon, len(batch.obs[0])
-    shapes = [(H + 1, B, PIXELS, PIXELS, 3 * FRAMES), (H, B, model.action_dim), (H, B), (H, B)]
-    chex.assert_shape(list(batch), shapes)
-    model_tx, pi_tx = optimizers(args)
-
-    next_z = encode(model, state.params["encoder"], batch.obs[1:], noise.shift[1:])  # [H, B, Z]
-    target = td_target(args, model, state, next_z, batch, discount, noise)  # [H, B]
+    next_z = encode(agent, state.params["encoder"], batch.obs[1:], noise.shift[1:])  # [H, B, Z]
+    target = td_target(agent, state, next_z, batch, noise)  # [H, B]
     model_params = {k: v for k, v in state.params.items() if k != "pi"}
-    loss = partial(model_loss, args, model, batch=batch, next_z=next_z, target=target, noise=noise)
+    loss = partial(model_loss, agent, batch=batch, next_z=next_z, target=target, noise=noise)
     grads, (zs, info) = jax.grad(loss, has_aux=True)(model_params)
     change, model_opt = model_tx.update(grads, state.model_opt)
     model_params = optax.apply_updates(model_params, change)
 
-    pi_loss = partial(policy_loss, args, model, q_params=model_params["q"], zs=zs, q_scale=state.q_scale, noise=noise)
-    pi_grads, (q_scale, pi_info) = jax.grad(pi_loss, has_aux=True)(state.params["pi"])
+    loss = partial(policy_loss, agent, q_params=model_params["q"], zs=zs, q_scale=state.q_scale, noise=noise)
+    pi_grads, (q_scale, pi_info) = jax.grad(loss, has_aux=True)(state.params["pi"])
     pi_change, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
     pi_params = optax.apply_updates(state.params["pi"], pi_change)
 
-    target_q = optax.incremental_update(model_params["q"], state.target_q, args.tau)
+    target_q = optax.incremental_update(model_params["q"], state.target_q, agent.tau)
     info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
     params = model_params | {"pi": pi_params}
     return TrainState(params, target_q, model_opt, pi_opt, q_scale, state.key, state.updates + 1), info
 
 
 # ----------------------------------------------------------------------------------------------------------- Replay
+class Step(NamedTuple):
+    """One step of n environments, as the replay stores it."""
+
+    obs: jax.Array  # uint8 [n, 64, 64, 3]
+    action: jax.Array  # [n, A] that led to the picture
+    reward: jax.Array  # [n] that it brought
+    terminated: jax.Array  # [n]
+    first: jax.Array  # [n] the observation is that of a reset: action, reward and terminated are filler
+
+
 class Replay(NamedTuple):
-    """Ring of the last C steps of n environments, in device memory or the machine's; a row holds an entry of each. A
-    window of H+1 entries may start wherever H more follow without a reset among them; its first stack needs the two
-    pictures before it, too, or repeats that of the reset. `starts` is a queue of all such entries in order of time, so
-    that a uniform draw from it is a uniform draw of windows. Those of the episode under way are among them (the
-    original waits for its end). With H = 2:
+    """Ring of the last C steps of n environments, in any device's memory; a row holds an entry of each. A window of H+1
+    entries may start wherever H more follow without a reset among them; its first stack needs the two pictures before
+    it, too, or repeats that of the reset. `starts` is a queue of such entries in order of time:
+    with --sample windows of all of them, so that a uniform draw from it is a uniform draw of windows; with --sample
+    episodes of the last one of each episode, so that it is a uniform draw of episodes. The episode under way is among
+    them (the original waits for its end). With H = 2:
 
         row       0  1  2  3  4  5  6  7  8     the last row written is 8
         first     x           x                 episodes of 4 entries, and of 5 so far
         start     x  x        x  x  x           entries 2 and 3 lack followers, 7 and 8 do so far
-        starts    0  1  4  5  6                 a draw of 5 is the window of rows 5, 6, 7
+        starts    0  1  4  5  6                 windows: a draw of 5 is the window of rows 5, 6, 7
+        starts       1        6                 episodes: a draw of 6 is the second one, ...
+        is_start  0  2  0  0  0  0  3  0  0     ... which has three windows up to there
     """
 
     obs: jax.Array  # uint8 [C, n, 64 * 64 * 3]; flat, as TPUs would pad a last axis of 3 to 128
@@ -610,63 +710,97 @@ class Replay(NamedTuple):
     reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
     first: jax.Array  # [C, n] the entry is a reset: action and reward are filler
-    is_start: jax.Array  # [C, n] the entry is in the queue
+    is_start: jax.Array  # [C, n] the entry is in the queue; for episodes, how many windows its episode has up to it
     starts: jax.Array  # [C * n] ring of flat indices row * n + environment
     head: jax.Array  # position of the oldest start in the ring
-    size: jax.Array  # number of starts
+    size: jax.Array  # length of the queue
     rows: jax.Array  # number of steps ever written
 
 
-def init_replay(capacity: int, num_envs: int, action_dim: int) -> Replay:
+def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment, and two rows more for the first stack."""
-    C, n, zero = capacity + FRAMES - 1, num_envs, partial(jnp.zeros, (), jnp.int32)
-    obs = jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8)
-    action, reward = jnp.zeros((C, n, action_dim)), jnp.zeros((C, n))
-    flags = [jnp.zeros((C, n), bool) for _ in range(3)]
-    return Replay(obs, action, reward, *flags, jnp.zeros(C * n, jnp.int32), zero(), zero(), zero())
+    C, n = capacity + FRAMES - 1, num_envs
+    return Replay(
+        obs=jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8),
+        action=jnp.zeros((C, n, agent.action_dim)),
+        reward=jnp.zeros((C, n)),
+        terminated=jnp.zeros((C, n), bool),
+        first=jnp.zeros((C, n), bool),
+        is_start=jnp.zeros((C, n), jnp.int32 if agent.sample == "episodes" else bool),
+        starts=jnp.zeros(C * n, jnp.int32),
+        head=jnp.zeros((), jnp.int32),
+        size=jnp.zeros((), jnp.int32),
+        rows=jnp.zeros((), jnp.int32),
+    )
 
 
-@partial(jax.jit, static_argnames=("horizon",), donate_argnames=("replay",))
-def add(replay: Replay, horizon: int, obs, action, reward, terminated, first) -> Replay:
-    """Writes one step of all environments (obs [n, 64, 64, 3], action [n, A], the rest [n]) over the oldest one."""
+@partial(jax.jit, static_argnames="agent", donate_argnames="replay")
+def add(agent: Agent, replay: Replay, step: Step) -> Replay:
+    """Writes one step of all environments over the oldest one."""
     C, n = replay.first.shape
     row = replay.rows % C
-    oldest = (row + FRAMES - 1) % C  # starts here, the oldest of the queue, need the picture that is overwritten
-    expired = replay.is_start[oldest].sum()
-    head, size = (replay.head + expired) % (C * n), replay.size - expired
-    entry = {"obs": obs.reshape(n, -1), "action": action, "reward": reward, "terminated": terminated, "first": first}
-    written = {k: getattr(replay, k).at[row].set(v) for k, v in entry.items()}
-
-    start = (replay.rows - horizon) % C  # the windows that this step completes start here
-    after_start = (start + 1 + jnp.arange(horizon)) % C
-    valid = ~written["first"][after_start].any(0) & (replay.rows >= horizon)  # [n]
-    slots = jnp.where(valid, (head + size + jnp.cumsum(valid) - 1) % (C * n), C * n)  # C * n: dropped
-    starts = replay.starts.at[slots].set(start * n + jnp.arange(n), mode="drop")
-    is_start = replay.is_start.at[oldest].set(False).at[start].set(valid)
-    return Replay(**written, is_start=is_start, starts=starts, head=head, size=size + valid.sum(), rows=replay.rows + 1)
+    step = step._replace(obs=step.obs.reshape(n, -1))
+    written = {k: getattr(replay, k).at[row].set(v) for k, v in step._asdict().items()}
+    start = (replay.rows - agent.horizon) % C  # the windows that this step completes start here
+    after_start = (start + 1 + jnp.arange(agent.horizon)) % C
+    valid = ~written["first"][after_start].any(0) & (replay.rows >= agent.horizon)  # [n]
+    without_stack = (row + FRAMES - 1) % C  # starts here need the picture that is overwritten
+    return Replay(**written, **move_queue(agent, replay, without_stack, start, valid), rows=replay.rows + 1)
 
 
-def sample(replay: Replay, key: jax.Array, batch_size: int, horizon: int) -> Batch:
-    """Windows drawn uniformly from all valid ones, with replacement. Their obs [H+3, B, 64, 64, 3] are single pictures,
-    half as much to carry from one memory to another as the stacks that `stack_windows` makes of them."""
+def move_queue(agent: Agent, replay: Replay, row: jax.Array, start: jax.Array, valid: jax.Array) -> dict:
+    """Fields of the queue without the starts in `row`, which is overwritten: they are its oldest; and with those in row
+    `start` where valid [n]."""
     C, n = replay.first.shape
-    drawn = replay.starts[(replay.head + jax.random.randint(key, (batch_size,), 0, replay.size)) % (C * n)]
-    rows = (drawn // n + jnp.arange(horizon + 1)[:, None]) % C  # [H+1, B]
-    env = drawn % n
+    expired = (replay.is_start[row] > 0).sum()
+    head = (replay.head + expired) % (C * n)
+    size = replay.size - expired
+    before = (start - 1) % C
+    newest = replay.is_start.at[row].set(False)[before]  # [n] the newest of the queue
+    stays = newest > 0
+    number = valid.astype(newest.dtype)
+    if agent.sample == "episodes":  # the new window takes the place of the one before it in its episode
+        stays &= ~valid
+        number *= newest + 1
+    size -= (newest > 0).sum()
+    added = jnp.concatenate([stays, valid])
+    index = jnp.concatenate([before * n + jnp.arange(n), start * n + jnp.arange(n)])
+    slots = jnp.where(added, (head + size + jnp.cumsum(added) - 1) % (C * n), C * n)  # C * n: dropped
+    return {
+        "is_start": replay.is_start.at[row].set(False).at[before].set(newest * stays).at[start].set(number),
+        "starts": replay.starts.at[slots].set(index, mode="drop"),
+        "head": head,
+        "size": size + added.sum(),
+    }
+
+
+def draw_starts(agent: Agent, replay: Replay, key: jax.Array, oldest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows and environments [B] where windows start, drawn with replacement: of all of them uniformly; or an episode
+    uniformly, then one of its windows, none before row `oldest`."""
+    C, n = replay.first.shape
+    key, number_key = jax.random.split(key)
+    drawn = jax.random.randint(key, (agent.batch_size,), 0, replay.size)
+    row, env = jnp.divmod(replay.starts[(replay.head + drawn) % (C * n)], n)
+    if agent.sample == "episodes":
+        windows = jnp.minimum(replay.is_start[row, env], (row - oldest) % C + 1)  # but for those that are overwritten
+        row -= jax.random.randint(number_key, (agent.batch_size,), 0, windows)
+    return row % C, env
+
+
+def sample(agent: Agent, replay: Replay, key: jax.Array) -> Batch:
+    """Windows that begin where `draw_starts` says. Their obs [H+3, B, 64, 64, 3] are single pictures, half as much to
+    carry from one memory to another as the stacks that `stack_windows` makes of them."""
+    C = len(replay.first)
+    row, env = draw_starts(agent, replay, key, (replay.rows + FRAMES - 1) % C)
+    rows = (row + jnp.arange(agent.horizon + 1)[:, None]) % C  # [H+1, B]
     terminated = replay.terminated[rows[1:], env].astype(jnp.float32)
 
     before = [rows[0]]  # of the first entry's stack: up to two rows back, but not beyond the reset
     for _ in range(FRAMES - 1):
         before.insert(0, jnp.where(replay.first[before[0], env], before[0], (before[0] - 1) % C))
-    seen = jnp.concatenate([jnp.stack(before[:-1]), rows])  # [H+3, B]
-    obs = replay.obs[seen, env].reshape(*seen.shape, PIXELS, PIXELS, 3)
+    rows_seen = jnp.concatenate([jnp.stack(before[:-1]), rows])  # [H+3, B]
+    obs = replay.obs[rows_seen, env].reshape(*rows_seen.shape, PIXELS, PIXELS, 3)
     return Batch(obs, replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated)
-
-
-@partial(jax.jit, static_argnames=("batch_size", "horizon"))
-def sample_many(replay: Replay, keys: jax.Array, batch_size: int, horizon: int) -> Batch:
-    """A batch for each of several keys, along a new leading axis."""
-    return jax.lax.map(lambda key: sample(replay, key, batch_size, horizon), keys)
 
 
 def stack_windows(batch: Batch) -> Batch:
@@ -682,167 +816,225 @@ def stack_pictures(stack: np.ndarray, obs: np.ndarray, first: np.ndarray) -> np.
     return np.where(first[:, None, None, None], np.tile(obs, FRAMES), pushed)
 
 
-@partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
-def train(args: Args, model: WorldModel, state: TrainState, source: Replay | Batch, discount, num_updates: int):
-    """`num_updates` updates in one dispatch, on fresh samples of a replay in device memory, or on batches [num_updates,
-    ...] of `sample_many` from one in the machine's. Returns the new state and the means of their scalars."""
+@partial(jax.jit, static_argnames=("agent", "num_batches"))
+def sample_many(agent: Agent, replay: Replay, key: jax.Array, updates: int, num_batches: int) -> Batch:
+    """Batches of `sample` for the updates after so many, along a new leading axis."""
+    keys = jax.random.split(jax.random.fold_in(key, updates), num_batches)
+    return jax.lax.map(partial(sample, agent, replay), keys)
+
+
+def replay_or_batches(args: Args, agent: Agent, replay: Replay, key: jax.Array, updates: int, num_updates: int):
+    """What `train` learns from after so many updates: the replay itself, if it lies in the memory of the device that
+    learns, else batches. They are drawn where the replay lies, while that device computes what it was sent before."""
+    device = jax.devices()[0]
+    if replay.rows.device == device and args.storage != "host":
+        return replay
+    return jax.device_put(sample_many(agent, replay, key, updates, num_updates), device)
+
+
+@partial(jax.jit, static_argnames=("agent", "num_updates"), donate_argnames=("state",))
+def train(agent: Agent, state: TrainState, source: Replay | Batch, num_updates: int):
+    """`num_updates` updates in one dispatch, on fresh samples of a replay or on batches [num_updates, ...] of
+    `sample_many`. Returns the new state and the means of their scalars."""
 
     def one(state, batch):
         key, sample_key, noise_key = jax.random.split(state.key, 3)
-        batch = stack_windows(batch or sample(source, sample_key, args.batch_size, args.horizon))
-        return update(args, model, state._replace(key=key), batch, discount, update_noise(args, model, noise_key))
+        if batch is None:
+            batch = sample(agent, source, sample_key)
+        return update(agent, state._replace(key=key), stack_windows(batch), update_noise(agent, noise_key))
 
-    state, infos = jax.lax.scan(one, state, source if isinstance(source, Batch) else None, length=num_updates)
+    batches = source if isinstance(source, Batch) else None
+    state, infos = jax.lax.scan(one, state, batches, length=num_updates)
     return state, jax.tree.map(jnp.mean, infos)
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(args: Args, model: WorldModel, params, discount, envs, seed: tuple[int, ...], go_on=lambda: True):
-    """One episode in each of E environments, without exploration: what `play` returns."""
-    memory = jnp.zeros((envs.num_envs, args.horizon, model.action_dim)), jax.random.key(args.seed)
-    memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act: it compiles once
-    pictures = np.zeros((envs.num_envs, PIXELS, PIXELS, 3 * FRAMES), np.uint8)
-
-    def decide(obs, first, prev_mean, key, seen):
-        seen = stack_pictures(seen, obs, first)
-        return *act(args, model, params, seen, prev_mean, first, discount, key, explore=False), seen
-
-    return play(envs, seed, decide, (*memory, pictures), go_on, args.capture_video)
+def make_eval_envs(args: Args):
+    """The environments of an evaluation, one for each of its episodes."""
+    pictures = {"obs": "rgb", "shadows": args.agent.shadows, "render_mode": "rgb_array" if args.capture_video else None}
+    return environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **pictures)
 
 
-def setup(args: Args, enter):
-    """Environments to evaluate in, which are to be closed by `enter`, the networks and the discount."""
-    spec, render_mode = environments.task_spec(args.task), "rgb_array" if args.capture_video else None
-    pictures = {"obs": "rgb", "shadows": args.shadows, "render_mode": render_mode}
-    envs = enter(environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **pictures))
-    model = make_model(args, envs.single_action_space.shape[0], args.episodic and spec.can_terminate)
-    return envs, model, jax.device_put(jnp.float32(discount_of(args, spec.episode_length)), jax.devices()[0])
+def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: None, stop=()) -> Evaluation | None:
+    """One episode in each of E environments, without exploration; with a film of the first environment if asked for.
+
+    Args:
+        seed: of the environments.
+        advance: called after every step.
+        stop: true when the evaluation is to be left; then None is returned.
+    """
+    E = envs.num_envs
+    obs, _ = envs.reset(seed=seed)
+    stacks = np.tile(obs, FRAMES)
+    first, running = np.ones(E, bool), np.ones(E, bool)
+    returns, successes = np.zeros(E), np.zeros(E)
+    frames = [envs.render()[0]] if film else []
+    mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
+    while running.any():
+        stacks = stack_pictures(stacks, obs, first)
+        action, mean, key = act(agent, params, stacks, mean, first, key, explore=False)
+        obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
+        if film and running[0]:
+            frames.append(envs.render()[0])
+        returns += np.where(running, reward, 0.0)
+        successes = np.where(running, info["success"], successes)
+        running &= ~(terminated | truncated)
+        first = np.zeros(E, bool)
+        advance()
+        if stop:
+            return None
+    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints every episode's return and their mean, and writes them to --json."""
     spec = environments.task_spec(args.task)
-    with evaluating(spec.episode_length) as (enter, go_on):
-        envs, model, discount = setup(args, enter)
-        agent = load_agent(args.checkpoint, None, partial(init_params, args, model), *SCRIPTS, obs="rgb")
-        result = evaluate(args, model, agent.params, discount, envs, (args.seed, 1), go_on)
+    with contextlib.closing(make_eval_envs(args)) as envs, progress(spec.episode_length) as advance:
+        agent = for_task(args.agent, args.task, envs)
+        loaded = load_agent(args.checkpoint, None, partial(init_params, agent), *SCRIPTS, obs="rgb")
+        key = random_streams(args.seed).evaluate
+        result = evaluate(agent, loaded.params, envs, key, (args.seed, 1), args.capture_video, advance)
     report_returns(args, spec, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-def check_args(args: Args) -> None:
-    """Refuses arguments that cannot work, before anything starts."""
-    sized, spec = with_model_size(args), environments.task_spec(args.task)
-    cli.check_bounds(sized)
-    cli.check_rules(
-        (sized.latent_dim % 16 == 0, "--latent-dim must be a multiple of 16, the units of a channel of the encoder"),
-        (args.shadows or spec.domain != "Gymnasium", "--no-shadows goes with DMControl and Meta-World"),
-    )
-    environments.check_rendering(args.task, "rgb", "rgb_array" if args.capture_video else None)
-
-
-def fresh_state(args: Args, model: WorldModel) -> dict[str, Any]:
+@partial(jax.jit, static_argnames="agent")
+def fresh_state(agent: Agent, streams: Streams) -> dict[str, Any]:
     """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
-    init_key, train_key, act_key = jax.random.split(jax.random.key(args.seed), 3)
-    params = init_params(args, model, init_key)
-    return {"train": init_state(args, params, params["q"], 1.0, train_key), "act_key": act_key}
+    params = init_params(agent, streams.init)
+    return {"train": init_state(agent, params, params["q"], 1.0, streams.train), "act_key": streams.act}
 
 
-def start_or_resume(args: Args, model: WorldModel, keeper: Run):
-    """What the run's last checkpoint holds, and the device in whose memory the replay lies; without a checkpoint all is
-    fresh, but for the agent if --checkpoint names one."""
-    new_replay = partial(init_replay, args.buffer_size // args.num_envs, args.num_envs, model.action_dim)
+def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple[TrainState, Any, Replay, dict]:
+    """Learning state, key of the acting, replay and counters of the run's last checkpoint; without one all is fresh,
+    but for the agent if --checkpoint names one."""
+    count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    new_replay = partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs)
     memory = place_replay(new_replay, args.storage, args.buffer_size, args.total_timesteps)
-    learner, replay = keeper.start({"replay": memory}, state=partial(fresh_state, args, model), replay=new_replay)
+    learner, replay = checkpoints.restore_or_make(
+        count,
+        {"replay": memory},
+        state=partial(fresh_state, agent, random_streams(args.seed)),
+        replay=new_replay,
+    )
     state = learner["train"]
-    if args.checkpoint and not keeper.count["decisions"]:
-        agent = load_agent(args.checkpoint, None, partial(init_params, args, model), *SCRIPTS, obs="rgb")
-        state = init_state(args, agent.params, agent.target_q, agent.q_scale, state.key)
-        state = jax.device_put(state, jax.devices()[0])  # placed as it comes out of `train`: it compiles once
-    return state, learner["act_key"], replay, memory
+    if args.checkpoint and not count["decisions"]:
+        loaded = load_agent(args.checkpoint, None, partial(init_params, agent), *SCRIPTS, obs="rgb")
+        state = committed(init_state(agent, loaded.params, loaded.target_q, loaded.q_scale, state.key))
+    return state, learner["act_key"], replay, count
 
 
-def draw_ahead(args: Args, pool: ThreadPoolExecutor, replay: Replay, memory, updates: int, num: int):
-    """A function that returns what `train` learns from after so many updates: the replay itself, if it lies in the
-    memory of the device that learns, else `num` batches that are drawn and sent there in the meantime."""
-    device = jax.devices()[0]
-    if memory == device and args.storage != "host":
-        return lambda: replay
-    with jax.default_device(memory):
-        key = jax.random.fold_in(jax.random.key(args.seed), 3)  # 0, 1 and 2 are those of fresh_state
-        keys = jax.random.split(jax.random.fold_in(key, updates), num)
-        batches = sample_many(replay, keys, args.batch_size, args.horizon)
-    return pool.submit(jax.device_put, batches, device).result
+def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals) -> int:
+    """Acts, evaluates, saves, learns, steps the environments and logs, until --total-timesteps or a signal. Returns the
+    simulator step at which it has stopped."""
+    spec = environments.task_spec(args.task)
+    n = args.num_envs
+    eval_key = random_streams(args.seed).evaluate
+    batch_key = jax.device_put(random_streams(args.seed).batches, replay.rows.device)
+    seed_steps = seed_steps_of(args, spec)
+    burst = max(1, int(args.utd * n))  # updates of one dispatch
+    untrained = agent
+    if jax.default_backend() == "cpu" and not args.checkpoint:
+        untrained = dataclasses.replace(agent, mpc=False)  # there its plans would take minutes
+    step = saved = count["decisions"] * spec.action_repeat
+    info = {}
+    prev_mean = committed(jnp.zeros((n, agent.horizon, agent.action_dim)))
+    obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
+    stacks = np.tile(obs, FRAMES)
+    action = np.zeros((n, agent.action_dim), np.float32)
+    done = np.zeros(n, bool)
+    entry = Step(obs, action, np.zeros(n, np.float32), terminated=done, first=~done)  # a reset: the rest is filler
+    while True:
+        # Act: dispatched here, read when the environments are stepped
+        random = count["decisions"] <= seed_steps and not args.checkpoint
+        replay = add(agent, replay, entry)  # on its own, as the replay may lie in another memory
+        stacks = stack_pictures(stacks, obs, entry.first)
+        action, prev_mean, key = act(
+            agent, state.params, stacks, prev_mean, entry.first, key, explore=True, random=random
+        )
+
+        # Evaluate
+        finished = step >= args.total_timesteps
+        if due(step, count["evaluated"], args.eval_freq, finished):
+            with logger.paused(f"evaluating at step {step}", spec.episode_length) as advance:
+                draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
+                shown = args.capture_video, advance, signals
+                result = evaluate(agent if step else untrained, state.params, eval_envs, *draws, *shown)
+            if result is not None:
+                count["evaluated"] = step
+                logger.record_returns(step, spec, result)
+
+        # Save
+        if due(step, saved, args.checkpoint_freq, finished or signals):
+            check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info))
+            count["seconds"] = logger.seconds()
+            with logger.paused():
+                checkpoints.save(step, count, state={"train": state, "act_key": key}, replay=replay)
+            saved = step
+        if finished or signals:
+            return step
+
+        # Learn: seed_steps updates at once, then utd per decision; computed while the environments step
+        bursts = updates_due(count["decisions"], count["updates"], seed_steps, args.utd, burst, replay.size)
+        for _ in logger.with_bar("learning", range(bursts)):
+            source = replay_or_batches(args, agent, replay, batch_key, count["updates"], burst)
+            state, info = train(agent, state, source, num_updates=burst)
+            count["updates"] += burst
+            if signals:
+                break
+
+        # Step: an environment whose episode is over is reset by this step and ignores the action
+        action = np.asarray(action)  # all that is fetched from the device between two decisions
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        check_finite(logger.folder, f"simulator step {step}", action=action, reward=reward)
+        entry = Step(obs, action, reward.astype(np.float32), terminated, first=done)  # done before: now it is reset
+        count["decisions"] += n - int(done.sum())
+        done = terminated | truncated
+        step = count["decisions"] * spec.action_repeat
+
+        # Log
+        logger.log_episodes(step, done, infos)
+        if due(step, logger.logged, args.log_freq):
+            check_windows(replay.size, count["updates"], agent.horizon)
+            logger.log_losses(step, info)
+        logger.advance(step)
 
 
 def run(args: Args) -> None:
-    """Trains one agent: acts, learns, steps the environments, and keeps the run's files."""
-    spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
-    seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-    cli.check_replay(args, seed_steps)
-    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_rgb", RETURNS_COLUMNS) as keeper:
-        envs = environments.make_envs(args.task, n, (args.seed, 0), obs="rgb", shadows=args.shadows)
-        envs = keeper.enter(RecordEpisodeStatistics(envs))
-        eval_envs, model, discount = setup(args, keeper.enter)
-        state, key, replay, memory = start_or_resume(args, model, keeper)
-        count, step = keeper.count, keeper.count["decisions"] * spec.action_repeat
-        title = f"{spec.name}: {FRAMES} pictures of {PIXELS} x {PIXELS}, {model.action_dim} actions, {n} environment(s)"
-        keeper.begin(title, returns_head(spec), state.params, step, args.total_timesteps)
-        prev_mean = jax.device_put(jnp.zeros((n, args.horizon, model.action_dim)), jax.devices()[0])
-        sent, pool, info = np.zeros((n, model.action_dim), np.float32), keeper.enter(ThreadPoolExecutor(1)), {}
-        obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
-        first, done, seen = np.ones(n, bool), np.zeros(n, bool), np.tile(obs, FRAMES)
-        replay = add(replay, args.horizon, obs, sent, np.zeros(n, np.float32), done, first)
-        while True:
-            # Draw from the machine's memory while the planner acts, and while the updates before are computed
-            due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
-            ready = count["decisions"] >= seed_steps and (count["updates"] or replay.size)  # there is a window
-            bursts = due // burst if ready else 0
-            source = draw_ahead(args, pool, replay, memory, count["updates"], burst) if bursts else None
-
-            # Act: dispatched here, read when the environments are stepped
-            how = {"explore": True, "random": count["decisions"] <= seed_steps and not args.checkpoint}
-            action, prev_mean, key = act(args, model, state.params, seen, prev_mean, first, discount, key, **how)
-
-            # Evaluate and save
-            finished = step >= args.total_timesteps
-            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
-                keeper.record_returns(step, spec, partial(evaluate, args, model, state.params, discount, eval_envs))
-            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
-                keeper.save(step, info, state={"train": state, "act_key": key}, replay=replay)
-            if finished or keeper.stop:
-                break
-
-            # Learn: seed_steps updates at once, then utd per decision; computed while the environments step
-            for i in keeper.steps("learning", bursts):
-                state, info = train(args, model, state, source(), discount, num_updates=burst)
-                count["updates"] += burst
-                if i + 1 < bursts:
-                    source = draw_ahead(args, pool, replay, memory, count["updates"], burst)
-
-            # Step: an environment whose episode is over is reset by this step and ignores the action
-            sent = np.asarray(action)  # all that is fetched from the device between two decisions
-            obs, reward, terminated, truncated, infos = envs.step(sent)
-            keeper.check_finite(step, action=sent, reward=reward)
-            first, done = done, terminated | truncated
-            replay = add(replay, args.horizon, obs, sent, reward.astype(np.float32), terminated, first)
-            seen = stack_pictures(seen, obs, first)
-            count["decisions"] += n - int(first.sum())
-            step = count["decisions"] * spec.action_repeat
-
-            # Log
-            keeper.log_episodes(step, done, infos)
-            if keeper.due(step, keeper.logged, args.log_freq, False):
-                keeper.log_losses(step, info)
-            keeper.advance(step)
+    """Trains one agent and keeps the run's files."""
+    spec = environments.task_spec(args.task)
+    cli.check_replay(args, seed_steps_of(args, spec))
+    signals = Signals()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
+        pictures = {"obs": "rgb", "shadows": args.agent.shadows}
+        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0), **pictures)
+        envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
+        eval_envs = stack.enter_context(contextlib.closing(make_eval_envs(args)))
+        agent = for_task(args.agent, args.task, envs)
+        checkpoints = stack.enter_context(Checkpoints(folder, "tdmpc2_jax_rgb"))
+        state, key, replay, count = start_or_resume(args, agent, checkpoints)
+        folder.begin()
+        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
+        seen = f"{FRAMES} pictures of {PIXELS} x {PIXELS}"
+        title = f"{spec.name}: {seen}, {agent.action_dim} actions, {args.num_envs} environment(s)"
+        step = count["decisions"] * spec.action_repeat
+        logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
+        stack.enter_context(signals)
+        step = loop(args, agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals)
+    signals.exit_if_received(f"simulator step {step}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    with cli.one_sentence():
-        args = cli.parse(Args, argv, __doc__, cli.run_folder, *SCRIPTS)
-        check_args(args)
+    with cli.errors_as_sentences():
+        args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.run_folder, SCRIPTS))
+        cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent)))
+        check_pictures(args)
         use_compile_cache(args.compile_cache)
-        evaluate_checkpoint(args) if args.evaluate else run(args)
+        if args.evaluate:
+            evaluate_checkpoint(args)
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def row(task: str) -> np.ndarray:
         env.close()
     shifts = jnp.asarray(rng.integers(0, 2 * rgb.SHIFT + 1, (2, 2)))
     obs, start, seen = last[True]
-    shifted = np.asarray(jax.vmap(rgb.random_shift, in_axes=(None, 0))(jnp.asarray(seen), shifts))
+    shifted = np.asarray(jax.vmap(rgb.shift_stack, in_axes=(None, 0))(jnp.asarray(seen), shifts))
     groups = [*map(split, (start, seen, *shifted)), [last[False][0]]]
     gap = np.full((rgb.PIXELS, 6, 3), 255, np.uint8)
     return np.concatenate([part for group in groups for part in (*group, gap)], axis=1)

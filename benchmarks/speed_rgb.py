@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs as environments
 import tdmpc2_jax_rgb as rgb
 from benchmarks.speed import UNIT, interleave, square_product
+from tdmpc2_support.run.schedule import random_streams
 
 LAYERS = ((7, 29), (5, 13), (3, 6), (3, 4))  # size of the kernel, height of what comes out
-DISCOUNT = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +85,11 @@ def measure_pictures(task: str, seconds: float = 2.0) -> dict:
     return row
 
 
-def encoders(args: rgb.Args, model: rgb.WorldModel, params) -> dict:
+def encoders(agent: rgb.Agent, params) -> dict:
     """Functions that encode a batch of random stacks in each way, and that compute gradients of it."""
     rng = np.random.default_rng(0)
-    stacks = jnp.asarray(rng.integers(0, 256, (args.batch_size, 64, 64, 9), dtype=np.uint8))
-    shift = jnp.asarray(rng.integers(0, 7, (args.batch_size, 2)))
+    stacks = jnp.asarray(rng.integers(0, 256, (agent.batch_size, 64, 64, 9), dtype=np.uint8))
+    shift = jnp.asarray(rng.integers(0, 7, (agent.batch_size, 2)))
 
     def channels_last(x, kernel, stride):
         layout = ("NHWC", "HWIO", "NHWC")
@@ -107,7 +107,7 @@ def encoders(args: rgb.Args, model: rgb.WorldModel, params) -> dict:
     for name, encode in ways.items():
 
         def forward(p, encode=encode):
-            return encode(model, p, stacks, shift)
+            return encode(agent, p, stacks, shift)
 
         functions[f"{name} forward"] = partial(jax.jit(forward), params["encoder"])
         loss = jax.grad(lambda p, forward=forward: (forward(p) ** 2).sum())
@@ -115,11 +115,11 @@ def encoders(args: rgb.Args, model: rgb.WorldModel, params) -> dict:
     return functions
 
 
-def encode_with(convolve, at_once: int, model: rgb.WorldModel, params, stacks, shift):
+def encode_with(convolve, at_once: int, agent: rgb.Agent, params, stacks, shift):
     """rgb.encode with another convolution, so many stacks at once, or all of them."""
 
     def one(stack_and_shift):
-        return model.encoder.apply(params, rgb.random_shift(*stack_and_shift)[None])[0]
+        return rgb.networks(agent).encoder.apply(params, rgb.shift_stack(*stack_and_shift)[None])[0]
 
     ours, rgb.convolve = rgb.convolve, convolve
     try:
@@ -129,55 +129,61 @@ def encode_with(convolve, at_once: int, model: rgb.WorldModel, params, stacks, s
         rgb.convolve = ours
 
 
-def filled_replay(action_dim: int, steps: int = 10_000) -> rgb.Replay:
+def filled_replay(agent: rgb.Agent, steps: int = 10_000) -> rgb.Replay:
     """A replay of random pictures."""
-    rng, no = np.random.default_rng(0), np.zeros(1, bool)
-    replay = rgb.init_replay(steps, 1, action_dim)
+    rng = np.random.default_rng(0)
+    replay = rgb.init_replay(agent, steps, 1)
     for i in range(steps):
-        obs, action = rng.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8), np.zeros((1, action_dim), np.float32)
-        replay = rgb.add(replay, 3, obs, action, np.zeros(1, np.float32), no, no if i else ~no)
+        obs = rng.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+        replay = rgb.add(agent, replay, step_of(agent, obs, first=i == 0))
     return replay
+
+
+def step_of(agent: rgb.Agent, obs: np.ndarray, first: bool) -> rgb.Step:
+    """An entry of one environment with this picture [1, 64, 64, 3]."""
+    action = np.zeros((1, agent.action_dim), np.float32)
+    return rgb.Step(obs, action, np.zeros(1, np.float32), terminated=np.zeros(1, bool), first=np.array([first]))
 
 
 def measure_model(args: Args, size: int) -> dict:
     """Milliseconds, units and rates of encoder, update and plan of a model size."""
     options = {"batch_size": args.batch_size, "num_samples": args.num_samples, "compute_dtype": args.compute_dtype}
-    its = rgb.Args(model_size=size, **options)
-    model = rgb.make_model(its, 6, episodic=False)
-    fresh = jax.jit(rgb.fresh_state, static_argnums=(0, 1))(its, model)
+    agent = rgb.with_model_size(rgb.Agent(model_size=size, action_dim=6, **options))
+    fresh = rgb.fresh_state(agent, random_streams(0))
     learner, params = [jax.tree.map(jnp.copy, fresh["train"])], fresh["train"].params
-    replay, key, first = filled_replay(6), jax.random.key(0), np.zeros(1, bool)
-    obs, mean = np.zeros((1, 64, 64, 9), np.uint8), jnp.zeros((1, its.horizon, 6))
+    replay, key, first = filled_replay(agent), jax.random.key(0), np.zeros(1, bool)
+    obs, mean = np.zeros((1, 64, 64, 9), np.uint8), jnp.zeros((1, agent.horizon, 6))
 
     def update():
-        learner[0], info = rgb.train(its, model, learner[0], replay, DISCOUNT, num_updates=1)
+        learner[0], info = rgb.train(agent, learner[0], replay, num_updates=1)
         return info
 
-    draw = jax.jit(rgb.sample, static_argnums=(2, 3))
-    functions = {"unit": square_product(UNIT, "float32"), **encoders(its, model, params), "update": update}
-    functions["plan"] = lambda: rgb.act(its, model, params, obs, mean, first, DISCOUNT, key, explore=True)
-    functions["draw"] = lambda: draw(replay, key, its.batch_size, its.horizon)
+    draw = jax.jit(rgb.sample, static_argnums=0)
+    functions = {"unit": square_product(UNIT, "float32"), **encoders(agent, params), "update": update}
+    functions["plan"] = lambda: rgb.act(agent, params, obs, mean, first, key, explore=True)
+    functions["draw"] = lambda: draw(agent, replay, key)
     times = interleave(functions, args.repeats)
     peak = 2 * UNIT**3 / 1e6 / np.median(times["unit"])  # GFLOP/s
-    channels, B = model.encoder.channels, args.batch_size
+    channels, B = rgb.networks(agent).encoder.channels, args.batch_size
     row = {"model_size": size, "channels": channels, "unit_ms": np.median(times["unit"]), "peak_gflop_per_s": peak}
     for name, ms in times.items():
         row[name] = {"ms": np.median(ms), "units": np.median(ms / times["unit"])}
         if name.endswith(("forward", "gradient")):
             work = gflop(channels, B, B * name.endswith("gradient"))
             row[name] |= {"gflop": work, "of_peak": work / np.median(ms) * 1e3 / peak}
-    row["encoder_gflop_of_update"] = gflop(channels, (its.horizon + 1) * B, B)
+    row["encoder_gflop_of_update"] = gflop(channels, (agent.horizon + 1) * B, B)
     return row
 
 
 def measure_replay() -> dict:
     """Bytes of an entry in a replay of a million, and microseconds to write one."""
-    shapes = jax.eval_shape(lambda: rgb.init_replay(1_000_000, 1, 6))
-    replay, no = filled_replay(6), np.zeros(1, bool)
-    obs, action, number = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 6), np.float32), np.zeros(1, np.float32)
+    agent = rgb.Agent(action_dim=6)
+    shapes = jax.eval_shape(lambda: rgb.init_replay(agent, 1_000_000, 1))
+    replay = filled_replay(agent)
+    step = step_of(agent, np.zeros((1, 64, 64, 3), np.uint8), first=False)
     start = time.perf_counter()
     for _ in range(500):
-        replay = rgb.add(replay, 3, obs, action, number, no, no)
+        replay = rgb.add(agent, replay, step)
     jax.block_until_ready(replay)
     microseconds = (time.perf_counter() - start) / 500 * 1e6
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 1_000_000

@@ -4,23 +4,26 @@ import contextlib
 import dataclasses
 import json
 import signal
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import AS_USERS_COMPILE, ROOT, SMALL, meta_of
-from test_runs import read_curve, read_scalars, wait_for
+from conftest import AS_USERS_COMPILE, ROOT, SMALL
+from helpers import count_of, likelihoods, meta_of, read_curve, read_scalars, wait_for, write_episodes
+from scipy.stats import chisquare
 
 import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_rgb as rgb
+from tdmpc2_support.cli import settings
 from tdmpc2_support.convolution import convolve_on_cpu
 from tdmpc2_support.devices import shapes_on
 from tdmpc2_support.envs import rendering
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint
+from tdmpc2_support.run.schedule import random_streams
 
 H = 3
 SCRIPT = rgb
@@ -29,29 +32,24 @@ PIXELS = ("--task", "strange_envs:Pixels-v0", "--eval-freq", 100, "--checkpoint-
 FOLDER = "strange_envs:Pixels-v0/tdmpc2_jax_rgb/1"
 
 
-def count_of(folder):
-    return meta_of(folder, "tdmpc2_jax_rgb")["count"]
-
-
 # ------------------------------------------------------------------------------------------------------------- Shifts
 def test_every_shift_is_a_copy_of_pixels_with_the_edge_repeated():
     stack = np.random.default_rng(0).integers(0, 256, (64, 64, 9), dtype=np.uint8)
     shifts = np.stack(np.meshgrid(np.arange(7), np.arange(7)), -1).reshape(-1, 2)
-    shifted = jax.vmap(rgb.random_shift, in_axes=(None, 0))(stack, jnp.asarray(shifts))
+    shifted = jax.vmap(rgb.shift_stack, in_axes=(None, 0))(stack, jnp.asarray(shifts))
     for (x, y), picture in zip(shifts, np.asarray(shifted), strict=True):
         rows, columns = np.clip(np.arange(64) + y - 3, 0, 63), np.clip(np.arange(64) + x - 3, 0, 63)
         np.testing.assert_array_equal(picture, stack[rows][:, columns])
 
 
 def test_shifts_are_drawn_uniformly_for_every_picture_and_axis():
-    args = rgb.Args(batch_size=2000, mlp_dim=8, latent_dim=16, num_q=2, dropout=0.0)
-    model = rgb.make_model(args, 1, False)
-    shift = np.asarray(jax.jit(rgb.update_noise, static_argnums=(0, 1))(args, model, jax.random.key(0)).shift)
+    agent = rgb.Agent(batch_size=2000, mlp_dim=8, latent_dim=16, num_q=2, dropout=0.0, action_dim=1)
+    shift = np.asarray(jax.jit(rgb.update_noise, static_argnums=0)(agent, jax.random.key(0)).shift)
     assert shift.shape == (H + 1, 2000, 2)
     counts = np.stack([(shift == i).sum((0, 1)) for i in range(7)])
     assert counts.sum() == shift.size and (np.abs(counts / 8000 - 1 / 7) < 0.02).all()
     assert (shift[0] != shift[1]).any(-1).mean() > 0.9, "the pictures of a window move independently"
-    assert np.ptp(np.asarray(rgb.plan_noise(args, model, jax.random.key(0), 50)[0].shift)) == 6
+    assert np.ptp(np.asarray(rgb.plan_noise(agent, jax.random.key(0), 50)[0].shift)) == 6
 
 
 @pytest.mark.parametrize("size, stride, height, channels", [(7, 2, 64, 9), (5, 2, 29, 32), (3, 1, 6, 32), (4, 2, 5, 3)])
@@ -73,62 +71,56 @@ def test_convolutions_by_matrix_products_are_xlas_and_so_are_their_gradients(siz
     np.testing.assert_allclose(convolve_on_cpu(x, kernel, stride), xlas(x, kernel), rtol=1e-4, atol=1e-4)
 
 
-def test_stacks_are_encoded_alike_however_many_there_are(agent):
-    _, model, state, _ = agent
+def test_stacks_are_encoded_alike_however_many_there_are(learner):
+    agent, state, _ = learner
     stacks = np.random.default_rng(0).integers(0, 256, (11, 64, 64, 9), dtype=np.uint8)
-    shift, encode = jnp.full((11, 2), 1), jax.jit(lambda *args: rgb.encode(model, state.params["encoder"], *args))
+    shift = jnp.full((11, 2), 1)
+    encode = jax.jit(partial(rgb.encode, agent, state.params["encoder"]))
     z = encode(stacks, shift)
     for few in (slice(0, 1), slice(5, 11), slice(2, 10)):
         np.testing.assert_allclose(encode(stacks[few], shift[few]), z[few], atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- Replay
-def picture_of(env, episode, place):
-    """A picture that names its entry."""
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[...] = env, episode, place
-    return picture
+class Named:
+    """The script's replay for `write_episodes`, whose observations of three numbers become pictures of one colour."""
+
+    Step = rgb.Step
+    init_replay = staticmethod(rgb.init_replay)
+
+    @staticmethod
+    def add(agent, replay, step):
+        pictures = np.broadcast_to(step.obs[:, None, None].astype(np.uint8), (len(step.obs), 64, 64, 3))
+        return rgb.add(agent, replay, step._replace(obs=pictures))
 
 
-def write_episodes(seed, capacity, num_envs, steps, ends):
-    """A replay after `steps` steps of environments whose episodes end at random, and what a stranger would say of it:
-    valid windows by the name of their first entry."""
-    rng = np.random.default_rng(seed)
-    replay = rgb.init_replay(capacity, num_envs, 1)
-    first, episode, place = np.ones(num_envs, bool), np.zeros(num_envs, int), np.zeros(num_envs, int)
-    history = []
-    for _ in range(steps):
-        names = np.stack([np.arange(num_envs), episode, place], -1)
-        done = ~first & (rng.random(num_envs) < ends)
-        obs, number = np.stack([picture_of(*name) for name in names]), names[:, 2].astype(np.float32)
-        replay = rgb.add(replay, H, obs, number[:, None], number * 10, done, first)
-        history.append((names, first))
-        episode, place, first = episode + done, np.where(done, 0, place + 1), done
-    valid = {
-        tuple(history[start][0][env])
-        for start in range(max(0, steps - capacity), steps - H)
-        for env in range(num_envs)
-        if not any(history[start + k][1][env] for k in range(1, H + 1))
-    }
-    return replay, valid
+BOTH = pytest.mark.parametrize("way", ["episodes", "windows"])
 
 
+def drawn_from(way, seed, *episodes):
+    """500 windows from a replay of random episodes (see `write_episodes`), and which windows are valid."""
+    agent = rgb.Agent(action_dim=1, batch_size=500, sample=way)
+    replay, valid = write_episodes(Named, agent, seed, *episodes)
+    batch = rgb.stack_windows(rgb.sample(agent, replay, jax.random.key(seed))) if valid else None
+    return agent, replay, valid, batch
+
+
+@BOTH
 @pytest.mark.parametrize("seed", range(6))
-def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_ring(seed):
+def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_ring(way, seed):
     rng = np.random.default_rng(seed)
     num_envs, capacity = int(rng.integers(1, 5)), int(rng.integers(10, 40))
-    replay, valid = write_episodes(seed, capacity, num_envs, int(rng.integers(5, 150)), ends=rng.uniform(0.02, 0.4))
-    assert int(replay.size) == len(valid)
+    episodes = capacity, num_envs, int(rng.integers(5, 150)), rng.uniform(0.02, 0.4)
+    _, replay, valid, batch = drawn_from(way, seed, *episodes)
     if not valid:
+        assert int(replay.size) == 0
         return
-    batch = rgb.stack_windows(rgb.sample(replay, jax.random.key(seed), 500, H))
     assert batch.obs.shape == (H + 1, 500, 64, 64, 9) and batch.obs.dtype == jnp.uint8
     obs = np.asarray(batch.obs)
     np.testing.assert_array_equal(obs, np.broadcast_to(obs[:, :, :1, :1], obs.shape))  # whole pictures
     names = obs[:, :, 0, 0].reshape(H + 1, 500, 3, 3)  # of the three pictures of each stack, oldest first
     newest = names[:, :, 2].astype(int)
-    assert {tuple(name) for name in newest[0]} == valid or len(valid) > 100
-    assert {tuple(name) for name in newest[0]} <= valid
+    assert {tuple(name) for name in newest[0].tolist()} <= valid
     assert (np.diff(newest, axis=0) == [0, 0, 1]).all(), "entries follow each other in one episode"
     for age in (1, 2):  # the picture before, or the episode's first one again
         expected = newest - [0, 0, age]
@@ -136,6 +128,20 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
         np.testing.assert_array_equal(names[:, :, 2 - age], expected)
     np.testing.assert_array_equal(batch.action[..., 0], newest[1:, :, 2])
     np.testing.assert_array_equal(batch.reward, newest[1:, :, 2] * 10)
+
+
+@BOTH
+@pytest.mark.parametrize("episodes", [(25, 3, 90, 0.15), (40, 2, 30, 0.1)], ids=["full", "not full"])
+def test_windows_are_as_likely_as_they_should_be(way, episodes):
+    agent, replay, valid, _ = drawn_from(way, 1, *episodes)
+    sample = jax.jit(partial(rgb.sample, agent, replay))
+    names = [sample(jax.random.key(i)).obs[rgb.FRAMES - 1, :, 0, 0] for i in range(16)]  # of the windows' first entries
+    names = np.concatenate(names)
+    drawn = Counter(map(tuple, names.tolist()))
+    assert drawn.keys() <= valid
+    expected = len(names) * likelihoods(agent, valid)
+    assert expected.min() > 5
+    assert chisquare([drawn[window] for window in sorted(valid)], expected).pvalue > 1e-3
 
 
 def test_acting_sees_the_stacks_that_learning_sees():
@@ -152,98 +158,115 @@ def test_acting_sees_the_stacks_that_learning_sees():
 
 @pytest.mark.parametrize("num_envs, action_dim", [(1, 1), (16, 6), (1, 38)])
 def test_an_entry_takes_little_more_than_its_picture(num_envs, action_dim):
-    replay = jax.eval_shape(lambda: rgb.init_replay(1_000_000 // num_envs, num_envs, action_dim))
+    agent = rgb.Agent(action_dim=action_dim)
+    replay = jax.eval_shape(lambda: rgb.init_replay(agent, 1_000_000 // num_envs, num_envs))
     each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(replay)) / 1_000_000
     assert each <= 12_500, each
 
 
 @pytest.fixture(scope="module")
-def agent():
-    """Arguments, model, a fresh learning state and a replay of a bar that moves, with rewards of where it is."""
+def learner():
+    """An agent, its fresh learning state, and a replay of a bar that moves, with rewards of where it is."""
     import strange_envs
 
     sizes = {"mlp_dim": 32, "latent_dim": 128, "num_q": 2, "batch_size": 16, "lr": 3e-3}
-    args = rgb.Args(**sizes, num_samples=32, num_elites=8, num_pi_trajs=4, iterations=2)
-    model, env = rgb.make_model(args, 1, False), strange_envs.Pixels()
-    replay, rng = rgb.init_replay(1000, 1, 1), np.random.default_rng(0)
+    agent = rgb.Agent(**sizes, num_samples=32, num_elites=8, num_pi_trajs=4, iterations=2, action_dim=1, discount=0.9)
+    env = strange_envs.Pixels()
+    replay, rng = rgb.init_replay(agent, 1000, 1), np.random.default_rng(0)
     for step in range(800):
         first, action, reward = step % 20 == 0, rng.uniform(-2, 2, 1).astype(np.float32), 0.0
         if first:
             obs, _ = env.reset(seed=step)
         else:
             obs, reward, *_ = env.step(action)
-        replay = rgb.add(replay, H, obs[None], action[None], np.float32([reward]), np.zeros(1, bool), np.array([first]))
-    return args, model, jax.jit(rgb.fresh_state, static_argnums=(0, 1))(args, model)["train"], replay
+        step = rgb.Step(obs[None], action[None], np.float32([reward]), np.zeros(1, bool), np.array([first]))
+        replay = rgb.add(agent, replay, step)
+    return agent, rgb.fresh_state(agent, random_streams(1))["train"], replay
 
 
-def test_batches_drawn_ahead_from_the_machines_memory_are_learned_from_as_those_of_the_device(agent):
-    args, model, state, replay = agent
+def test_batches_from_the_machines_memory_are_learned_from_as_those_of_the_device(learner):
+    agent, state, replay = learner
 
     def learned(source):
-        lowered = rgb.train.lower(args, model, state, source, 0.9, num_updates=5)
-        return lowered.compile(AS_USERS_COMPILE)(jax.tree.map(jnp.copy, state), source, 0.9)
+        lowered = rgb.train.lower(agent, state, source, num_updates=5)
+        return lowered.compile(AS_USERS_COMPILE)(jax.tree.map(jnp.copy, state), source)
 
     here, info = learned(replay)
     key, drawn = state.key, []
     for _ in range(5):
         key, sample_key, _ = jax.random.split(key, 3)
-        drawn.append(rgb.sample_many(replay, sample_key[None], args.batch_size, H))
-    drawn = jax.tree.map(lambda *batches: jnp.concatenate(batches), *drawn)
-    there, other = learned(drawn)
+        drawn.append(rgb.sample(agent, replay, sample_key))
+    there, other = learned(jax.tree.map(lambda *batches: jnp.stack(batches), *drawn))
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, (here.params, info), (there.params, other))
 
 
-def test_drawing_ahead_gives_the_batches_of_that_update_whatever_happens_to_the_replay(agent):
-    args, _, _, replay = agent
-    args, cpu = dataclasses.replace(args, storage="host"), jax.devices()[0]
-    entry = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
-    with ThreadPoolExecutor(1) as pool:
+def test_batches_are_those_of_their_update_whatever_happens_to_the_replay(learner):
+    agent, _, replay = learner
 
-        def drawn(replay, updates):
-            return rgb.draw_ahead(args, pool, replay, cpu, updates, 2)
+    def drawn(replay, updates):
+        return rgb.replay_or_batches(rgb.Args(storage="host"), agent, replay, jax.random.key(0), updates, 2)
 
-        mine = jax.tree.map(jnp.copy, replay)
-        before = drawn(mine, 7)
-        rgb.add(mine, H, *entry, np.zeros(1, bool), np.zeros(1, bool))  # gives away the memory of `mine`
-        jax.tree.map(np.testing.assert_array_equal, before(), drawn(replay, 7)())
-        assert (before().obs != drawn(replay, 8)().obs).any()
-        assert before().obs.shape[:3] == (2, H + 3, args.batch_size) and (before().obs[0] != before().obs[1]).any()
+    mine = jax.tree.map(jnp.copy, replay)
+    before = drawn(mine, 7)
+    no = np.zeros(1, bool)
+    entry = rgb.Step(np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 1), np.float32), np.zeros(1, np.float32), no, no)
+    rgb.add(agent, mine, entry)  # takes the memory of `mine`
+    jax.tree.map(np.testing.assert_array_equal, before, drawn(replay, 7))
+    assert (before.obs != drawn(replay, 8).obs).any(), "each update has its own"
+    assert before.obs.shape[:3] == (2, H + 3, agent.batch_size) and (before.obs[0] != before.obs[1]).any()
 
 
-def test_acting_and_learning_shift_what_they_encode(agent):
+def test_acting_and_learning_shift_what_they_encode(learner):
     """A shift of 3 leaves a stack as it is, so other shifts of a stack are shifts of 3 of the moved one."""
-    args, model, state, replay = agent
-    batch = rgb.stack_windows(rgb.sample(replay, jax.random.key(0), args.batch_size, H))
-    noise = rgb.update_noise(args, model, jax.random.key(1))
-    moved = jax.vmap(jax.vmap(rgb.random_shift))(batch.obs, noise.shift)
+    agent, state, replay = learner
+    batch = rgb.stack_windows(rgb.sample(agent, replay, jax.random.key(0)))
+    noise = rgb.update_noise(agent, jax.random.key(1))
+    moved = jax.vmap(jax.vmap(rgb.shift_stack))(batch.obs, noise.shift)
     still = noise._replace(shift=jnp.full_like(noise.shift, rgb.SHIFT))
-    update = jax.jit(rgb.update, static_argnums=(0, 1))
-    _, info = update(args, model, state, batch, 0.9, noise)
-    _, same = update(args, model, state, batch._replace(obs=moved), 0.9, still)
-    _, other = update(args, model, state, batch, 0.9, still)
+    update = jax.jit(rgb.update, static_argnums=0)
+    _, info = update(agent, state, batch, noise)
+    _, same = update(agent, state, batch._replace(obs=moved), still)
+    _, other = update(agent, state, batch, still)
     assert info["consistency_loss"] == same["consistency_loss"] != other["consistency_loss"]
     obs, mean, first = batch.obs[0, :2], jnp.zeros((2, H, 1)), np.ones(2, bool)
-    noise, heads = rgb.plan_noise(args, model, jax.random.key(2), 2)
+    noise, heads = rgb.plan_noise(agent, jax.random.key(2), 2)
     noise = noise._replace(shift=jnp.array([[0, 6], [5, 1]]))
-    still, moved = noise._replace(shift=jnp.full((2, 2), rgb.SHIFT)), jax.vmap(rgb.random_shift)(obs, noise.shift)
-    plan = jax.jit(rgb.plan, static_argnums=(0, 1), static_argnames="explore")
+    still, moved = noise._replace(shift=jnp.full((2, 2), rgb.SHIFT)), jax.vmap(rgb.shift_stack)(obs, noise.shift)
+    plan = jax.jit(rgb.plan, static_argnames=("agent", "explore"))
     cases = ((obs, noise), (moved, still), (obs, still))
-    plans = (plan(args, model, state.params, s, mean, first, 0.9, draws, heads, explore=False) for s, draws in cases)
+    plans = (plan(agent, state.params, stacks, mean, first, draws, heads, explore=False) for stacks, draws in cases)
     means = [means for _, means in plans]
     np.testing.assert_array_equal(means[0], means[1])
     assert (means[0] != means[2]).any()
 
 
-def test_the_model_learns_to_tell_rewards_from_pictures(agent):
-    args, model, state, replay = agent
+def test_the_model_learns_to_tell_rewards_from_pictures(learner):
+    agent, state, replay = learner
     state = jax.tree.map(jnp.copy, state)
     for _ in range(60):
-        state, info = rgb.train(args, model, state, replay, 0.9, num_updates=5)
-    batch = rgb.stack_windows(rgb.sample(replay, jax.random.key(0), 256, H))
-    z = rgb.encode(model, state.params["encoder"], batch.obs[0], jnp.full((256, 2), rgb.SHIFT))
-    told = rgb.two_hot_inv(args, model.reward.apply(state.params["reward"], z, batch.action[0]))
-    assert np.corrcoef(told, batch.reward[0])[0, 1] > 0.8, info
+        state, info = rgb.train(agent, state, replay, num_updates=5)
+    batch = rgb.stack_windows(rgb.sample(dataclasses.replace(agent, batch_size=256), replay, jax.random.key(0)))
+    z = rgb.encode(agent, state.params["encoder"], batch.obs[0], jnp.full((256, 2), rgb.SHIFT))
+    logits = rgb.networks(agent).reward.apply(state.params["reward"], z, batch.action[0])
+    assert np.corrcoef(rgb.two_hot_inv(agent, logits), batch.reward[0])[0, 1] > 0.8, info
+
+
+def test_no_random_number_is_used_twice(learner):
+    """JAX checks it while a program is traced and run."""
+    agent, state, replay = learner
+    with jax.debug_key_reuse(True):
+        streams = random_streams(3)
+        fresh = rgb.fresh_state(agent, streams)
+        rgb.train(agent, fresh["train"], replay, num_updates=2)
+        batches = rgb.replay_or_batches(rgb.Args(storage="host"), agent, replay, streams.batches, 7, 2)
+        rgb.train(agent, rgb.fresh_state(agent, random_streams(4))["train"], batches, num_updates=2)
+        obs, mean, first = jnp.zeros((2, 64, 64, 9), jnp.uint8), jnp.zeros((2, H, 1)), jnp.ones(2, bool)
+        key = fresh["act_key"]
+        for acts in (agent, dataclasses.replace(agent, mpc=False)):
+            for explore in (True, False):
+                *_, key = rgb.act(acts, state.params, obs, mean, first, key, explore=explore)
+        rgb.act(agent, state.params, obs, mean, first, streams.evaluate, explore=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- Runs
@@ -280,6 +303,36 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(script, here, tmp_path):
     assert run(script, "a") == run(here, "b")
 
 
+def test_runs_that_differ_in_seed_name_and_folder_trace_an_update_once(here, monkeypatch):
+    traced = []
+
+    def update(*args):
+        traced.append(args)
+        return original(*args)
+
+    original = rgb.update
+    monkeypatch.setattr(rgb, "update", update)
+    flags = (*PIXELS, "--total-timesteps", 110, "--no-mpc", "--lr", 2e-4)  # an agent that no other test has
+    for seed, name, runs in ((1, "a", "runs"), (2, "b", "others")):
+        status, _, err = here(*flags, "--seed", seed, "--exp-name", name, "--runs-dir", runs, name=NAME)
+        assert status == 0, err
+    assert len(traced) == 1
+
+
+def test_an_untrained_agent_is_evaluated_by_its_policy_on_a_cpu(here, monkeypatch):
+    plans = []
+
+    def evaluate(agent, *others):
+        plans.append(agent.mpc)
+        return original(agent, *others)
+
+    original = rgb.evaluate
+    monkeypatch.setattr(rgb, "evaluate", evaluate)
+    status, _, err = here(*PIXELS, "--total-timesteps", 100, name=NAME)  # the seed phase: nothing is learned
+    assert status == 0, err
+    assert plans == [False, True], "at steps 0 and 100"
+
+
 def test_several_environments_with_terminations_draw_from_the_machines_memory(here, tmp_path):
     flags = ("--task", "strange_envs:PixelsFalling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
     status, out, err = here(*flags, "--total-timesteps", 200, "--storage", "host", "--no-mpc", name=NAME)
@@ -292,13 +345,11 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(he
     assert "(--storage host)" in out
 
     # What the run has kept is what the environments gave, though it kept it behind the updates in flight
-    args = rgb.Args(**meta["args"])
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = shapes_on(here, lambda: rgb.init_replay(args.buffer_size // 4, 4, 1))
+    like = shapes_on(here, lambda: rgb.init_replay(rgb.Agent(action_dim=1), 3000 // 4, 4))
     kept = read_checkpoint(find_checkpoint(folder), meta, replay=like)["replay"]
-    again = rgb.environments.make_envs(args.task, args.num_envs, (args.seed, 0), obs="rgb", shadows=args.shadows)
-    with contextlib.closing(again):
-        obs, _ = again.reset(seed=(args.seed, 0, 0))
+    with contextlib.closing(envs.make_envs("strange_envs:PixelsFalling-v0", 4, (1, 0), obs="rgb")) as again:
+        obs, _ = again.reset(seed=(1, 0, 0))
         for row in range(int(kept.rows)):
             if row:
                 obs, reward, terminated, *_ = again.step(np.asarray(kept.action[row]))
@@ -387,6 +438,5 @@ def test_no_gl_library_is_one_sentence_that_names_the_packages(refused, monkeypa
 def test_help_explains_every_argument(here):
     status, out, _ = here("--help", small=False, name=NAME)
     assert status == 0
-    for field in dataclasses.fields(rgb.Args):
-        assert f"--{field.name.replace('_', '-')}" in out
+    assert all(f"--{name.replace('_', '-')}" in out for name in settings(rgb.Args()))
     assert "shadows and reflections" in out
