@@ -33,6 +33,9 @@ import envs as environments
 import tdmpc2_jax_mt as mt
 from benchmarks.multitask import call
 from benchmarks.speed import count_products, interleave, total_gflop
+from tdmpc2_support.data.device_data import batch_shapes
+from tdmpc2_support.devices import global_arrays, replicated
+from tdmpc2_support.run.schedule import random_streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +95,11 @@ def collect(folder: Path, task: str, episodes: int, seed: int) -> None:
 
 def reward_errors(run: Path, data: environments.Dataset) -> dict[str, float]:
     """Root mean square error of a run's reward predictions for all entries of a dataset, of all tasks and of each."""
-    args, model, agent = mt.load_agent(mt.Args(checkpoint=str(run)))
+    agent, loaded = mt.load_agent(mt.Args(checkpoint=str(run)))
     batch, rows = data.read(0, data.num_entries), []
     first = np.concatenate([np.arange(c.task.size) % c.obs.shape[1] == 0 for c in data.chunks])
     before, after = np.flatnonzero(~first) - 1, np.flatnonzero(~first)  # an entry holds the action that led to it
-    predict = jax.jit(partial(mt.predict_reward, args, model, agent.params))
+    predict = jax.jit(partial(mt.predict_reward, agent, loaded.params))
     task = batch["task"][before].astype(int)
     for part in np.array_split(np.arange(len(before)), 20):
         rows.append(predict(batch["obs"][before[part]], batch["action"][after[part]], task[part]))
@@ -144,29 +147,29 @@ def experiment(args: Args) -> dict[str, Any]:
 def cost(args: Args, interleave=interleave) -> dict[str, Any]:
     """Updates a second and GFLOP with and without a teacher of random parameters."""
     tasks, mesh = environments.TASK_SETS["mt30"], Mesh(np.array(jax.devices()[:1]), "devices")
-    student = mt.Args(model_size=1, batch_size=args.batch_size, compute_dtype=args.compute_dtype)
-    its_args = mt.with_model_size(mt.Args(model_size=args.teacher_size, compute_dtype=args.compute_dtype), tasks)
-    model, its_model = mt.make_model(student, tasks), mt.make_model(its_args, tasks)
-    shapes = jax.eval_shape(lambda: mt.init_params(its_args, its_model, jax.random.key(0)))
+    student = mt.Agent(model_size=1, batch_size=args.batch_size, compute_dtype=args.compute_dtype)
+    student = mt.for_tasks(student, tasks)
+    large = mt.for_tasks(mt.Agent(model_size=args.teacher_size, compute_dtype=args.compute_dtype), tasks)
+    shapes = jax.eval_shape(lambda: mt.init_params(large, jax.random.key(0)))
     shapes, rng = {name: shapes[name] for name in ("encoder", "reward", "task_emb")}, np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
     kernels = jax.tree.map(lambda x: np.asarray(x, args.compute_dtype if x.ndim == 2 else x.dtype), params)
     params = kernels | {"task_emb": params["task_emb"]}  # as `make_teacher` keeps them
-    teacher = jax.tree_util.Partial(partial(mt.predict_reward, its_args, its_model), params)
-    constants = mt.global_arrays(mt.make_tasks(student, tasks), mt.replicated(mesh))
-    shapes = mt.batch_shapes(student, model, mesh)
+    teacher = jax.tree_util.Partial(partial(mt.predict_reward, large), params)
+    constants = global_arrays(mt.make_tasks(student, tasks), replicated(mesh))
+    shapes = batch_shapes(student.obs_dim, student.action_dim, student.batch_size, student.horizon, mesh)
     batch = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes)
     steps, rows = {}, {}
-    for name, its in (("without", None), ("with", teacher)):
-        program, places = mt.compile_train(student, model, mesh, constants, shapes, its)
+    for name, asked in (("without", None), ("with", teacher)):
+        program, places = mt.compile_train(mt.Args(agent=student), student, mesh, constants, shapes, asked)
         places = jax.tree.map(lambda x: x.sharding, places)
-        state = jax.jit(partial(mt.fresh_state, student, model), out_shardings=places)()
-        traced = jax.make_jaxpr(partial(mt.train, student, model, mesh))(constants, state, batch, its)
+        state = jax.jit(lambda: mt.fresh_state(student, random_streams(1)), out_shardings=places)()
+        traced = jax.make_jaxpr(partial(mt.train, student, mesh))(constants, state, batch, asked)
         rows[name] = {"gflop": total_gflop(count_products(traced.jaxpr))}
         held = [state]
 
         def step(program=program, held=held):
-            held[0], info = program(constants, held[0], batch)
+            held[0], info = program(held[0], batch)
             return info["total_loss"]
 
         steps[name] = step

@@ -33,6 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs as environments
 import tdmpc2_jax_mt as mt
 from benchmarks.speed import UNIT, count_products, interleave, square_product, total_gflop
+from tdmpc2_support.data.device_data import Source, batch_shapes
+from tdmpc2_support.devices import global_arrays, replicated
+from tdmpc2_support.run.schedule import random_streams
 
 TASKS = environments.TASK_SETS["mt30"]
 
@@ -90,38 +93,45 @@ def forget_files() -> bool:
         return False
 
 
+def mesh_of_all() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()), "devices")
+
+
 class Learner:
     """A model with its compiled update."""
 
-    def __init__(self, args: mt.Args, source):
-        self.args, self.mesh = args, jax.sharding.Mesh(np.array(jax.devices()), "devices")
-        self.model = mt.make_model(args, TASKS)
-        self.tasks = mt.global_arrays(mt.make_tasks(args, TASKS), mt.replicated(self.mesh))
-        shapes = mt.batch_shapes(args, self.model, self.mesh) if source is None else source(self.mesh)
-        self.program, places = mt.compile_train(args, self.model, self.mesh, self.tasks, shapes)
+    def __init__(self, agent: mt.Agent, source: Source | None = None):
+        self.agent = agent
+        self.mesh = mesh_of_all()
+        self.tasks = global_arrays(mt.make_tasks(agent, TASKS), replicated(self.mesh))
+        shapes = source.shapes() if source else self.batch_shapes()
+        self.program, places = mt.compile_train(mt.Args(agent=agent), agent, self.mesh, self.tasks, shapes)
         places = jax.tree.map(lambda x: x.sharding, places)
-        self.state = jax.jit(partial(mt.fresh_state, args, self.model), out_shardings=places)()
+        self.state = jax.jit(lambda: mt.fresh_state(agent, random_streams(1)), out_shardings=places)()
 
-    def update(self, source) -> dict[str, jax.Array]:
-        self.state, info = self.program(self.tasks, self.state, source)
+    def update(self, batch) -> dict[str, jax.Array]:
+        self.state, info = self.program(self.state, batch)
         return info
 
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        agent = self.agent
+        return batch_shapes(agent.obs_dim, agent.action_dim, agent.batch_size, agent.horizon, self.mesh)
+
     def gflop(self) -> float:
-        batch = mt.batch_shapes(self.args, self.model, self.mesh)
-        traced = jax.make_jaxpr(partial(mt.train, self.args, self.model, self.mesh))(self.tasks, self.state, batch)
+        traced = jax.make_jaxpr(partial(mt.train, self.agent, self.mesh))(self.tasks, self.state, self.batch_shapes())
         return total_gflop(count_products(traced.jaxpr))
 
 
-def random_batch(learner: Learner) -> mt.Batch:
-    args, model, rng = learner.args, learner.model, np.random.default_rng(0)
-    H, B = args.horizon, args.batch_size
-    arrays = mt.Batch(
-        rng.standard_normal((H + 1, B, model.obs_dim), np.float32),
-        rng.uniform(-1, 1, (H, B, model.action_dim)).astype(np.float32),
-        rng.uniform(0, 2, (H, B)).astype(np.float32),
-        rng.integers(len(TASKS), size=B).astype(np.int32),
-    )
-    return jax.tree.map(mt.global_arrays, arrays, mt.batch_shardings(learner.mesh))
+def random_batch(learner: Learner) -> dict[str, jax.Array]:
+    agent, rng = learner.agent, np.random.default_rng(0)
+    H, B = agent.horizon, agent.batch_size
+    arrays = {
+        "obs": rng.standard_normal((H + 1, B, agent.obs_dim), np.float32),
+        "action": rng.uniform(-1, 1, (H, B, agent.action_dim)).astype(np.float32),
+        "reward": rng.uniform(0, 2, (H, B)).astype(np.float32),
+        "task": rng.integers(len(TASKS), size=B).astype(np.int32),
+    }
+    return jax.tree.map(global_arrays, arrays, mt.batch_shardings(learner.mesh))
 
 
 def measure_updates(args: Args) -> list[dict[str, Any]]:
@@ -129,7 +139,7 @@ def measure_updates(args: Args) -> list[dict[str, Any]]:
     rows, unit = [], square_product(UNIT, "float32")
     print(f"{'size':>5}{'update ms':>11}{'units':>8}{'a second':>10}{'GFLOP':>9}{'of peak':>9}{'10M':>11}", flush=True)
     for size in args.model_size:
-        learner = Learner(mt.Args(model_size=size, batch_size=args.batch_size), None)
+        learner = Learner(mt.for_tasks(mt.Agent(model_size=size, batch_size=args.batch_size), TASKS))
         batch = random_batch(learner)
         times = interleave({"unit": unit, "update": partial(learner.update, batch)}, args.repeats)
         ms, units = np.median(times["update"]), np.median(times["update"] / times["unit"])
@@ -159,22 +169,19 @@ def per_second(step, seconds: float) -> float:
             return done / (time.perf_counter() - start)
 
 
-def measure_tier(args: mt.Args, disk: environments.Dataset, tier: str, seconds: float) -> dict[str, float]:
+def measure_tier(args: Args, disk: environments.Dataset, tier: str) -> dict[str, float]:
     """Batches a second, updates a second that are fed by them, and the memory that this took."""
-    learner = Learner(args, partial(mt.data_shapes, disk, args.storage_dtype) if tier == "device" else None)
-    held = {
-        "disk": lambda: disk,
-        "host": disk.to_host,
-        "device": lambda: mt.to_devices(disk, args.storage_dtype, learner.mesh, args.horizon),
-    }
-    data = held[tier]()
-    batches = mt.sources(args, data, learner.mesh, 0)
+    agent = mt.for_tasks(mt.Agent(model_size=args.model_size[0], batch_size=args.batch_size), TASKS)
+    source = Source(disk, tier, args.storage_dtype, mesh_of_all(), agent.batch_size, agent.horizon)
+    learner = Learner(agent, source)
+    source.load()
+    batches = source.batches(seed=1, first=0, readers=args.readers)
     if tier == "device":
-        draw, keys = jax.jit(mt.sample, static_argnums=(2, 3)), map(jax.random.key, itertools.count())
-        alone = per_second(lambda: draw(data, next(keys), args.batch_size, args.horizon), seconds)
+        draw, keys = jax.jit(mt.sample, static_argnums=0), map(jax.random.key, itertools.count())
+        alone = per_second(lambda: draw(agent, next(batches), next(keys)), args.seconds)
     else:
-        alone = per_second(lambda: next(batches), seconds)
-    fed = per_second(lambda: learner.update(next(batches))["total_loss"], seconds)
+        alone = per_second(lambda: next(batches), args.seconds)
+    fed = per_second(lambda: learner.update(next(batches))["total_loss"], args.seconds)
     batches.close()
     return {"batches_per_s": alone, "updates_per_s": fed, "anonymous_mb": anonymous_mb()}
 
@@ -182,8 +189,6 @@ def measure_tier(args: mt.Args, disk: environments.Dataset, tier: str, seconds: 
 def measure_tiers(args: Args) -> list[dict[str, Any]]:
     """One row for each tier."""
     rows = []
-    mt_args = mt.Args(model_size=args.model_size[0], batch_size=args.batch_size, readers=args.readers)
-    mt_args = dataclasses.replace(mt_args, storage_dtype=args.storage_dtype)
     with tempfile.TemporaryDirectory(dir=args.data_dir) as folder:
         write_dataset(Path(folder), args.dataset_gb)
         start_mb = anonymous_mb()
@@ -191,7 +196,7 @@ def measure_tiers(args: Args) -> list[dict[str, Any]]:
         for tier in ("disk, cold", "disk", "host", "device"):
             if tier == "disk, cold" and not forget_files():
                 continue
-            row = {"tier": tier} | measure_tier(mt_args, disk, tier.split(",")[0], args.seconds)
+            row = {"tier": tier} | measure_tier(args, disk, tier.split(",")[0])
             rows.append(row | {"grown_mb": row["anonymous_mb"] - start_mb})
             print(f"{tier:<12}{row['batches_per_s']:>12.1f}{row['updates_per_s']:>12.2f}", end="")
             print(f"{row['anonymous_mb']:>14.0f}", flush=True)
@@ -200,15 +205,15 @@ def measure_tiers(args: Args) -> list[dict[str, Any]]:
 
 def measure_planning(args: Args) -> dict[str, float]:
     """One call for 30 environments beside 30 calls for one."""
-    mt_args = mt.Args(model_size=args.model_size[0])
-    model, tasks = mt.make_model(mt_args, TASKS), mt.make_tasks(mt_args, TASKS)
-    params = jax.jit(partial(mt.init_params, mt_args, model))(jax.random.key(0))
-    obs = np.random.default_rng(0).standard_normal((len(TASKS), model.obs_dim)).astype(np.float32)
+    agent = mt.for_tasks(mt.Agent(model_size=args.model_size[0]), TASKS)
+    tasks = mt.make_tasks(agent, TASKS)
+    params = jax.jit(partial(mt.init_params, agent))(jax.random.key(0))
+    obs = np.random.default_rng(0).standard_normal((len(TASKS), agent.obs_dim)).astype(np.float32)
 
     def plan(rows: np.ndarray):
-        prev_mean = jnp.zeros((len(rows), mt_args.horizon, model.action_dim))
+        prev_mean = jnp.zeros((len(rows), agent.horizon, agent.action_dim))
         first, key = np.zeros(len(rows), bool), jax.random.key(1)
-        action, _, _ = mt.act(mt_args, model, tasks, params, obs[rows], rows, prev_mean, first, key, explore=False)
+        action, _, _ = mt.act(agent, tasks, params, obs[rows], rows, prev_mean, first, key, explore=False)
         return np.asarray(action)  # an environment waits for it
 
     everything = np.arange(len(TASKS))

@@ -9,29 +9,30 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, SMALL, meta_of, with_devices
-from test_golden import close, draws_of
-from test_multitask import state_of
-from test_runs import read_scalars, wait_for
+from conftest import SMALL, with_devices
+from helpers import ROOT, meta_of, read_scalars, wait_for
+from many_tasks import TWO_TASKS, state_of, write_agent, write_random_episodes
+from recordings import close, draws_of
 
 import envs
 import tdmpc2_jax_mt as mt
 from tdmpc2_support.agents import pretrained
 from tdmpc2_support.run import checkpoints
+from tdmpc2_support.run.folder import recorded_settings
 
 SCRIPT = mt
 
 
 @pytest.fixture(scope="module")
 def student(golden):
-    """Recording, arguments, tasks, model and agent of the student; the arguments name its recorded teacher."""
+    """Recording, agent, tasks, parameters and arguments of the student; these name its recorded teacher."""
     recording = golden("distill_update.npz")
     sizes = {"horizon": len(recording["in_action"]), "batch_size": recording["in_obs"].shape[1], "dropout": 0.0}
-    args = mt.Args(**sizes, checkpoint=str(golden("distill_student.pt")), teacher=str(golden("distill_teacher.pt")))
-    args, model, agent = mt.load_agent(dataclasses.replace(args, distill_coef=float(recording["coef"])))
-    return recording, args, mt.make_tasks(args, agent.tasks), model, agent
+    agent = mt.Agent(**sizes, distill_coef=float(recording["coef"]))
+    paths = {"checkpoint": str(golden("distill_student.pt")), "teacher": str(golden("distill_teacher.pt"))}
+    agent, loaded = mt.load_agent(mt.Args(agent=agent, **paths))
+    return recording, agent, mt.make_tasks(agent, loaded.tasks), loaded, mt.Args(agent=agent, **paths)
 
 
 def batch_of(recording):
@@ -46,34 +47,34 @@ def noise_of(recording, i):
 
 @pytest.mark.golden
 def test_a_teacher_of_other_sizes_predicts_what_is_recorded(student):
-    recording, args, _, model, agent = student
-    teacher, batch = mt.make_teacher(args, agent.tasks), batch_of(recording)
-    its_model = teacher.func.args[1]
+    recording, agent, _, loaded, args = student
+    teacher, batch = mt.make_teacher(args, loaded.tasks), batch_of(recording)
+    model = mt.networks(teacher.func.args[0])
     (params,) = teacher.args
     emb = mt.embed(params["task_emb"], batch.task)
     assert (np.linalg.norm(params["task_emb"], axis=1) > 1).any(), "rows that are scaled back when they are read"
-    z = its_model.encoder.apply(params["encoder"], batch.obs[0], emb)
+    z = model.encoder.apply(params["encoder"], batch.obs[0], emb)
     close(z, recording["teacher_encode_obs0"], 1e-4)
-    logits = its_model.reward.apply(params["reward"], z, emb, batch.action[0])
+    logits = model.reward.apply(params["reward"], z, emb, batch.action[0])
     close(logits, recording["teacher_reward_logits"], 1e-4)
     rewards = teacher(batch.obs[0], batch.action[0], batch.task)
     close(rewards, recording["teacher_reward"], 1e-4)
-    mine = mt.predict_reward(args, model, agent.params, batch.obs[0], batch.action[0], batch.task)
+    mine = mt.predict_reward(agent, loaded.params, batch.obs[0], batch.action[0], batch.task)
     close(mine, recording["student_reward"], 1e-4)
     close(((mine - rewards) ** 2).mean(), recording["distillation_loss"], 1e-4)
 
 
 @pytest.mark.golden
 def test_the_gradient_of_the_distance_reaches_encoder_reward_head_and_embedding_as_recorded(student):
-    recording, args, _, model, agent = student
-    batch, params = batch_of(recording), {k: v for k, v in agent.params.items() if k != "pi"}
-    rewards = mt.make_teacher(args, agent.tasks)(batch.obs[0], batch.action[0], batch.task)
+    recording, agent, _, loaded, args = student
+    batch, params = batch_of(recording), {k: v for k, v in loaded.params.items() if k != "pi"}
+    rewards = mt.make_teacher(args, loaded.tasks)(batch.obs[0], batch.action[0], batch.task)
     params["task_emb"] = mt.renormalise(params["task_emb"], batch.task)
-    still = jnp.zeros((args.horizon, args.batch_size, model.dynamics.out)), batch.reward
-    only = dataclasses.replace(args, consistency_coef=0.0, reward_coef=0.0, value_coef=0.0)
+    still = jnp.zeros((agent.horizon, agent.batch_size, agent.latent_dim)), batch.reward
+    only = dataclasses.replace(agent, consistency_coef=0.0, reward_coef=0.0, value_coef=0.0)
 
     def distance(params):
-        return mt.model_loss(only, model, params, batch, *still, noise_of(recording, 0), rewards)[0]
+        return mt.model_loss(only, params, batch, *still, noise_of(recording, 0), rewards)[0]
 
     grads = jax.jit(jax.grad(distance))(params)
     recorded = {k.removeprefix("distillation_grad_"): v for k, v in recording.items() if "distillation_grad_" in k}
@@ -86,12 +87,12 @@ def test_the_gradient_of_the_distance_reaches_encoder_reward_head_and_embedding_
 
 @pytest.mark.golden
 def test_three_updates_with_a_teacher_equal_the_recording(student):
-    recording, args, tasks, model, agent = student
-    teacher, update = mt.make_teacher(args, agent.tasks), jax.jit(mt.update, static_argnums=(0, 1))
+    recording, agent, tasks, loaded, args = student
+    teacher, update = mt.make_teacher(args, loaded.tasks), jax.jit(mt.update, static_argnums=0)
     before = jax.tree.map(np.copy, teacher.args)
-    state = mt.init_state(args, agent.params, agent.target_q, 1.0, jax.random.key(0))
+    state = mt.init_state(agent, loaded.params, loaded.target_q, 1.0, jax.random.key(0))
     for i in range(3):
-        state, info = update(args, model, tasks, state, batch_of(recording), noise_of(recording, i), teacher)
+        state, info = update(agent, tasks, state, batch_of(recording), noise_of(recording, i), teacher)
         for key, value in recording.items():
             if key.startswith(f"update{i}_info_") and (measure := key.removeprefix(f"update{i}_info_")) in info:
                 close(info[measure], value, 1e-4)
@@ -107,65 +108,39 @@ def test_three_updates_with_a_teacher_equal_the_recording(student):
 
 @pytest.mark.golden
 def test_a_teacher_without_weight_leaves_the_program_as_it_is_and_so_every_bit(student):
-    recording, args, tasks, model, agent = student
-    teacher, args = mt.make_teacher(args, agent.tasks), dataclasses.replace(args, distill_coef=0.0)
-    state = mt.init_state(args, agent.params, agent.target_q, 1.0, jax.random.key(0))
+    recording, agent, tasks, loaded, args = student
+    agent = dataclasses.replace(agent, distill_coef=0.0)
+    state = mt.init_state(agent, loaded.params, loaded.target_q, 1.0, jax.random.key(0))
     inputs = tasks, state, batch_of(recording), noise_of(recording, 0)
-    program, beside = (
-        jax.jit(partial(mt.update, args, model, teacher=its)).lower(*inputs).as_text() for its in (None, teacher)
-    )
-    assert beside == program
+    programs = [
+        jax.jit(partial(mt.update, agent, teacher=teacher)).lower(*inputs).as_text()
+        for teacher in (None, mt.make_teacher(args, loaded.tasks))
+    ]
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.golden
 def test_a_teacher_is_kept_in_the_type_of_the_matrix_products_and_predicts_the_same(student):
-    _, args, _, _, agent = student
-    half = mt.make_teacher(dataclasses.replace(args, compute_dtype="bfloat16"), agent.tasks)
-    params = mt.make_teacher(args, agent.tasks).args[0]
+    recording, agent, _, loaded, args = student
+    halved = dataclasses.replace(args, agent=dataclasses.replace(agent, compute_dtype="bfloat16"))
+    half = mt.make_teacher(halved, loaded.tasks)
+    params = mt.make_teacher(args, loaded.tasks).args[0]
     assert {str(x.dtype) for x in jax.tree.leaves(half.args) if x.ndim == 2} == {"bfloat16", "float32"}
     assert half.args[0]["task_emb"].dtype == np.float32 and half.args[0].keys() == {"encoder", "reward", "task_emb"}
-    recording = student[0]
     batch = batch_of(recording)
     ask = batch.obs[0], batch.action[0], batch.task
     np.testing.assert_array_equal(half(*ask), half.func(params, *ask), "as if cast at every product")
 
 
 # ---------------------------------------------------------------------------------------------------------------- Runs
-TASKS = ("cartpole-balance", "pendulum-swingup")
 FOLDER = "cartpole-balance+pendulum-swingup/tdmpc2_jax_mt/1"
 LENGTHS = "--num-updates 40 --checkpoint-freq 20 --eval-freq 1000 --log-freq 1 --no-mpc".split()
-
-
-def write_episodes(folder):
-    """Episodes of random numbers, four of each task."""
-    rng = np.random.default_rng(0)
-    for task in TASKS:
-        writer, row = envs.EpisodeWriter(folder, task, 4), envs.TASKS[task]
-        for step in range(envs.task_spec(task).episode_length + 1):
-            obs, action = rng.normal(size=(4, row.obs_size)), rng.uniform(-1, 1, (4, row.action_size))
-            writer.add(obs, action, rng.uniform(0, 2, 4), np.full(4, step == 0))
-        writer.flush()
-
-
-def write_agent(folder):
-    """A run of ours: an agent of the two tasks with random parameters, larger than the students and with other bins."""
-    args = mt.Args(
-        enc_dim=24, num_enc_layers=3, mlp_dim=32, latent_dim=24, task_dim=12, num_q=3, vmin=-8.0, num_bins=51
-    )
-    args = dataclasses.replace(args, teacher="its.pt", distill_coef=0.3)  # it was taught itself
-    model, rng = mt.make_model(args, TASKS), np.random.default_rng(1)
-    shapes = jax.eval_shape(partial(mt.fresh_state, args, model))
-    numbers = partial(jax.tree.map, lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, jnp.float32))
-    state = {name: numbers(getattr(shapes, name)) for name in ("params", "target_q", "q_scale")}
-    meta = {"script": "tdmpc2_jax_mt", "args": dataclasses.asdict(args), "tasks": TASKS}
-    with ocp.CheckpointManager(folder / "checkpoints") as manager:
-        checkpoints.write_checkpoint(manager, 5, meta, state=state)
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write_episodes(folder)
+    write_random_episodes(folder)
     return folder
 
 
@@ -178,7 +153,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def flags(data_dir, teacher):
-    return ("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--teacher", teacher, *LENGTHS)
+    return ("--tasks", ",".join(TWO_TASKS), "--data-dir", data_dir, "--teacher", teacher, *LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +161,7 @@ def whole(data_dir, teacher, tmp_path_factory):
     """Folder of a run with a teacher that nothing has interrupted, and what it printed."""
     runs = tmp_path_factory.mktemp("whole")
     command = [sys.executable, ROOT / "tdmpc2_jax_mt.py", *SMALL["tdmpc2_jax_mt.py"], "--runs-dir", runs, *LENGTHS]
-    command += ["--tasks", ",".join(TASKS), "--data-dir", data_dir, "--teacher", teacher]
+    command += ["--tasks", ",".join(TWO_TASKS), "--data-dir", data_dir, "--teacher", teacher]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return runs / FOLDER, done.stdout
@@ -194,11 +169,10 @@ def whole(data_dir, teacher, tmp_path_factory):
 
 def test_a_run_of_ours_teaches_with_its_own_bins(teacher):
     ask = np.ones((2, 5), np.float32), np.ones((2, 1), np.float32), np.arange(2)
-    rewards = mt.make_teacher(mt.Args(teacher=str(teacher)), TASKS)(*ask)
-    agent = pretrained.load_multitask(str(teacher), (), "tdmpc2_jax_mt")
-    args, model, _ = mt.load_agent(mt.Args(checkpoint=str(teacher), vmin=-8.0, num_bins=51))
-    np.testing.assert_allclose(rewards, mt.predict_reward(args, model, agent.params, *ask), rtol=1e-6)
-    student = mt.predict_reward(dataclasses.replace(args, vmin=-10.0), model, agent.params, *ask)
+    rewards = mt.make_teacher(mt.Args(teacher=str(teacher)), TWO_TASKS)(*ask)
+    agent, loaded = mt.load_agent(mt.Args(checkpoint=str(teacher), agent=mt.Agent(vmin=-8.0, num_bins=51)))
+    np.testing.assert_allclose(rewards, mt.predict_reward(agent, loaded.params, *ask), rtol=1e-6)
+    student = mt.predict_reward(dataclasses.replace(agent, vmin=-10.0), loaded.params, *ask)
     assert (np.abs(student - rewards) > 1e-3).all(), "not those of the student"
 
 
@@ -229,35 +203,43 @@ def test_a_run_with_a_teacher_that_was_killed_ends_bit_for_bit_where_it_would_ha
 
 
 def test_a_run_goes_on_with_the_teacher_that_it_had_only(refused, flags, whole, teacher, monkeypatch):
-    monkeypatch.setattr(mt.arguments, "set_folder", lambda args: whole[0])
-    args = [*flags, *SMALL["tdmpc2_jax_mt.py"], "--num-updates", 60, "--resume"]
+    monkeypatch.setattr(mt.cli, "set_folder", lambda args: whole[0])
+    flags = [*map(str, flags), *SMALL["tdmpc2_jax_mt.py"], "--num-updates", "60", "--resume"]
     make_teacher = mt.make_teacher
     with monkeypatch.context() as patch:
-        learned_on = jax.tree.map(lambda x: x + np.float32(1e-3), make_teacher(mt.Args(teacher=str(teacher)), TASKS))
+        taught = make_teacher(mt.Args(teacher=str(teacher)), TWO_TASKS)
+        learned_on = jax.tree.map(lambda x: x + np.float32(1e-3), taught)
         patch.setattr(mt, "make_teacher", lambda *args: learned_on)
         with pytest.raises(SystemExit, match="is another agent than the one that has taught this run"):
-            mt.main([*map(str, args)])
-    without = [word for word in map(str, args) if word not in ("--teacher", str(teacher))]
-    assert mt.cli.parse(mt.Args, without, "", mt.cli.set_folder, "tdmpc2_jax_mt").teacher == str(teacher)
+            mt.main(flags)
+    without = [word for word in flags if word not in ("--teacher", str(teacher))]
+    args = mt.cli.parse(mt.Args, without, "", lambda args: recorded_settings(args, mt.cli.set_folder, mt.SCRIPTS, ()))
+    assert args.teacher == str(teacher)
 
 
 DEVICES = """
 import jax, numpy as np
 from jax.sharding import Mesh
 import envs, tdmpc2_jax_mt as mt
-args = mt.Args(enc_dim=16, mlp_dim=16, latent_dim=16, num_q=2, task_dim=8, batch_size=16, teacher={teacher!r})
+from tdmpc2_support.data.device_data import Source
+from tdmpc2_support.devices import global_arrays, replicated
+from tdmpc2_support.run.schedule import random_streams
 tasks = {tasks!r}
-data, model = envs.load_dataset(tasks, {data_dir!r}), mt.make_model(args, tasks)
+agent = mt.for_tasks(mt.Agent(enc_dim=16, mlp_dim=16, latent_dim=16, num_q=2, task_dim=8, batch_size=16), tasks)
+data = envs.load_dataset(tasks, {data_dir!r})
 
 def losses(devices, shard):
     mesh = Mesh(np.array(jax.devices()[:devices]), "devices")
-    constants = mt.global_arrays(mt.make_tasks(args, tasks), mt.replicated(mesh))
-    chosen, source = mt.dataclasses.replace(args, shard_params=shard), mt.data_shapes(data, "files", mesh)
-    program, shapes = mt.compile_train(chosen, model, mesh, constants, source, mt.make_teacher(args, tasks))
-    state = jax.jit(lambda: mt.fresh_state(args, model), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
-    held, rows = mt.to_devices(data, "files", mesh, args.horizon), []
-    for _ in range(10):
-        state, info = program(constants, state, held)
+    constants = global_arrays(mt.make_tasks(agent, tasks), replicated(mesh))
+    source = Source(data, "device", "files", mesh, agent.batch_size, agent.horizon)
+    args = mt.Args(agent=agent, shard_params=shard, teacher={teacher!r})
+    program, shapes = mt.compile_train(args, agent, mesh, constants, source.shapes(), mt.make_teacher(args, tasks))
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    state = jax.jit(lambda: mt.fresh_state(agent, random_streams(1)), out_shardings=places)()
+    source.load()
+    rows = []
+    for batch, _ in zip(source.batches(seed=1, first=0, readers=4), range(10)):
+        state, info = program(state, batch)
         rows.append([float(info[name]) for name in ("total_loss", "distillation_loss", "pi_loss", "grad_norm")])
     return np.array(rows)
 
@@ -267,7 +249,7 @@ print("equal")
 
 
 def test_eight_devices_with_a_teacher_spread_over_them_learn_what_one_learns(data_dir, teacher):
-    code = DEVICES.format(tasks=TASKS, data_dir=str(data_dir), teacher=str(teacher))
+    code = DEVICES.format(tasks=TWO_TASKS, data_dir=str(data_dir), teacher=str(teacher))
     done = subprocess.run([sys.executable, "-c", code], env=with_devices(8), cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
 
@@ -282,7 +264,7 @@ def test_teachers_that_do_not_fit_are_refused_in_one_sentence(refused, golden, f
     assert "single.pt is a single-task agent" in taught_by(golden("single.pt"))
     assert "nowhere.pt does not exist" in taught_by("nowhere.pt")
     assert "nowhere does not exist" in taught_by("nowhere")
-    without = ("--tasks", ",".join(TASKS), "--data-dir", data_dir)
+    without = ("--tasks", ",".join(TWO_TASKS), "--data-dir", data_dir)
     assert "--distill-coef goes with --teacher" in refused(*without, "--distill-coef", 0.4)
     assert "--distill-coef must be a number that is not negative" in refused(*flags, "--distill-coef", -1)
     tensors = pretrained.read_tensors(golden("multitask.pt"))

@@ -8,27 +8,31 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, SMALL, meta_of, said, with_devices
+from conftest import SMALL, with_devices
+from helpers import ROOT, as_flags, meta_of, read_scalars, wait_for
 from imageio_ffmpeg import get_ffmpeg_exe
-from test_runs import read_scalars, wait_for
+from many_tasks import state_of
 
 import envs
 import tdmpc2_jax_mt as mt
+from tdmpc2_support import devices
 from tdmpc2_support.agents.pretrained import load_multitask
-from tdmpc2_support.run.checkpoints import complete_checkpoints, find_checkpoint
+from tdmpc2_support.cli import settings
+from tdmpc2_support.run.checkpoints import complete_checkpoints
+from tdmpc2_support.run.reports import joined
+from tdmpc2_support.run.schedule import random_streams
+from tdmpc2_support.run.video import grid
 
 SCRIPT = mt
 TASKS = ("cartpole-balance", "mw-reach")
 FOLDER = "cartpole-balance+mw-reach/tdmpc2_jax_mt/1"
-SIZES = {name: 16 for name in ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers")} | {
-    "num_enc_layers": 2,
-    "num_q": 2,
-}
+SIZES = {"enc_dim": 16, "mlp_dim": 16, "latent_dim": 16, "num_enc_layers": 2, "num_q": 2}
+BY_POLICY = mt.Agent(mpc=False)
 LOSSES = ("losses/total_loss", "losses/value_loss", "losses/pi_loss", "losses/grad_norm", "losses/pi_grad_norm")
 
 
@@ -58,13 +62,6 @@ def flags(data_dir):
 
 def losses_of(folder):
     return {tag: np.array([value for _, value in read_scalars(folder, tag)]) for tag in LOSSES}
-
-
-def state_of(folder):
-    """All arrays of the last checkpoint's learning state."""
-    leaves = jax.tree.leaves(ocp.PyTreeCheckpointer().restore(find_checkpoint(folder).absolute() / "state"))
-    is_key = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
-    return [jax.random.key_data(x) if key else x for x, key in zip(leaves, is_key, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -132,42 +129,52 @@ def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(sta
         np.testing.assert_allclose(values[:20], losses_of(whole[0])[tag][:20], rtol=1e-4, atol=1e-6, err_msg=tag)
 
 
-def test_two_processes_learn_what_one_learns(start, flags, whole, tmp_path):
+def test_two_processes_learn_what_one_learns_until_a_signal_comes_to_either(start, flags, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cluster = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2)
-    children = [start(*flags, *cluster, "--process-id", i, name="tdmpc2_jax_mt.py") for i in range(2)]
-    outputs = [child.communicate(timeout=300) for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs
-    assert "on 2 x cpu" in outputs[0][0] and "normalized score" not in outputs[1][0]
+    lengths = ("--num-updates", 1_000_000, "--eval-freq", 60)
+    children = [
+        start(*flags, *lengths, *cluster, "--process-id", i, name="tdmpc2_jax_mt.py", devices=1) for i in range(2)
+    ]
     folder = tmp_path / "runs" / FOLDER
+    curve = folder / "eval.csv"
+    wait_for(lambda: curve.exists() and curve.read_text().count("\n") > 2, children[0])
+    children[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [128 + signal.SIGTERM] * 2, outputs
+    assert "on 2 x cpu" in outputs[0][0] and "normalized score" in outputs[0][0]
+    assert "normalized score" not in outputs[1][0]
+    updates = meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"]
+    assert f"at update {updates}; --resume continues the run" in outputs[0][1] and updates >= 60
     for tag, values in losses_of(folder).items():
         np.testing.assert_allclose(values[:20], losses_of(whole[0])[tag][:20], rtol=1e-4, atol=1e-6, err_msg=tag)
-    assert meta_of(folder, "tdmpc2_jax_mt")["count"]["updates"] == 60
-    assert [row["step"] for row in csv.DictReader((folder / "eval.csv").open())] == ["60", "60"]
+    assert [row["step"] for row in csv.DictReader(curve.open())][:2] == ["60", "60"]
 
 
 DEVICES = """
 import jax, numpy as np
 from jax.sharding import Mesh
 import envs, tdmpc2_jax_mt as mt
-args = mt.Args(enc_dim=16, mlp_dim=16, latent_dim=16, num_q=3, task_dim=8, batch_size=16)
+from tdmpc2_support.data.device_data import Source
+from tdmpc2_support.devices import global_arrays, replicated
+from tdmpc2_support.run.schedule import random_streams
 tasks = {tasks!r}
-data, model = envs.load_dataset(tasks, {data_dir!r}), mt.make_model(args, tasks)
+agent = mt.for_tasks(mt.Agent(enc_dim=16, mlp_dim=16, latent_dim=16, num_q=3, task_dim=8, batch_size=16), tasks)
+data = envs.load_dataset(tasks, {data_dir!r})
 
 def losses(devices, storage, shard):
     mesh = Mesh(np.array(jax.devices()[:devices]), "devices")
-    constants = mt.global_arrays(mt.make_tasks(args, tasks), mt.replicated(mesh))
-    chosen = mt.dataclasses.replace(args, shard_params=shard)
-    source = mt.batch_shapes(args, model, mesh)
-    source = mt.data_shapes(data, args.storage_dtype, mesh) if storage == "device" else source
-    program, shapes = mt.compile_train(chosen, model, mesh, constants, source)
+    constants = global_arrays(mt.make_tasks(agent, tasks), replicated(mesh))
+    source = Source(data, storage, "files", mesh, agent.batch_size, agent.horizon)
+    program, shapes = mt.compile_train(mt.Args(shard_params=shard), agent, mesh, constants, source.shapes())
     places = jax.tree.map(lambda x: x.sharding, shapes)
-    state = jax.jit(lambda: mt.fresh_state(args, model), out_shardings=places)()
-    held, rows = mt.to_devices(data, args.storage_dtype, mesh, args.horizon) if storage == "device" else data, []
-    for batch, _ in zip(mt.sources(args, held, mesh, 0), range(20)):
-        state, info = program(constants, state, batch)
+    state = jax.jit(lambda: mt.fresh_state(agent, random_streams(1)), out_shardings=places)()
+    source.load()
+    rows = []
+    for batch, _ in zip(source.batches(seed=1, first=0, readers=4), range(20)):
+        state, info = program(state, batch)
         rows.append([float(info[name]) for name in ("total_loss", "value_loss", "pi_loss", "grad_norm")])
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.params))
     return np.array(rows), here / sum(x.nbytes for x in jax.tree.leaves(state.params))
@@ -189,8 +196,8 @@ def test_eight_devices_learn_what_one_learns_with_data_and_parameters_copied_or_
 
 def test_an_evaluation_prints_every_task_and_writes_it_to_a_file(whole, tmp_path, capsys):
     path = tmp_path / "results.json"
-    args = mt.Args(evaluate=True, checkpoint=str(whole[0]), eval_episodes=2, json=str(path), mpc=False)
-    mt.main(said(args))
+    args = mt.Args(evaluate=True, checkpoint=str(whole[0]), eval_episodes=2, json=str(path), agent=BY_POLICY)
+    mt.main(as_flags(args))
     lines, results = capsys.readouterr().out.splitlines(), json.loads(path.read_text())
     assert [line.split()[0] for line in lines] == ["task", *TASKS, "normalized"]
     assert list(results["tasks"]) == list(TASKS) and results["domains"].keys() == {"DMControl", "Meta-World"}
@@ -201,7 +208,7 @@ def test_an_evaluation_prints_every_task_and_writes_it_to_a_file(whole, tmp_path
     assert results["normalized_score"] == pytest.approx((cartpole["score"] + reach["score"]) / 2)
     assert f"normalized score {results['normalized_score']:.1f} " in lines[-1]
 
-    mt.main(said(dataclasses.replace(args, tasks="mw-reach")))
+    mt.main(as_flags(dataclasses.replace(args, tasks="mw-reach")))
     assert list(json.loads(path.read_text())["tasks"]) == ["mw-reach"], "a part of what it knows"
 
 
@@ -209,31 +216,118 @@ def test_a_folded_task_of_an_own_run_acts_as_the_multi_task_agent_does(whole, tm
     import tdmpc2_jax as td
 
     path = tmp_path / "results.json"
-    common = {"evaluate": True, "checkpoint": str(whole[0]), "eval_episodes": 2, "json": str(path), "mpc": False}
-    mt.main(said(mt.Args(tasks="cartpole-balance", **common)))
+    common = {"evaluate": True, "checkpoint": str(whole[0]), "eval_episodes": 2, "json": str(path)}
+    mt.main(as_flags(mt.Args(tasks="cartpole-balance", agent=BY_POLICY, **common)))
     many = json.loads(path.read_text())["tasks"]["cartpole-balance"]["returns"]
-    td.main(said(td.Args(source_task="cartpole-balance", **common, **SIZES)))
+    common["agent"] = td.Agent(mpc=False, **SIZES)
+    td.main(as_flags(td.Args(source_task="cartpole-balance", **common)))
     np.testing.assert_allclose(json.loads(path.read_text())["returns"], many, rtol=1e-3)
     for source, words in ((None, "name its task with --source-task"), ("dog-run", "it knows cartpole-balance, mw-re")):
         with pytest.raises(SystemExit, match=words):
-            td.main(said(td.Args(task="cartpole-balance", source_task=source, **common, **SIZES)))
+            td.main(as_flags(td.Args(task="cartpole-balance", source_task=source, **common)))
 
 
 def test_all_tasks_are_planned_for_in_one_call_and_their_episodes_end_by_themselves(whole, monkeypatch):
     calls, act = [], mt.act
-    monkeypatch.setattr(mt, "act", lambda *args, **kwargs: calls.append(len(args[4])) or act(*args, **kwargs))
-    args = mt.Args(
-        checkpoint=str(whole[0]), eval_episodes=2, mpc=True, num_samples=16, num_elites=4, num_pi_trajs=2, iterations=1
-    )
-    args, model, agent = mt.load_agent(args)
-    names, vector = agent.tasks, mt.make_eval_envs(args, agent.tasks, agent.tasks)
-    ids, tasks = np.arange(2), mt.make_tasks(args, names)
+    monkeypatch.setattr(mt, "act", lambda *args, **kwargs: calls.append(len(args[3])) or act(*args, **kwargs))
+    agent = mt.Agent(num_samples=16, num_elites=4, num_pi_trajs=2, iterations=1)
+    agent, loaded = mt.load_agent(mt.Args(checkpoint=str(whole[0]), agent=agent))
+    vector = envs.make_envs(loaded.tasks, 2, 3)
     stepped, step = [], vector.step
     vector.step = lambda action, active: stepped.append(active.sum()) or step(action, active)
-    result = mt.evaluate(args, model, tasks, agent.params, names, ids, vector, seed=3)
+    ids, tasks = np.array([0, 0, 1, 1]), mt.make_tasks(agent, loaded.tasks)
+    returns, successes, frames = mt.evaluate(agent, tasks, loaded.params, ids, vector, jax.random.key(0))
     vector.close()
     assert calls == stepped == [4] * 100 + [2] * 400, "Meta-World's episodes have 100 decisions, DMControl's 500"
-    assert result.returns.shape == result.successes.shape == (2, 2) and (result.returns > 0).all()
+    assert returns.shape == successes.shape == (4,) and (returns > 0).all() and not frames
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The vector environments that the script has made so far."""
+    vectors, make_envs = [], envs.make_envs
+
+    def make(*args, **kwargs):
+        assert all(vector.closed for vector in vectors), "one at a time"
+        vectors.append(make_envs(*args, **kwargs))
+        return vectors[-1]
+
+    monkeypatch.setattr(envs, "make_envs", make)
+    return vectors
+
+
+def test_as_many_tasks_as_fit_into_memory_are_evaluated_at_a_time_in_the_same_environments(
+    whole, made, tmp_path, monkeypatch
+):
+    path = tmp_path / "results.json"
+    args = mt.Args(evaluate=True, checkpoint=str(whole[0]), eval_episodes=2, json=str(path), agent=BY_POLICY)
+    results = []
+    for free, num_envs in ((10**10, [4]), (3 * 2 * mt.ENV_BYTES, [2, 2]), (0, [2, 2])):
+        monkeypatch.setattr(devices, "available_bytes", lambda device=None, free=free: free)
+        mt.main(as_flags(args))
+        assert [vector.num_envs for vector in made] == num_envs and all(vector.closed for vector in made)
+        results.append([row["returns"] for row in json.loads(path.read_text())["tasks"].values()])
+        made.clear()
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-3)
+    assert results[2] == results[1]
+
+
+def test_a_run_has_environments_during_an_evaluation_only(here, flags, made, monkeypatch):
+    events, log_losses = [], mt.Logger.log_losses
+
+    def log(logger, step, *args):
+        assert all(vector.closed for vector in made)
+        events.append((step, len(made)))
+        log_losses(logger, step, *args)
+
+    monkeypatch.setattr(mt.Logger, "log_losses", log)
+    status, _, err = here(*flags, "--num-updates", 4, "--eval-freq", 2, "--eval-episodes", 1, name="tdmpc2_jax_mt.py")
+    assert status == 0, err
+    assert events == [(1, 0), (2, 0), (3, 1), (4, 1)] and len(made) == 2 and made[1].closed
+
+
+def test_a_simulator_that_is_missing_is_refused_before_anything_is_learned(refused, flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    assert "Meta-World cannot be imported" in refused(*flags)
+
+
+def test_films_of_tasks_that_were_evaluated_at_different_times_are_one_grid():
+    def pictures(value):
+        return np.full((384, 384, 3), value, np.uint8)
+
+    def part(values, steps):
+        frames = [mt.thumbnails([pictures(value + step) for value in values], 3) for step in range(steps)]
+        return np.arange(2 * len(values)), np.zeros(2 * len(values)), frames
+
+    result = joined(("a", "b", "c"), [part([10, 20], 5), part([30], 2)])
+    assert result.returns.tolist() == [[0, 1], [2, 3], [0, 1]] and len(result.frames) == 5
+    assert result.frames[4].shape == (768, 768, 3), "two by two"
+    assert [frame[500, 10, 0] for frame in result.frames] == [30, 31, 31, 31, 31], "the last picture stands still"
+    assert result.frames[4][10, 10, 0] == 14 and result.frames[4][10, 500, 0] == 24
+    assert joined(("a",), [(np.zeros(2), np.zeros(2), [])]).frames == []
+
+
+def test_no_random_key_is_used_twice(data_dir):
+    """JAX checks it while a program is traced."""
+    agent = mt.for_tasks(dataclasses.replace(BY_POLICY, **SIZES, task_dim=8, batch_size=4), TASKS)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")
+    source = mt.Source(envs.load_dataset(TASKS, data_dir), "device", "files", mesh, 4, agent.horizon)
+    tasks = mt.make_tasks(agent, TASKS)
+
+    def learn_and_act(seed, agent, batch):
+        streams = random_streams(seed)
+        state, _ = mt.train(agent, mesh, tasks, mt.fresh_state(agent, streams), batch)
+        obs, mean = np.zeros((2, agent.obs_dim), np.float32), np.zeros((2, agent.horizon, agent.action_dim))
+        act = partial(mt.act, agent, tasks, state.params, obs, np.arange(2), explore=False)
+        for key in jax.random.split(jax.random.fold_in(streams.evaluate, 5), 2):
+            for first in (np.ones(2, bool), np.zeros(2, bool)):
+                action, mean, key = act(prev_mean=mean, first=first, key=key)
+        return action
+
+    with jax.debug_key_reuse(True):
+        for mpc in (True, False):
+            acting = partial(learn_and_act, 1, dataclasses.replace(agent, mpc=mpc))
+            assert jax.eval_shape(acting, source.shapes()).shape == (2, 4)
 
 
 def test_a_video_of_an_evaluation_is_written(whole, capsys):
@@ -241,8 +335,10 @@ def test_a_video_of_an_evaluation_is_written(whole, capsys):
         envs.check_rendering("cartpole-balance")
     except envs.UserError as error:
         pytest.skip(str(error))
-    common = {"evaluate": True, "eval_episodes": 2, "mpc": False, "capture_video": True}
-    mt.main(said(mt.Args(checkpoint=str(whole[0]), tasks="mw-reach", **common)))  # the task with the shorter episodes
+    common = {"evaluate": True, "eval_episodes": 2, "agent": BY_POLICY, "capture_video": True}
+    mt.main(
+        as_flags(mt.Args(checkpoint=str(whole[0]), tasks="mw-reach", **common))
+    )  # the task with the shorter episodes
     video = whole[0] / "videos" / "evaluate.mp4"
     assert f"film: {video}" in capsys.readouterr().out, "in the folder of the agent's run"
     command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", video, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
@@ -265,11 +361,11 @@ def test_collected_episodes_come_from_the_online_script(here, tmp_path):
 
 
 def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir, tmp_path):
-    sizes = {name: 16 for name in ("enc_dim", "mlp_dim", "latent_dim", "batch_size")} | {"num_q": 2, "task_dim": 8}
-    args = mt.Args(tasks=",".join(TASKS), data_dir=str(data_dir), runs_dir=str(tmp_path), num_updates=1, **sizes)
-    mt.main(said(dataclasses.replace(args, checkpoint=str(whole[0]), eval_episodes=1, mpc=False)))
+    agent = dataclasses.replace(BY_POLICY, **SIZES, batch_size=16, task_dim=8)
+    args = mt.Args(tasks=",".join(TASKS), data_dir=str(data_dir), runs_dir=str(tmp_path), num_updates=1, agent=agent)
+    mt.main(as_flags(dataclasses.replace(args, checkpoint=str(whole[0]), eval_episodes=1)))
     new, old = (load_multitask(str(folder), (), "tdmpc2_jax_mt").params for folder in (tmp_path / FOLDER, whole[0]))
-    fresh = mt.fresh_state(args, mt.make_model(args, TASKS)).params
+    fresh = mt.fresh_state(mt.for_tasks(agent, TASKS), random_streams(1)).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new, old)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-3, "one step of Adam"
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), new, fresh))) > 5e-3
@@ -290,6 +386,10 @@ def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir,
         (["--data-dir", "x", "--process-id", 1], ["go with --distributed"]),
         (["--data-dir", "x", "--distributed", "--process-id", 1], ["go together"]),
         (["--data-dir", "x", "--readers", 0], ["--readers", "from 1 to"]),
+        (["--data-dir", "x", "--distributed", "--evaluate", "--checkpoint", "x.pt"], ["leave out --distributed"]),
+        (["--data-dir", "x", "--simnorm-dim", 7], ["--latent-dim must be a multiple of --simnorm-dim"]),
+        (["--quantize", "int8", "--output", "x"], ["--quantize, --output", "python deploy.py --checkpoint"]),
+        (["--keep_target_q"], ["--keep-target-q", "python deploy.py --checkpoint"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40],
 )
@@ -310,12 +410,12 @@ def test_what_cannot_fit_into_memory_is_refused_before_anything_is_allocated(ref
     flags = ("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
     sentence = refused(*flags, "--batch-size", 2**20)  # 317M parameters take long to count
     assert "GB do not fit into" in sentence and "--batch-size" in sentence
-    monkeypatch.setattr(mt, "least_available_bytes", lambda: 4 * 10**9)
+    monkeypatch.setattr(devices, "least_available_bytes", lambda: 4 * 10**9)
     assert "4.00 GB" in refused(*flags), "317M parameters, target values and two moments are 5 GB"
 
 
 def test_the_largest_model_is_as_large_as_it_is_called_and_says_so(capsys, refused, data_dir, monkeypatch):
-    monkeypatch.setattr(mt, "least_available_bytes", lambda: 10**9)
+    monkeypatch.setattr(devices, "least_available_bytes", lambda: 10**9)
     refused("--tasks", ",".join(TASKS), "--data-dir", data_dir, "--model-size", 317)
     words = capsys.readouterr().out.split()
     parameters, optimiser = (float(words[words.index(name) + 1]) for name in ("parameters", "optimiser"))
@@ -326,27 +426,21 @@ def test_the_largest_model_is_as_large_as_it_is_called_and_says_so(capsys, refus
 def test_released_sizes(size):
     """Of the released multi-task agents: mt30's and mt80's embeddings, and the latent size of mt30 at 19M."""
     for name, tasks in envs.TASK_SETS.items():
-        args = mt.with_model_size(mt.Args(model_size=size), tasks)
-        assert args.task_dim == (64 if name == "mt30" and size in (5, 19, 48) else 96)
-        assert args.latent_dim == (512 if (name, size) == ("mt30", 19) else mt.MODEL_SIZES[size][2])
+        agent = mt.with_model_size(mt.Agent(model_size=size), tasks)
+        assert agent.task_dim == (64 if name == "mt30" and size in (5, 19, 48) else 96)
+        assert agent.latent_dim == (512 if (name, size) == ("mt30", 19) else mt.MODEL_SIZES[size][2])
 
 
 def test_help_explains_every_argument(here):
     status, out, _ = here("--help", small=False, name="tdmpc2_jax_mt.py")
     assert status == 0
-    for field in dataclasses.fields(mt.Args):
-        assert f"--{field.name.replace('_', '-')}" in out
+    for name in settings(mt.Args()):
+        assert f"--{name.replace('_', '-')}" in out
 
 
 def test_grids_hold_every_picture():
     pictures = tuple(np.full((384, 384, 3), i, np.uint8) if i % 2 else None for i in range(11))
-    grid = mt.grid(pictures)
-    assert grid.shape == (192 * 2, 192 * 3, 3), "every other pixel, to be at most 768 wide"
-    assert [grid[100 + 192 * row, 100 + 192 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [
-        1,
-        3,
-        5,
-        7,
-        9,
-        0,
-    ]
+    picture = grid(pictures)
+    assert picture.shape == (192 * 2, 192 * 3, 3), "every other pixel, to be at most 768 wide"
+    places = [(100 + 192 * row, 100 + 192 * column) for row in (0, 1) for column in (0, 1, 2)]
+    assert [picture[place][0] for place in places] == [1, 3, 5, 7, 9, 0]
