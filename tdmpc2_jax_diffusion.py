@@ -1,13 +1,22 @@
 """Latent diffusion MPC in one file: three transformers on the latent states of a TD-MPC2 world model plan by sampling.
 
 After D-MPC (Zhou et al., arXiv 2410.05364), moved into the latent space of TD-MPC2 (arXiv 2310.16828). Read
-tdmpc2_jax.py first: its networks, planner, updates and replay come from world_model.py, letter for letter, unchanged.
-New are p_d, a diffusion model of the latent future that a sequence of actions leads to; rho, one that proposes such
-sequences; J, which estimates what a future is worth; and a plan that samples candidates, rolls them out, scores and
-ranks them (SSR) and may refine the best by MPPI.
+tdmpc2_jax.py first: its networks, planner, updates and replay are imported from there (`td`). New are p_d, a diffusion
+model of the latent future that a sequence of actions leads to; rho, one that proposes such sequences; J, which
+estimates what a future is worth; and a plan that samples candidates, rolls them out, scores and ranks them (SSR) and
+may refine the best by MPPI.
 
-Letters, beside those of tdmpc2_jax.py: F steps of a plan and of a training window, N candidates, M draws of p_d for
-each, D width of a token, k one of 1000 noise levels, C size of the actions between two tokens, S scales.
+Letters, beside those of tdmpc2_jax.py: F steps of a plan and of a training window, D width of a token, k one of 1000
+noise levels, C size of the actions between two tokens, S scales, L steps of the largest scale's window, T tasks. d is
+the world model's one-step dynamics, V(z) the mean of its target Qs at the policy's action.
+
+    (1) n(z) = (z - mean) / std                                         latent states in units of their spread
+    (2) x_i = (n(z_{t+i}) - n(d's guess of z_{t+i}) - mu_i) / sigma_i   what p_d diffuses: what d leaves open
+    (3) x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) noise                 abar_k: power of the signal at level k
+    (4) x_k' = sqrt(abar_k') x_0 + sqrt(1 - abar_k') noise              a step of DDIM; x_0 is the network's answer
+    (5) |answer - x_0|^2                                                loss of p_d and of rho
+    (6) adv = sum_i gamma^i r_{t+1+i} + gamma^F V(z_{t+F}) - V(z_t)     advantage of a window; J's loss: |J - adv|^2
+    (7) score = sum_i gamma^i R(z_i, a_i) + gamma^F V(z_F)              of a candidate's future
 
     python tdmpc2_jax.py --task walker-walk --save-episodes data                    # a world model and its episodes
     python tdmpc2_jax_diffusion.py --world-model runs/walker-walk/tdmpc2_jax/1 --data-dir data
@@ -15,6 +24,7 @@ each, D width of a token, k one of 1000 noise levels, C size of the actions betw
     python tdmpc2_jax_diffusion.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_diffusion/1 --planner ssr,mppi,pi
 """
 
+import contextlib
 import dataclasses
 import sys
 from functools import partial
@@ -27,118 +37,92 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
-from tdmpc2_support.run.runs import Run
 
 import envs as environments
-import world_model
+import tdmpc2_jax as td
 from tdmpc2_support import cli
-from tdmpc2_support.cli import Count, Name, Natural, NewFile, Positive, Share, Weight, names, task_names
-from tdmpc2_support.data.recorded import (
-    Recorded,
-    Windows,
-    compare_planners,
-    measures,
-    of_one,
-    read_recorded,
-    table_rows,
-    windows_at,
-)
-from tdmpc2_support.devices import keep_freed_memory, shapes_on, use_compile_cache
-from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint, read_meta
-from tdmpc2_support.run.reports import RETURNS_COLUMNS, curve_of, evaluating, play, record_each, returns_head
-from world_model import World, WorldModel, follow, init_replays, make_model, policy, two_hot_inv, value, world_of
+from tdmpc2_support.agents.worlds import World, join, load_world, of_task, recorded_world, without_lacking
+from tdmpc2_support.bounds import Count, Name, Natural, Positive, names
+from tdmpc2_support.cli import Flat, FromTask
+from tdmpc2_support.data.recorded import Recorded, Windows, measures, of_one, read_recorded, windows_at
+from tdmpc2_support.devices import committed, keep_freed_memory, shapes_on, use_compile_cache
+from tdmpc2_support.run.checkpoints import Checkpoints, find_checkpoint, read_checkpoint, read_meta
+from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
+from tdmpc2_support.run.logging import Logger
+from tdmpc2_support.run.planner_table import PlannerTable, table_rows, write_tables
+from tdmpc2_support.run.reports import RETURNS_COLUMNS, SCORES_COLUMNS, SCORES_HEAD, Evaluation, progress, returns_head
+from tdmpc2_support.run.schedule import Streams, check_windows, due, random_streams, seed_steps_of, updates_due
 
 
-# ------------------------------------------------------------------------------------------------------------- Args
+# --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
-class Args(world_model.Args):
-    task: str = "walker-walk"  # a short name (python envs.py lists them) or any Gymnasium id with a Box action space
-    tasks: str | None = None  # or several, offline: mt30, mt80 or names with commas, in the order of the dataset's ids
-    task_dim: Natural = 0  # with --tasks: size E of the task embedding; where --world-model is a run, that of the run
+class Agent(td.Agent):
+    """What defines the agent, the world model (see `td.Agent`) and what is new here; the static argument again."""
+
     mode: Literal["offline", "joint"] = "offline"  # for a finished world model, from episodes; or online, with one
-    data_dir: str | None = None  # folder of the episodes to learn from, as tdmpc2_jax.py --save-episodes writes them
+    task_dim: Natural = 0  # with --tasks: size E of the task embedding; where --world-model is a run, that of the run
 
     # Diffusion
-    preset: Literal["small", "base", "paper"] = "small"  # sets the next thirteen where they are not given
-    width: Count | None = None  # width D of the tokens
-    heads: Count | None = None  # attention heads
-    dynamics_blocks: Count | None = None  # transformer blocks of p_d
-    proposal_blocks: Count | None = None  # transformer blocks of rho
-    objective_blocks: Count | None = None  # transformer blocks of J
-    future: Count | None = None  # steps F of a plan and of a training window
-    num_proposals: Natural | None = None  # candidates that rho draws
-    num_policy: Natural | None = None  # candidates that the policy prior rolls out, the first without noise
-    warm_start: bool | None = None  # one more candidate: the last plan, shifted
-    dynamics_steps: Count | None = None  # sampling steps of p_d
-    proposal_steps: Count | None = None  # sampling steps of rho
-    diffusion_batch_size: Count | None = None  # windows per update
-    diffusion_lr: Positive | None = None  # learning rate after 200 updates of warm-up; offline it falls to a tenth
-    anchor: Literal["onestep", "current", "none"] = "onestep"  # p_d diffuses what this guess of the future leaves open
-    prediction: Literal["x0", "v", "eps"] = "x0"  # what the outputs of p_d and rho mean
+    width: Count = 64  # width D of the tokens
+    heads: Count = 4  # attention heads
+    dynamics_blocks: Count = 2  # transformer blocks of p_d
+    proposal_blocks: Count = 2  # transformer blocks of rho
+    objective_blocks: Count = 2  # transformer blocks of J
+    future: Count = 8  # steps F of a plan and of a training window
     scales: Literal["1", "1,4"] = "1"  # steps between two tokens of p_d, learned side by side; plans use 1
-    beta: Weight = 0.0  # rho clones actions with weights exp(beta * standardised advantage); 0: all alike
+    diffusion_batch_size: Count = 128  # windows per update
+    diffusion_lr: Positive = 1e-3  # learning rate after 200 updates of warm-up; offline it falls to a tenth
     num_updates: Count = 3_000  # offline: length of the run, updates of the three networks
-    diffusion_every: Count = 4  # joint: updates of the world model for one of the three networks
 
     # Planning by diffusion
     planner: names("ssr", "ssr_mppi", "mppi", "pi") = "ssr"  # rank candidates, or also refine the best; or do without
-    scorer: names("model", "J", "mix", "random") = "model"  # reward and value heads; J; sum of both ranks; a control
+    scorer: names("model", "J", "random") = "model"  # reward and value heads; J; a control
     rollouts: names("diffusion", "onestep") = "diffusion"  # futures of the candidates: drawn from p_d, or d's
-    draws: Count = 1  # futures M that p_d draws for each candidate
-    eta: Share = 0.0  # fresh noise in every sampling step: 0 none (DDIM), 1 as much as DDPM
+    num_proposals: Natural = 32  # candidates that rho draws
+    num_policy: Natural = 16  # candidates that the policy prior rolls out, the first without noise
+    dynamics_steps: Count = 2  # sampling steps of p_d
+    proposal_steps: Count = 8  # sampling steps of rho
     top: Count = 8  # best candidates that are refined
     refine_iterations: Natural = 2  # iterations of MPPI that refine them
     refine_samples: Count = 256  # action sequences of each
-    mppi_min_std: Weight = 0.05  # lower bound of the standard deviation with which refinement starts
-    planner_start: Natural = 5_000  # joint: updates of the world model from which on --planner acts; before, MPPI
     explore_temperature: Positive = 0.5  # joint, ssr: plays one of the best --top, by softmax of their scores over this
+    mpc: FromTask[bool] = True  # no flag: --planner says it
 
-    # Run
+
+@dataclasses.dataclass(frozen=True)
+class Args(td.Args):
+    """Those of tdmpc2_jax.py, and what is new here."""
+
+    tasks: str | None = None  # or several, offline: mt30, mt80 or names with commas, in the order of the dataset's ids
+    agent: Flat[Agent] = Agent()
+    world_model: str | None = None  # offline: a run, whose task and arguments are taken, or a .pt; of many tasks: parts
+    data_dir: str | None = None  # offline: folder of the episodes to learn from (tdmpc2_jax.py --save-episodes)
+    diffusion_every: Count = 4  # joint: updates of the world model for one of the three networks
+    planner_start: Natural = 5_000  # joint: updates of the world model from which on --planner acts; before, MPPI
     exp_name: Name = "tdmpc2_jax_diffusion"  # name of this experiment: files go to RUNS_DIR/TASK/EXP_NAME/SEED
-    runs_dir: str = "runs"  # folder of all runs
-    seed: Natural = 1  # of the parameters, the environments and every random draw
-    total_timesteps: Count = 4_000_000  # joint: length of the run in simulator steps (decisions x action repeat)
-    resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
-    world_model: str | None = None  # a run (its task and arguments are taken) or a .pt; of many tasks: the parts named
     checkpoint: str | None = None  # with --evaluate: the run to evaluate
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the table and exit
-    json: NewFile | None = None  # with --evaluate: write the results to this file
     eval_freq: Count | None = None  # updates between evaluations, 1,000; joint: simulator steps, 100,000
-    eval_episodes: Count = 10  # episodes of an evaluation, run side by side
     checkpoint_freq: Count | None = None  # updates between checkpoints, 500; joint: simulator steps, 100,000
     log_freq: Count | None = None  # updates between two points of the loss curves, 100; joint: simulator steps, 2,000
-    capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
-    track: bool = False  # also send everything to Weights & Biases (pip install wandb)
-    wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases team
-    compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
+    source_task: FromTask[None] = None  # no flag: --task says it
+    save_episodes: FromTask[None] = None  # no flag
 
 
-PRESETS = {
-    "small": (64, 4, 2, 2, 2, 8, 32, 16, True, 2, 8, 128, 1e-3),
-    "base": (128, 4, 3, 3, 3, 16, 64, 24, True, 4, 16, 256, 3e-4),
-    "paper": (256, 8, 5, 5, 10, 32, 64, 0, False, 10, 32, 256, 1e-4),
+FREQUENCIES = {
+    "offline": {"eval_freq": 1_000, "checkpoint_freq": 500, "log_freq": 100},
+    "joint": {"eval_freq": 100_000, "checkpoint_freq": 100_000, "log_freq": 2_000},
 }
-FREQUENCIES = {"offline": (1_000, 500, 100), "joint": (100_000, 100_000, 2_000)}
-ONLINE = {"total_timesteps", "diffusion_every", "planner_start", "explore_temperature", *world_model.LEARNING}
-OTHERS = {"offline": {*ONLINE, "mpc"}, "joint": {"world_model", "data_dir", "num_updates", "mpc", "tasks"}}  # of no use
 
 
-def with_preset(args: Args) -> Args:
-    """Fills in the fields of the preset that were not given, and the frequencies of the mode."""
-    fields = [field.name for field in dataclasses.fields(Args)]
-    values = dict(zip(fields[fields.index("width") : fields.index("anchor")], PRESETS[args.preset], strict=True))
-    values |= dict(zip(("eval_freq", "checkpoint_freq", "log_freq"), FREQUENCIES[args.mode], strict=True))
-    return dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+def scales_of(agent: Agent) -> tuple[int, ...]:
+    """Steps between two tokens, of each scale."""
+    return tuple(map(int, agent.scales.split(",")))
 
 
-def scales_of(args: Args) -> tuple[int, ...]:
-    return tuple(map(int, args.scales.split(",")))
-
-
-def window_steps(args: Args) -> int:
+def window_steps(agent: Agent) -> int:
     """Steps L of a training window: F of the largest scale."""
-    return args.future * max(scales_of(args))
+    return agent.future * max(scales_of(agent))
 
 
 # ----------------------------------------------------------------------------------------------------- Transformers
@@ -164,12 +148,14 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Tokens [T, D] -> [T, D]."""
-        T, D, h, dense = len(x), self.width, self.heads, partial(nn.Dense, dtype=self.dtype)
+        """Tokens [tokens, D] -> [tokens, D]."""
+        T, D, h = len(x), self.width, self.heads
+        dense = partial(nn.Dense, dtype=self.dtype)
         for i in range(self.blocks):
             qkv = dense(3 * D, name=f"qkv_{i}")(nn.LayerNorm(name=f"norm_{i}_0")(x)).reshape(T, 3, h, D // h)
-            logits = jnp.einsum("qhc,khc->hqk", qkv[:, 0], qkv[:, 1]).astype(jnp.float32) * (D // h) ** -0.5
-            seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(qkv.dtype), qkv[:, 2]).reshape(T, D)
+            query, key, value = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            logits = jnp.einsum("qhc,khc->hqk", query, key).astype(jnp.float32) * (D // h) ** -0.5
+            seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(qkv.dtype), value).reshape(T, D)
             x = x + dense(D, name=f"seen_{i}")(seen).astype(jnp.float32)
             wide = nn.gelu(dense(4 * D, name=f"wide_{i}")(nn.LayerNorm(name=f"norm_{i}_1")(x)))
             x = x + dense(D, name=f"narrow_{i}")(wide).astype(jnp.float32)
@@ -185,16 +171,22 @@ class Denoiser(nn.Module):
     @nn.compact
     def __call__(self, z, x, k, chunk=None, scale=0, task=None):
         """n(z_t) [Z], x [F, out] at noise level k, for p_d the actions chunk [F, C] that lead from token to token and
-        the index of the scale, the task's embedding [E] -> [F, out], which means what --prediction says."""
-        D, dtype, table = self.body.width, self.body.dtype, nn.initializers.normal(0.02)
-        dense, kinds = partial(nn.Dense, D, dtype=dtype), self.param("kinds", table, (2, D))
-        level = nn.silu(nn.Dense(4 * D, dtype=dtype, name="level_0")(level_waves(k, D)))
+        the index of the scale, the task's embedding [E] -> x_0 [F, out] without the noise."""
+        D = self.body.width
+        table = nn.initializers.normal(0.02)
+        dense = partial(nn.Dense, D, dtype=self.body.dtype)
+        level = nn.silu(nn.Dense(4 * D, dtype=self.body.dtype, name="level_0")(level_waves(k, D)))
         level = dense(name="level_1")(level) + self.param("scales", table, (2, D))[scale]
-        tokens = jnp.concatenate([dense(name="now")(z)[None] + kinds[0], dense(name="x")(x) + kinds[1]])
-        tokens = tokens if chunk is None else tokens.at[1:].add(dense(name="chunk")(chunk))
-        tokens = tokens + dense(name="time")(time_waves(len(x))) + level  # [F+1, D]
-        tokens = tokens if task is None else jnp.concatenate([dense(name="task")(task)[None] + level, tokens])
-        return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="head")(self.body(tokens)[-len(x) :])
+        kinds = self.param("kinds", table, (2, D))
+        now = dense(name="now")(z)[None] + kinds[0]
+        noisy = dense(name="x")(x) + kinds[1]
+        if chunk is not None:
+            noisy = noisy + dense(name="chunk")(chunk)
+        tokens = jnp.concatenate([now, noisy]) + dense(name="time")(time_waves(len(x))) + level  # [F+1, D]
+        if task is not None:
+            tokens = jnp.concatenate([dense(name="task")(task)[None] + level, tokens])
+        head = nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="head")
+        return head(self.body(tokens)[-len(x) :])
 
 
 class Objective(nn.Module):
@@ -205,33 +197,39 @@ class Objective(nn.Module):
     @nn.compact
     def __call__(self, zs, actions, task=None):
         """n(z_t) ... n(z_{t+F}) [F+1, Z], actions [F, A], the task's embedding [E] -> standardised advantage []."""
-        dense = partial(nn.Dense, self.body.width, dtype=self.body.dtype)
+        D = self.body.width
+        dense = partial(nn.Dense, D, dtype=self.body.dtype)
+        readout = self.param("readout", nn.initializers.normal(0.02), (1, D))
         tokens = dense(name="z")(zs) + dense(name="time")(time_waves(len(actions)))
         tokens = tokens.at[:-1].add(dense(name="action")(actions))
-        readout = self.param("readout", nn.initializers.normal(0.02), (1, self.body.width))
-        tokens = tokens if task is None else jnp.concatenate([tokens, dense(name="task")(task)[None]])
+        if task is not None:
+            tokens = jnp.concatenate([tokens, dense(name="task")(task)[None]])
         tokens = self.body(jnp.concatenate([readout, tokens]))  # [F+2, D]
         return nn.Dense(1, kernel_init=nn.initializers.zeros, name="head")(tokens[0])[0]
 
 
-def make_nets(args: Args, model: WorldModel) -> dict[str, nn.Module]:
-    """p_d, rho and J for one sequence: `vmap` makes batches."""
-    body = partial(Transformer, args.width, heads=args.heads, dtype=args.compute_dtype)
+def diffusion_networks(agent: Agent) -> dict[str, nn.Module]:
+    """p_d, rho and J for one sequence: `vmap` makes batches. Their parameters are dicts with the same names."""
+    body = partial(Transformer, agent.width, heads=agent.heads, dtype=agent.compute_dtype)
     return {
-        "dynamics": Denoiser(model.dynamics.out, body(args.dynamics_blocks)),
-        "proposal": Denoiser(model.action_dim, body(args.proposal_blocks)),
-        "objective": Objective(body(args.objective_blocks)),
+        "dynamics": Denoiser(agent.latent_dim, body(agent.dynamics_blocks)),
+        "proposal": Denoiser(agent.action_dim, body(agent.proposal_blocks)),
+        "objective": Objective(body(agent.objective_blocks)),
     }
 
 
-def init_nets(args: Args, model: WorldModel, key: jax.Array) -> dict[str, Any]:
+def init_nets(agent: Agent, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters of the three networks."""
-    zs, actions = jnp.zeros((args.future + 1, model.dynamics.out)), jnp.zeros((args.future, model.action_dim))
-    task = jnp.zeros(args.task_dim) if args.tasks else None
-    inputs = {"dynamics": (zs[0], zs[1:], 0, chunks(args, actions, 1), 0, task), "objective": (zs, actions, task)}
-    inputs |= {"proposal": (zs[0], actions, 0, None, 0, task)}
-    keys = dict(zip(inputs, jax.random.split(key, 3), strict=True))
-    return {name: net.init(keys[name], *inputs[name]) for name, net in make_nets(args, model).items()}
+    nets = diffusion_networks(agent)
+    zs = jnp.zeros((agent.future + 1, agent.latent_dim))
+    actions = jnp.zeros((agent.future, agent.action_dim))
+    task = jnp.zeros(agent.task_dim) if agent.task_dim else None
+    keys = jax.random.split(key, 3)
+    return {
+        "dynamics": nets["dynamics"].init(keys[0], zs[0], zs[1:], 0, chunks(agent, actions, 1), 0, task),
+        "objective": nets["objective"].init(keys[1], zs, actions, task),
+        "proposal": nets["proposal"].init(keys[2], zs[0], actions, 0, task=task),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- Diffusion
@@ -240,48 +238,32 @@ LATENT_CLIP = 6.0  # bound on standardised latents: clipping true ones there cos
 
 
 def signal_powers() -> np.ndarray:
-    """abar [1000] of the cosine schedule: noisy x = sqrt(abar) x0 + sqrt(1 - abar) noise."""
+    """abar [1000] of the cosine schedule (arXiv 2102.09672)."""
     f = np.cos((np.arange(LEVELS + 1) / LEVELS + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 1e-4, 0.9999))
 
 
-def sampling_levels(steps: int, prediction: str) -> np.ndarray:
-    """Levels [steps] from noisy to clean. At the noisiest ones eps does not tell x0, as it is divided by abar."""
-    if prediction == "eps":
-        return np.arange(steps)[::-1] * (LEVELS // steps)
+def sampling_levels(steps: int) -> np.ndarray:
+    """Levels [steps] from noisy to clean."""
     return np.round(np.linspace(LEVELS - 1, 0, steps + 1)).astype(int)[:-1]
 
 
-def target_of(prediction: str, x0: jax.Array, noise: jax.Array, abar) -> jax.Array:
-    """What a network should answer to sqrt(abar) x0 + sqrt(1 - abar) noise."""
-    return {"x0": x0, "eps": noise, "v": jnp.sqrt(abar) * noise - jnp.sqrt(1 - abar) * x0}[prediction]
-
-
-def clean(prediction: str, output: jax.Array, x: jax.Array, abar) -> jax.Array:
-    """The x0 that a network's answer to x means."""
-    if prediction == "v":
-        return jnp.sqrt(abar) * x - jnp.sqrt(1 - abar) * output
-    return output if prediction == "x0" else (x - jnp.sqrt(1 - abar) * output) / jnp.sqrt(abar)
-
-
-def sample_ddim(denoise, key: jax.Array, shape, steps: int, clip: float, prediction="x0", eta=0.0, mask=1.0):
-    """Samples of this shape. denoise(x, k) is the network's answer; clip bounds x0; mask multiplies all that is drawn.
-    A step goes from signal power abar to that of the next level, after, which behind the last is exactly 1: x0."""
-    start_key, key = jax.random.split(key)
-    levels = sampling_levels(steps, prediction)
+def sample_ddim(denoise, key: jax.Array, shape: tuple[int, ...], steps: int, clip: float, mask=1.0) -> jax.Array:
+    """Samples of this shape by DDIM (arXiv 2010.02502). denoise(x, k) is the network's answer x_0, which clip bounds;
+    mask multiplies all that is drawn. A step (4) goes from signal power abar to that of the next level, after, which
+    behind the last is exactly 1: x_0."""
+    levels = sampling_levels(steps)
     abars = signal_powers()[levels]
-    after = np.append(abars[1:], 1.0)
-    std = eta * np.sqrt((1 - after) / (1 - abars) * (1 - abars / after))  # of the fresh noise
+    afters = np.append(abars[1:], 1.0)
 
-    def step(x, inputs):
-        k, abar, after, std, key = inputs
-        x0 = jnp.clip(clean(prediction, denoise(x, k), x, abar), -clip, clip) * mask
+    def step(x, level):
+        k, abar, after = level
+        x0 = jnp.clip(denoise(x, k), -clip, clip) * mask
         noise = (x - jnp.sqrt(abar) * x0) / jnp.sqrt(1 - abar)
-        x = jnp.sqrt(after) * x0 + jnp.sqrt(jnp.maximum(1 - after - std**2, 0)) * noise
-        return (x + std * jax.random.normal(key, shape) * mask if eta else x), None
+        return jnp.sqrt(after) * x0 + jnp.sqrt(1 - after) * noise, None
 
-    inputs = jax.tree.map(jnp.float32, (levels, abars, after, std))
-    return jax.lax.scan(step, jax.random.normal(start_key, shape) * mask, (*inputs, jax.random.split(key, steps)))[0]
+    start = jax.random.normal(key, shape) * mask
+    return jax.lax.scan(step, start, jax.tree.map(jnp.float32, (levels, abars, afters)))[0]
 
 
 # -------------------------------------------------------------------------------------- Windows and what is diffused
@@ -290,73 +272,97 @@ class Stats(NamedTuple):
 
     mean: jax.Array  # [Z] of latent states
     std: jax.Array  # [Z]
-    mu: jax.Array  # [S, F, Z] of what p_d diffuses
+    mu: jax.Array  # [S, F, Z] of what d leaves open
     sigma: jax.Array  # [S, F, Z]
-    adv_mean: jax.Array  # of advantages y - V(z_t)
+    adv_mean: jax.Array  # of advantages
     adv_std: jax.Array
 
 
 def part_of(stats: Stats, world: World, task) -> tuple[Stats, World]:
     """What belongs to one of several tasks, by its index; what belongs to an only task as it is."""
-    its = stats if world.emb is None else jax.tree.map(lambda x: x[task], stats)
-    return its, world_model.of_task(world, task)
+    if world.emb is None:
+        return stats, world
+    return jax.tree.map(lambda x: x[task], stats), of_task(world, task)
 
 
 def normalise(stats: Stats, z: jax.Array) -> jax.Array:
-    """n(z): latent states vary by about 0.1, so that unit noise would drown them."""
+    """n(z), equation (1): latent states vary by about 0.1, so that unit noise would drown them."""
     return (z - stats.mean) / stats.std
 
 
-def denormalise(args: Args, stats: Stats, x: jax.Array) -> jax.Array:
+def denormalise(agent: Agent, stats: Stats, x: jax.Array) -> jax.Array:
     """The latent states [..., Z] for n(z) = x, each group back on the simplex on which SimNorm has put it."""
-    z = jnp.maximum(x * stats.std + stats.mean, 1e-6).reshape(*x.shape[:-1], -1, args.simnorm_dim)
+    z = jnp.maximum(x * stats.std + stats.mean, 1e-6).reshape(*x.shape[:-1], -1, agent.simnorm_dim)
     return (z / z.sum(-1, keepdims=True)).reshape(x.shape)
 
 
-def chunks(args: Args, actions: jax.Array, scale) -> jax.Array:
+def chunks(agent: Agent, actions: jax.Array, scale) -> jax.Array:
     """Actions [L, A] as chunks [F, C] that lead from token to token at this scale: single actions if 1 is the only one,
     else as many as the largest has, with bits that tell which of them are used."""
-    largest, A = max(scales_of(args)), actions.shape[-1]
+    largest = max(scales_of(agent))
     slot = jnp.arange(largest)
-    index = jnp.arange(args.future)[:, None] * scale + slot  # [F, largest]
+    index = jnp.arange(agent.future)[:, None] * scale + slot  # [F, largest]
     used = jnp.broadcast_to((slot < scale).astype(jnp.float32), index.shape)
-    chunk = (actions[jnp.minimum(index, len(actions) - 1)] * used[..., None]).reshape(-1, largest * A)
+    chunk = actions[jnp.minimum(index, len(actions) - 1)] * used[..., None]
+    chunk = chunk.reshape(agent.future, largest * agent.action_dim)
     return jnp.concatenate([chunk, used], axis=-1) if largest > 1 else chunk
 
 
-def anchors(args: Args, model: WorldModel, world: World, stats: Stats, z, actions, scale) -> jax.Array:
-    """First guess [F, Z] of n(z) at the tokens behind z [Z], under actions [L, A]. What it leaves open is a small part
-    of the whole, and so is an error in it: the error of whole latent states has a floor far above d's."""
-    if args.anchor == "onestep":
-        return normalise(stats, follow(model, world, z, actions)[(jnp.arange(args.future) + 1) * scale - 1])
-    return jnp.tile(normalise(stats, z) if args.anchor == "current" else jnp.zeros(len(z)), (args.future, 1))
+def follow(agent: Agent, world: World, z: jax.Array, actions: jax.Array) -> jax.Array:
+    """Latent states [L, Z] that d predicts, step by step, from z [Z] under actions [L, A]."""
+    dynamics = td.networks(agent).dynamics
+
+    def step(z, action):
+        z = dynamics.apply(world.params["dynamics"], z, action)
+        return z, z
+
+    return jax.lax.scan(step, z, actions)[1]
 
 
-def rest_of(args: Args, model: WorldModel, world: World, stats: Stats, window: Windows, scale) -> jax.Array:
-    """What the anchors leave open of one window's future [F, Z]: standardised, it is what p_d diffuses."""
-    future = normalise(stats, window.z[(jnp.arange(args.future) + 1) * scale])
-    return future - anchors(args, model, world, stats, window.z[0], window.action, scale)
+def value(agent: Agent, world: World, z: jax.Array) -> jax.Array:
+    """V(z) [...]: mean of the target Qs at z [..., Z] and the policy's action without noise."""
+    no_noise = jnp.zeros((*z.shape[:-1], agent.action_dim))
+    mean = td.policy(agent, world.params["pi"], z, no_noise).mean
+    return td.two_hot_inv(agent, td.q_logits(agent, world.target_q, z, mean * world.mask)).mean(0)
 
 
-def advantage(args: Args, model: WorldModel, world: World, window: Windows) -> jax.Array:
-    """y - V(z_t) of one window; y is its F rewards and the value behind them, unless the episode has terminated."""
-    F = args.future
-    now, last = value(args, model, world, window.z[jnp.array([0, F])])
+def anchors(agent: Agent, world: World, stats: Stats, z, actions, scale) -> jax.Array:
+    """d's guess [F, Z] of n(z) at the tokens behind z [Z], under actions [L, A]. What it leaves open is a small part of
+    the whole, and so is an error in it: the error of whole latent states has a floor far above d's."""
+    return normalise(stats, follow(agent, world, z, actions)[(jnp.arange(agent.future) + 1) * scale - 1])
+
+
+def left_open(agent: Agent, world: World, stats: Stats, window: Windows, scale) -> jax.Array:
+    """What the anchors leave open of one window's future [F, Z]: the difference in equation (2)."""
+    future = normalise(stats, window.z[(jnp.arange(agent.future) + 1) * scale])
+    return future - anchors(agent, world, stats, window.z[0], window.action, scale)
+
+
+def advantage(agent: Agent, world: World, window: Windows) -> jax.Array:
+    """Equation (6) for one window; behind a termination nothing has value."""
+    F = agent.future
+    now, last = value(agent, world, window.z[jnp.array([0, F])])
     rewards = (world.discount ** jnp.arange(F) * window.reward[:F]).sum()
     return rewards + world.discount**F * (1 - window.terminated[F - 1]) * last - now
 
 
-@partial(jax.jit, static_argnames=("args", "model"))
-def statistics(args: Args, model: WorldModel, world: World, windows: Windows) -> Stats:
+@partial(jax.jit, static_argnames="agent")
+def statistics(agent: Agent, world: World, windows: Windows) -> Stats:
     """Means and standard deviations over windows [B, ...]."""
-    z = windows.z.reshape(-1, model.dynamics.out)
-    stats = Stats(z.mean(0), jnp.maximum(z.std(0), 1e-2), *[None] * 4)
-    each = partial(rest_of, args, model, world, stats)  # a few windows at a time: gigabytes for all of large networks
-    rest = jnp.stack([jax.lax.map(partial(each, scale=s), windows, batch_size=256) for s in scales_of(args)])
-    keep = 0.0 if args.anchor == "none" else 1.0  # the original standardises nothing
-    adv = jax.vmap(partial(advantage, args, model, world))(windows)
-    mu, sigma = rest.mean(1) * keep, jnp.maximum(rest.std(1), 0.02) ** keep
-    return stats._replace(mu=mu, sigma=sigma, adv_mean=adv.mean(), adv_std=jnp.maximum(adv.std(), 1e-3))
+    z = windows.z.reshape(-1, agent.latent_dim)
+    stats = Stats(z.mean(0), jnp.maximum(z.std(0), 1e-2), mu=0.0, sigma=1.0, adv_mean=0.0, adv_std=1.0)
+    rest = []
+    for scale in scales_of(agent):  # a few windows at a time: gigabytes for all of large networks
+        one = partial(left_open, agent, world, stats, scale=scale)
+        rest.append(jax.lax.map(one, windows, batch_size=256))
+    rest = jnp.stack(rest)  # [S, B, F, Z]
+    adv = jax.vmap(partial(advantage, agent, world))(windows)
+    return stats._replace(
+        mu=rest.mean(1),
+        sigma=jnp.maximum(rest.std(1), 0.02),
+        adv_mean=adv.mean(),
+        adv_std=jnp.maximum(adv.std(), 1e-3),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- Learning
@@ -371,133 +377,153 @@ class DiffusionState(NamedTuple):
     updates: jax.Array  # number of updates made
 
 
-class DiffusionNoise(NamedTuple):
-    """Every random draw of one update, made up front."""
-
-    scale: jax.Array  # [B] index of the scale
-    level: jax.Array  # [B] noise levels of p_d
-    proposal_level: jax.Array  # [B] and of rho
-    latents: jax.Array  # [B, F, Z] normal
-    actions: jax.Array  # [B, F, A] normal
-
-
-def diffusion_noise(args: Args, model: WorldModel, key: jax.Array, batch_size: int) -> DiffusionNoise:
-    """Draws what one update needs."""
-    keys, B, F = jax.random.split(key, 5), batch_size, args.future
-    return DiffusionNoise(
-        scale=jax.random.randint(keys[0], (B,), 0, len(scales_of(args))),
-        level=jax.random.randint(keys[1], (B,), 0, LEVELS),
-        proposal_level=jax.random.randint(keys[2], (B,), 0, LEVELS),
-        latents=jax.random.normal(keys[3], (B, F, model.dynamics.out)),
-        actions=jax.random.normal(keys[4], (B, F, model.action_dim)),
-    )
-
-
-def denoising_loss(args: Args, denoise, x0: jax.Array, k: jax.Array, noise: jax.Array, mask=1.0) -> jax.Array:
-    """Squared errors [F, out] of what denoise(x, k) answers to x0 [F, out] at level k."""
+def denoising_loss(denoise, x0: jax.Array, key: jax.Array, mask=1.0) -> jax.Array:
+    """Squared errors (5) [F, out] of what denoise(x_k, k) answers to x0 [F, out] with noise (3) of a random level k."""
+    level_key, noise_key = jax.random.split(key)
+    k = jax.random.randint(level_key, (), 0, LEVELS)
     abar = jnp.asarray(signal_powers(), jnp.float32)[k]
-    x = (jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise) * mask
-    return ((denoise(x, k) - target_of(args.prediction, x0, noise, abar)) * mask) ** 2
+    x = jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * jax.random.normal(noise_key, x0.shape)
+    return ((denoise(x * mask, k) - x0) * mask) ** 2
 
 
-def dynamics_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
-    """p_d's loss on one window: it is told n(z_t) and the actions, and guesses what the anchors leave open."""
-    net, now, scale = make_nets(args, model)["dynamics"], normalise(stats, window.z[0]), noise.scale
-    steps = jnp.array(scales_of(args))[scale]
-    x0 = (rest_of(args, model, world, stats, window, steps) - stats.mu[scale]) / stats.sigma[scale]
-    how = {"chunk": chunks(args, window.action, steps), "scale": scale, "task": world.emb}
-    denoise = partial(net.apply, params["dynamics"], now, **how)
-    return denoising_loss(args, denoise, x0, noise.level, noise.latents).mean()
+def dynamics_loss(agent: Agent, params, stats: Stats, world: World, window: Windows, key: jax.Array) -> jax.Array:
+    """p_d's loss on one window: it is told n(z_t) and the actions, and guesses what the anchors leave open (2)."""
+    scale_key, key = jax.random.split(key)
+    scale = jax.random.randint(scale_key, (), 0, len(scales_of(agent)))
+    steps = jnp.array(scales_of(agent))[scale]
+    x0 = (left_open(agent, world, stats, window, steps) - stats.mu[scale]) / stats.sigma[scale]
+    now = normalise(stats, window.z[0])
+    chunk = chunks(agent, window.action, steps)
+    apply = partial(diffusion_networks(agent)["dynamics"].apply, params["dynamics"], now)
+    return denoising_loss(partial(apply, chunk=chunk, scale=scale, task=world.emb), x0, key).mean()
 
 
-def proposal_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, noise):
+def proposal_loss(agent: Agent, params, stats: Stats, world: World, window: Windows, key: jax.Array) -> jax.Array:
     """rho's loss on one window: it is told n(z_t) and guesses the actions. Those that the task lacks do not count."""
-    net, x0, mask = make_nets(args, model)["proposal"], window.action[: args.future], world.mask
-    denoise = partial(net.apply, params["proposal"], normalise(stats, window.z[0]), task=world.emb)
-    return denoising_loss(args, denoise, x0, noise.proposal_level, noise.actions, mask).mean() / mask.mean()
+    now = normalise(stats, window.z[0])
+    denoise = partial(diffusion_networks(agent)["proposal"].apply, params["proposal"], now, task=world.emb)
+    errors = denoising_loss(denoise, window.action[: agent.future], key, world.mask)
+    return errors.mean() / world.mask.mean()
 
 
-def objective_loss(args: Args, model: WorldModel, params, stats: Stats, world: World, window: Windows, adv: jax.Array):
-    """J's loss on one window of standardised advantage adv."""
-    zs, actions = normalise(stats, window.z[: args.future + 1]), window.action[: args.future]
-    return (make_nets(args, model)["objective"].apply(params["objective"], zs, actions, world.emb) - adv) ** 2
+def objective_loss(agent: Agent, params, stats: Stats, world: World, window: Windows):
+    """J's loss on one window: the squared error of the standardised advantage (6)."""
+    adv = (advantage(agent, world, window) - stats.adv_mean) / stats.adv_std
+    zs = normalise(stats, window.z[: agent.future + 1])
+    actions = window.action[: agent.future]
+    return (diffusion_networks(agent)["objective"].apply(params["objective"], zs, actions, world.emb) - adv) ** 2
 
 
-def diffusion_losses(args: Args, model: WorldModel, params, stats: Stats, world: World, windows: Windows, noise):
+def diffusion_losses(agent: Agent, params, stats: Stats, world: World, windows: Windows, key: jax.Array):
     """The three losses on windows [B, ...]; each depends on the parameters of its own network only."""
 
-    def losses(window, noise):
-        its = part_of(stats, world, window.task)
-        adv = (advantage(args, model, its[1], window) - its[0].adv_mean) / its[0].adv_std
-        dynamics = dynamics_loss(args, model, params, *its, window, noise)
-        proposal = proposal_loss(args, model, params, *its, window, noise)
-        return dynamics, proposal, objective_loss(args, model, params, *its, window, adv), adv
+    def losses(window, key):
+        of_its_task = part_of(stats, world, window.task)
+        keys = jax.random.split(key)
+        return {
+            "dynamics": dynamics_loss(agent, params, *of_its_task, window, keys[0]),
+            "proposal": proposal_loss(agent, params, *of_its_task, window, keys[1]),
+            "objective": objective_loss(agent, params, *of_its_task, window),
+        }
 
-    dynamics, proposal, objective, adv = jax.vmap(losses)(windows, noise)  # [B]
-    weight = jnp.minimum(jnp.exp(args.beta * adv), 20.0)
-    proposal = weight / weight.mean() * proposal
-    return {"dynamics": dynamics.mean(), "proposal": proposal.mean(), "objective": objective.mean()}
+    keys = jax.random.split(key, len(windows.z))
+    return jax.tree.map(jnp.mean, jax.vmap(losses)(windows, keys))
 
 
-def diffusion_optimizer(args: Args) -> optax.GradientTransformation:
+def diffusion_optimizer(agent: Agent) -> optax.GradientTransformation:
     """Adam behind a clip, for each network its own; a linear warm-up, then a cosine down to a tenth, but in joint mode,
     where the latent states never come to rest, a constant."""
-    lr, last = args.diffusion_lr, args.diffusion_lr / (10 if args.mode == "offline" else 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(args.num_updates, 201), last)
+    lr = agent.diffusion_lr
+    last = lr / 10 if agent.mode == "offline" else lr
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(agent.num_updates, 201), last)
     return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
 
 
-@partial(jax.jit, static_argnames=("args", "model"))
-def init_diffusion(args: Args, model: WorldModel, stats: Stats, key: jax.Array) -> DiffusionState:
+@partial(jax.jit, static_argnames="agent")
+def init_diffusion(agent: Agent, stats: Stats, key: jax.Array) -> DiffusionState:
     """Learning state at the start of a run."""
     init_key, key = jax.random.split(key)
-    params = init_nets(args, model, init_key)
-    opt = {name: diffusion_optimizer(args).init(p) for name, p in params.items()}
+    params = init_nets(agent, init_key)
+    tx = diffusion_optimizer(agent)
+    opt = {name: tx.init(net) for name, net in params.items()}
     return DiffusionState(params, jax.tree.map(jnp.copy, params), opt, stats, key, jnp.zeros((), jnp.int32))
 
 
-def diffusion_update(args: Args, model: WorldModel, state: DiffusionState, world: World, windows: Windows, noise):
+def diffusion_update(agent: Agent, state: DiffusionState, world: World, windows: Windows, key: jax.Array):
     """One gradient step of each network; the world model gets none. Returns the new state and scalars for the log."""
-    B, L, Z = len(windows.z), window_steps(args), model.dynamics.out
-    chex.assert_shape(list(windows[:4]), [(B, L + 1, Z), (B, L, model.action_dim), (B, L), (B, L)])
+    B, L, Z, A = len(windows.z), window_steps(agent), agent.latent_dim, agent.action_dim
+    chex.assert_shape(list(windows[:4]), [(B, L + 1, Z), (B, L, A), (B, L), (B, L)])
+    tx = diffusion_optimizer(agent)
 
     def loss(params):
-        losses = diffusion_losses(args, model, params, state.stats, world, windows, noise)
+        losses = diffusion_losses(agent, params, state.stats, world, windows, key)
         return sum(losses.values()), losses
 
     grads, losses = jax.grad(loss, has_aux=True)(state.params)
-    steps = {name: diffusion_optimizer(args).update(grads[name], state.opt[name]) for name in grads}
-    params = {name: optax.apply_updates(state.params[name], change) for name, (change, _) in steps.items()}
+    params, opt, info = {}, {}, {}
+    for name in grads:
+        change, opt[name] = tx.update(grads[name], state.opt[name])
+        params[name] = optax.apply_updates(state.params[name], change)
+        info[f"{name}_loss"] = losses[name]
+        info[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
     decay = jnp.minimum(0.995, (1 + state.updates) / (10 + state.updates))
-    ema, opt = optax.incremental_update(params, state.ema, 1 - decay), {name: opt for name, (_, opt) in steps.items()}
-    info = {f"{name}_loss": loss for name, loss in losses.items()}
-    info |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
     return DiffusionState(params, ema, opt, state.stats, state.key, state.updates + 1), info
 
 
-def sample_windows(args: Args, model: WorldModel, world: World, replays: world_model.Replays, key) -> Windows:
-    """Joint mode: windows drawn uniformly from the replay, with the latent states of the world model as it is now."""
-    batch = world_model.sample_long(replays, key, args.diffusion_batch_size, window_steps(args))
-    z = model.encoder.apply(world.params["encoder"], batch.obs)
-    return Windows(*(x.swapaxes(0, 1) for x in (z, *batch[1:])))
+class Replays(NamedTuple):
+    """Joint mode: the replay of the world model, with windows of H+1 entries, and one more for its queue of windows of
+    L+1 entries. The second has observations and actions of size 1, which stand for those of the first."""
+
+    short: td.Replay
+    long: td.Replay
 
 
-@partial(jax.jit, static_argnames=("args", "model", "num_updates"), donate_argnames=("state",))
-def train(args: Args, model: WorldModel, state: DiffusionState, world: World, data, num_updates: int):
-    """`num_updates` updates on windows drawn uniformly from data, `Recorded` or `Replays`; means of their scalars."""
+def of_long_windows(agent: Agent) -> Agent:
+    """The agent as functions of `td` need it to write and sample the second replay."""
+    steps, batch_size = window_steps(agent), agent.diffusion_batch_size
+    return dataclasses.replace(agent, horizon=steps, batch_size=batch_size, obs_dim=1, action_dim=1)
+
+
+def init_replays(agent: Agent, capacity: int, num_envs: int) -> Replays:
+    """Empty replays of `capacity` steps of each environment."""
+    long = td.init_replay(of_long_windows(agent), capacity, num_envs)
+    return Replays(td.init_replay(agent, capacity, num_envs), long)
+
+
+def add_to_both(agent: Agent, replays: Replays, step: td.Step) -> Replays:
+    """Writes one step of all environments over the oldest one."""
+    small = step._replace(obs=step.obs[:, :1], action=step.action[:, :1])
+    return Replays(td.add(agent, replays.short, step), td.add(of_long_windows(agent), replays.long, small))
+
+
+def sample_windows(agent: Agent, world: World, replays: Replays, key: jax.Array) -> Windows:
+    """Windows of L+1 entries from the replays, with the latent states of the world model as it is now."""
+    whole = replays.long._replace(obs=replays.short.obs, action=replays.short.action)
+    batch = td.sample(of_long_windows(agent), whole, key)
+    z = td.networks(agent).encoder.apply(world.params["encoder"], batch.obs)
+    return Windows(*(x.swapaxes(0, 1) for x in (z, batch.action, batch.reward, batch.terminated)))
+
+
+def moved_statistics(agent: Agent, state: DiffusionState, world: World, windows: Windows) -> Stats:
+    """Joint mode, where latent states move: means over all updates so far, later over about the last 1000 of them."""
+    rate = jnp.maximum(0.001, 1 / (1 + state.updates))
+    return optax.incremental_update(statistics(agent, world, windows), state.stats, rate)
+
+
+@partial(jax.jit, static_argnames=("agent", "num_updates"), donate_argnames=("state",))
+def train(agent: Agent, state: DiffusionState, world: World, data: Recorded | Replays, num_updates: int):
+    """`num_updates` updates on fresh windows in one dispatch. Returns the new state and the means of their scalars."""
 
     def one(state, _):
-        (key, window_key, noise_key), B = jax.random.split(state.key, 3), args.diffusion_batch_size
-        if args.mode == "joint":
-            windows = sample_windows(args, model, world, data, window_key)
-            rate = jnp.maximum(0.001, 1 / (1 + state.updates))  # a mean, later of about the last 1000 updates: z moves
-            stats = optax.incremental_update(statistics(args, model, world, windows), state.stats, rate)
-            state = state._replace(stats=stats)
+        key, window_key, noise_key = jax.random.split(state.key, 3)
+        if agent.mode == "joint":
+            windows = sample_windows(agent, world, data, window_key)
+            state = state._replace(stats=moved_statistics(agent, state, world, windows))
         else:
-            starts = data.starts[jax.random.randint(window_key, (B,), 0, len(data.starts))]
-            windows = windows_at(data, starts, window_steps(args))
-        noise = diffusion_noise(args, model, noise_key, B)
-        return diffusion_update(args, model, state._replace(key=key), world, windows, noise)
+            starts = data.starts[jax.random.randint(window_key, (agent.diffusion_batch_size,), 0, len(data.starts))]
+            windows = windows_at(data, starts, window_steps(agent))
+        return diffusion_update(agent, state._replace(key=key), world, windows, noise_key)
 
     state, infos = jax.lax.scan(one, state, None, length=num_updates)
     return state, jax.tree.map(jnp.mean, infos)
@@ -514,393 +540,607 @@ class Planner(NamedTuple):
 
 def planner_of(state: DiffusionState, world: World, task: int = 0) -> Planner:
     """The planner with the slow copies, for one of the tasks."""
-    stats, its = part_of(state.stats, world, task)
-    return Planner(state.ema, stats, its if world.emb is None else world_model.without_lacking(its))
+    stats, part = part_of(state.stats, world, task)
+    return Planner(state.ema, stats, part if world.emb is None else without_lacking(part))
 
 
-def propose(args: Args, model: WorldModel, planner: Planner, z, best, first, key) -> jax.Array:
-    """Candidates [N, F, A] at z [Z]: drawn from rho; rolled out by the policy prior through d, one without noise; and
-    the last plan best [F, A] shifted by one (at an episode's start, first, candidate 0 once more)."""
-    (nets, stats, world), (rho_key, pi_key), candidates = planner, jax.random.split(key), []
-    F, A, N_pi = args.future, model.action_dim, args.num_policy
-    if args.num_proposals:
-        apply = partial(make_nets(args, model)["proposal"].apply, nets["proposal"], normalise(stats, z), task=world.emb)
-        shape, how = (args.num_proposals, F, A), (args.prediction, args.eta, world.mask)
-        candidates.append(sample_ddim(jax.vmap(apply, (0, None)), rho_key, shape, args.proposal_steps, 1.0, *how))
-    if N_pi:
-
-        def step(z, eps):
-            action = policy(args, model, world.params["pi"], z, eps).action * world.mask
-            return model.dynamics.apply(world.params["dynamics"], z, action), action
-
-        eps = jax.random.normal(pi_key, (F, N_pi, A)).at[:, 0].set(0.0)
-        actions = jax.lax.scan(step, jnp.tile(z, (N_pi, 1)), eps)[1]  # [F, N_pi, A]
-        candidates.append(actions.swapaxes(0, 1))
-    if args.warm_start:
-        shifted = jnp.concatenate([best[1:], best[-1:]])
-        candidates.append(jnp.where(first, candidates[0][0], shifted)[None])
-    return jnp.concatenate(candidates)
+def propose(agent: Agent, planner: Planner, z: jax.Array, number: int, key: jax.Array) -> jax.Array:
+    """Action sequences [number, F, A] at z [Z], drawn from rho."""
+    nets, stats, world = planner
+    apply = partial(diffusion_networks(agent)["proposal"].apply, nets["proposal"], normalise(stats, z), task=world.emb)
+    denoise = jax.vmap(apply, (0, None))
+    shape = (number, agent.future, agent.action_dim)
+    return sample_ddim(denoise, key, shape, agent.proposal_steps, clip=1.0, mask=world.mask)
 
 
-def rollout(args: Args, model: WorldModel, planner: Planner, z, actions, key, scale: int = 0) -> jax.Array:
-    """Latent futures [M, N, F+1, Z] of z [Z] under actions [N, L, A]: drawn from p_d, or those of d. scale is an index;
-    at scale s the tokens are s steps apart."""
-    (nets, stats, world), s = planner, scales_of(args)[scale]
-    N, F, M, Z = len(actions), args.future, args.draws, len(z)
-    if args.rollouts == "onestep":
-        future = jax.vmap(partial(follow, model, world, z))(actions)[None, :, (np.arange(F) + 1) * s - 1]
+def policy_sequences(agent: Agent, world: World, z: jax.Array, number: int, key: jax.Array) -> jax.Array:
+    """Action sequences [number, F, A] of the policy prior, rolled out through d from z [Z], the first without noise."""
+    dynamics = td.networks(agent).dynamics
+
+    def step(z, eps):
+        action = td.policy(agent, world.params["pi"], z, eps).action * world.mask
+        return dynamics.apply(world.params["dynamics"], z, action), action
+
+    eps = jax.random.normal(key, (agent.future, number, agent.action_dim)).at[:, 0].set(0.0)
+    return jax.lax.scan(step, jnp.tile(z, (number, 1)), eps)[1].swapaxes(0, 1)
+
+
+def candidates_at(agent: Agent, planner: Planner, z, best, first, key) -> jax.Array:
+    """Candidates [N, F, A] at z [Z]: of rho, of the policy prior, and the last plan best [F, A] shifted by one (at an
+    episode's start, first, candidate 0 once more)."""
+    rho_key, pi_key = jax.random.split(key)
+    parts = []
+    if agent.num_proposals:
+        parts.append(propose(agent, planner, z, agent.num_proposals, rho_key))
+    if agent.num_policy:
+        parts.append(policy_sequences(agent, planner.world, z, agent.num_policy, pi_key))
+    shifted = jnp.concatenate([best[1:], best[-1:]])
+    parts.append(jnp.where(first, parts[0][0], shifted)[None])
+    return jnp.concatenate(parts)
+
+
+def rollout(agent: Agent, planner: Planner, z: jax.Array, actions: jax.Array, key: jax.Array, scale: int = 0):
+    """Latent futures [N, F+1, Z] of z [Z] under actions [N, L, A]: drawn from p_d, or those of d. scale is an index; at
+    scale s the tokens are s steps apart."""
+    nets, stats, world = planner
+    steps = scales_of(agent)[scale]
+    N, F, Z = len(actions), agent.future, len(z)
+    if agent.rollouts == "onestep":
+        future = jax.vmap(partial(follow, agent, world, z))(actions)[:, (np.arange(F) + 1) * steps - 1]
     else:
-        apply = partial(make_nets(args, model)["dynamics"].apply, nets["dynamics"], normalise(stats, z), task=world.emb)
-        chunk = jnp.tile(jax.vmap(lambda a: chunks(args, a, s))(actions), (M, 1, 1))  # [M * N, F, C]
+        chunk = jax.vmap(lambda a: chunks(agent, a, steps))(actions)  # [N, F, C]
+        apply = partial(
+            diffusion_networks(agent)["dynamics"].apply, nets["dynamics"], normalise(stats, z), task=world.emb
+        )
         each = jax.vmap(apply, (0, None, 0, None))
-        how = (args.dynamics_steps, LATENT_CLIP, args.prediction, args.eta)
-        rest = sample_ddim(lambda x, k: each(x, k, chunk, scale), key, (M * N, F, Z), *how).reshape(M, N, F, Z)
-        guess = jax.vmap(lambda a: anchors(args, model, world, stats, z, a, s))(actions)
-        future = denormalise(args, stats, guess + rest * stats.sigma[scale] + stats.mu[scale])
-    return jnp.concatenate([jnp.broadcast_to(z, (*future.shape[:2], 1, Z)), future], axis=2)
+        x0 = sample_ddim(lambda x, k: each(x, k, chunk, scale), key, (N, F, Z), agent.dynamics_steps, LATENT_CLIP)
+        guess = jax.vmap(lambda a: anchors(agent, world, stats, z, a, steps))(actions)
+        future = denormalise(agent, stats, guess + x0 * stats.sigma[scale] + stats.mu[scale])
+    return jnp.concatenate([jnp.broadcast_to(z, (N, 1, Z)), future], axis=1)
 
 
-def score_by_model(args: Args, model: WorldModel, world: World, zs: jax.Array, actions: jax.Array) -> jax.Array:
-    """Discounted rewards and the value behind them [...] of futures zs [..., F+1, Z] under actions [..., F, A]."""
-    rewards = two_hot_inv(args, model.reward.apply(world.params["reward"], zs[..., :-1, :], actions))
-    alive = jnp.ones((*rewards.shape[:-1], args.future + 1))  # 0 after a predicted termination
+def score_by_model(agent: Agent, world: World, zs: jax.Array, actions: jax.Array) -> jax.Array:
+    """Equation (7): [N] for futures zs [N, F+1, Z] under actions [N, F, A]; an end that is predicted is one."""
+    F = agent.future
+    model = td.networks(agent)
+    rewards = td.two_hot_inv(agent, model.reward.apply(world.params["reward"], zs[:, :-1], actions))  # [N, F]
+    alive = jnp.ones((len(zs), F + 1))  # 0 after a predicted termination
     if model.termination:
-        ended = model.termination.apply(world.params["termination"], zs[..., 1:, :])[..., 0] > 0
-        alive = alive.at[..., 1:].set(jnp.cumprod(~ended, axis=-1))
-    parts = jnp.concatenate([rewards, value(args, model, world, zs[..., -1, :])[..., None]], axis=-1)
-    return (world.discount ** jnp.arange(args.future + 1) * alive * parts).sum(-1)
+        ended = model.termination.apply(world.params["termination"], zs[:, 1:])[..., 0] > 0
+        alive = alive.at[:, 1:].set(jnp.cumprod(~ended, axis=-1))
+    parts = jnp.concatenate([rewards, value(agent, world, zs[:, -1])[:, None]], axis=-1)
+    return (world.discount ** jnp.arange(F + 1) * alive * parts).sum(-1)
 
 
-def score_by_objective(args: Args, model: WorldModel, planner: Planner, zs: jax.Array, actions: jax.Array):
+def score_by_objective(agent: Agent, planner: Planner, zs: jax.Array, actions: jax.Array) -> jax.Array:
     """J's advantage [N] of futures zs [N, F+1, Z] under actions [N, F, A], in the unit of rewards."""
-    apply, stats = make_nets(args, model)["objective"].apply, planner.stats
-    adv = jax.vmap(partial(apply, planner.nets["objective"], task=planner.world.emb))(normalise(stats, zs), actions)
-    return adv * stats.adv_std + stats.adv_mean
+    nets, stats, world = planner
+    apply = partial(diffusion_networks(agent)["objective"].apply, nets["objective"], task=world.emb)
+    return jax.vmap(apply)(normalise(stats, zs), actions) * stats.adv_std + stats.adv_mean
 
 
-def score(args: Args, model: WorldModel, planner: Planner, zs: jax.Array, actions: jax.Array, key) -> jax.Array:
-    """Scores [N], means over draws, of futures zs [M, N, F+1, Z] under actions [N, F, A]; no number: -inf."""
-    scorers = {
-        "model": lambda: jax.vmap(lambda z: score_by_model(args, model, planner.world, z, actions))(zs).mean(0),
-        "J": lambda: jax.vmap(lambda z: score_by_objective(args, model, planner, z, actions))(zs).mean(0),
-        "mix": lambda: ranks(scorers["model"]()) + ranks(scorers["J"]()),
-        "random": lambda: jax.random.uniform(key, (len(actions),)) + 0.0 * actions.sum((1, 2)),
-    }
-    scores = scorers[args.scorer]()
+def score(agent: Agent, planner: Planner, zs: jax.Array, actions: jax.Array, key: jax.Array) -> jax.Array:
+    """Scores [N] of futures zs [N, F+1, Z] under actions [N, F, A]; no number: -inf."""
+    if agent.scorer == "model":
+        scores = score_by_model(agent, planner.world, zs, actions)
+    elif agent.scorer == "J":
+        scores = score_by_objective(agent, planner, zs, actions)
+    else:  # random, but not for actions that are no numbers
+        scores = jax.random.uniform(key, (len(actions),)) + 0.0 * actions.sum((1, 2))
     return jnp.where(jnp.isfinite(scores), scores, -jnp.inf)
 
 
-def ranks(x: jax.Array) -> jax.Array:
-    """Place of every number [N] in ascending order; what is no number has none."""
-    return jnp.where(jnp.isnan(x), jnp.nan, jnp.argsort(jnp.argsort(x)))
+REFINED_STD = 0.05  # least one with which refinement starts: at 0.5 it fell back to what MPPI alone returns
 
 
-def refine(args: Args, model: WorldModel, world: World, z, candidates, key) -> jax.Array:
+def refine(agent: Agent, world: World, z: jax.Array, candidates: jax.Array, key: jax.Array) -> jax.Array:
     """Mean [H, A] of MPPI's distribution, which starts at the best candidates [top, F, A] and is fitted to the elites
     among them and fresh samples."""
-    H, A, samples = args.horizon, model.action_dim, args.refine_samples
+    H, A, samples = agent.horizon, agent.action_dim, agent.refine_samples
     best = candidates[:, :H].swapaxes(0, 1)  # [H, top, A]
 
     def iterate(distribution, key):
-        (mean, std), (sample_key, eps_key, head_key) = distribution, jax.random.split(key, 3)
+        mean, std = distribution
+        sample_key, eps_key, head_key = jax.random.split(key, 3)
         sampled = jnp.clip(mean[:, None] + std[:, None] * jax.random.normal(sample_key, (H, samples, A)), -1, 1)
         actions = jnp.concatenate([best, sampled * world.mask], axis=1)
-        eps, heads = jax.random.normal(eps_key, (actions.shape[1], A)), world_model.two_heads(model, head_key)
-        values = world_model.estimate_value(args, model, world.params, z[None], actions, world.discount, heads, eps)
-        elite_values, elite_indices = jax.lax.top_k(values, min(args.num_elites, len(values)))
-        elites, weights = actions[:, elite_indices], jax.nn.softmax(args.temperature * elite_values)
+        eps = jax.random.normal(eps_key, (actions.shape[1], A))
+        values = td.estimate_value(agent, world.params, z[None], actions, td.two_heads(agent, head_key), eps)
+        elite_values, elite_indices = jax.lax.top_k(values, min(agent.num_elites, len(values)))
+        elites = actions[:, elite_indices]
+        weights = jax.nn.softmax(agent.temperature * elite_values)
         mean = jnp.einsum("e,hea->ha", weights, elites)
         variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
-        return (mean, jnp.clip(jnp.sqrt(variance), args.min_std, args.max_std)), None
+        return (mean, jnp.clip(jnp.sqrt(variance), agent.min_std, agent.max_std)), None
 
-    start = (best.mean(1), jnp.clip(best.std(1), args.mppi_min_std, args.max_std))
-    return jax.lax.scan(iterate, start, jax.random.split(key, args.refine_iterations))[0][0]
+    start = (best.mean(1), jnp.clip(best.std(1), REFINED_STD, agent.max_std))
+    return jax.lax.scan(iterate, start, jax.random.split(key, agent.refine_iterations))[0][0]
 
 
-def plan_by_diffusion(args: Args, model: WorldModel, planner: Planner, obs, best, first, key, explore: bool = False):
+def plan_by_diffusion(agent: Agent, planner: Planner, obs, best, first, key, explore: bool = False):
     """Sample, score and rank in one environment: obs [O], the last plan best [F, A], first (an episode begins) ->
     action [A], this plan [F, A], and whether no candidate could be scored, so that the policy prior acts. explore plays
     one of the best, drawn by softmax of their scores in units of the scores' standard deviation, and adds noise."""
-    chex.assert_shape([obs, best], [(model.obs_dim,), (args.future, model.action_dim)])
-    world, keys = planner.world, jax.random.split(key, 6 if explore else 4)
-    z = model.encoder.apply(world.params["encoder"], obs)
-    candidates = propose(args, model, planner, z, best, first, keys[0])
-    zs = rollout(args, model, planner, z, candidates, keys[1])
-    every_score = score(args, model, planner, zs, candidates, keys[2])  # [N]
-    scores, order = jax.lax.top_k(every_score, min(args.top, len(candidates)))
-    best = candidates[order[0]]
+    chex.assert_shape([obs, best], [(agent.obs_dim,), (agent.future, agent.action_dim)])
+    world = planner.world
+    keys = jax.random.split(key, 6)
+    z = td.networks(agent).encoder.apply(world.params["encoder"], obs)
+    candidates = candidates_at(agent, planner, z, best, first, keys[0])
+    zs = rollout(agent, planner, z, candidates, keys[1])
+    every_score = score(agent, planner, zs, candidates, keys[2])  # [N]
+    scores, order = jax.lax.top_k(every_score, min(agent.top, len(candidates)))
+    chosen = 0
     if explore:
-        unit = args.explore_temperature * jnp.std(every_score, where=jnp.isfinite(every_score)) + 1e-6
-        best = candidates[order[jax.random.categorical(keys[4], (scores - scores[0]) / unit)]]
-    if args.planner == "ssr_mppi":
-        best = best.at[: args.horizon].set(refine(args, model, world, z, candidates[order], keys[3]))
+        unit = agent.explore_temperature * jnp.std(every_score, where=jnp.isfinite(every_score)) + 1e-6
+        chosen = jax.random.categorical(keys[3], (scores - scores[0]) / unit)
+    best = candidates[order[chosen]]
+    if agent.planner == "ssr_mppi":
+        best = best.at[: agent.horizon].set(refine(agent, world, z, candidates[order], keys[4]))
     failed = ~jnp.isfinite(scores[0]) | ~jnp.isfinite(z).all()
-    pi = policy(args, model, world.params["pi"], z, jnp.zeros(model.action_dim)).mean
+    pi = td.policy(agent, world.params["pi"], z, jnp.zeros(agent.action_dim)).mean
     action = jnp.where(failed, jnp.nan_to_num(pi), best[0])
-    action = action + args.min_std * jax.random.normal(keys[5], action.shape) if explore else action
+    if explore:
+        action = action + agent.min_std * jax.random.normal(keys[5], action.shape)
     return jnp.clip(action, -1, 1) * world.mask, jnp.where(failed, 0.0, best), failed
 
 
-@partial(jax.jit, static_argnames=("args", "model", "explore", "random"))
-def act_by(args: Args, model: WorldModel, planner: Planner, obs, best, first, key, explore=False, random=False):
+@partial(jax.jit, static_argnames=("agent", "explore", "random"))
+def act(agent: Agent, planner: Planner, obs, best, first, key, explore: bool, random: bool = False):
     """Actions [n, A] of --planner for obs [n, O], or random; best [n, F, A], the last plans; first [n], true where
     episodes begin. Returns the actions, the plans, whether they failed [n] (see `plan_by_diffusion`) and a new key."""
-    if args.planner in ("ssr", "ssr_mppi") and not random:
+    if agent.planner in ("ssr", "ssr_mppi") and not random:
         key, plan_key = jax.random.split(key)
-        plan_one = partial(plan_by_diffusion, args, model, planner, explore=explore)
-        return *jax.vmap(plan_one)(obs, best, first, jax.random.split(plan_key, len(obs))), key
-    args, world, H = dataclasses.replace(args, mpc=args.planner == "mppi"), planner.world, args.horizon
-    how, mean = {"explore": explore, "random": random}, best[:, :H]
-    action, mean, key = world_model.act(args, model, world.params, obs, mean, first, world.discount, key, **how)
+        plan_one = partial(plan_by_diffusion, agent, planner, explore=explore)
+        action, best, failed = jax.vmap(plan_one)(obs, best, first, jax.random.split(plan_key, len(obs)))
+        return action, best, failed, key
+    world, H = planner.world, agent.horizon
+    agent = dataclasses.replace(agent, mpc=agent.planner == "mppi")
+    action, mean, key = td.act(agent, world.params, obs, best[:, :H], first, key, explore=explore, random=random)
     return action * world.mask, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(args: Args, model: WorldModel, planner: Planner, envs, seed: tuple[int, ...], go_on=lambda: True):
-    """One episode in each of E environments: what `play` returns. Says how many plans failed, if any did."""
-    memory, failures = (jnp.zeros((envs.num_envs, args.future, model.action_dim)), jax.random.key(args.seed)), [0]
-    memory = jax.device_put(memory, jax.devices()[0])  # as they come out of act_by: it compiles once
-
-    def decide(obs, first, best, key):
-        action, best, failed, key = act_by(args, model, planner, obs, best, first, key)
-        failures[0] += failed.sum()
-        return action, best, key
-
-    result = play(envs, seed, decide, memory, go_on, args.capture_video)
-    if failures[0]:
-        print(f"in {failures[0]} plans no candidate could be scored: the policy has acted", file=sys.stderr)
-    return result
+def make_eval_envs(args: Args, stack: contextlib.ExitStack) -> tuple[list, list[Agent]]:
+    """For each task the environments of an evaluation, one for each of its episodes, which the stack closes, and the
+    agent with what the task decides; several tasks have observations and actions of the largest."""
+    options = {"render_mode": "rgb_array" if args.capture_video else None}
+    if args.tasks:
+        options["sizes"] = environments.set_sizes(cli.task_names(args))
+    envs, agents = [], []
+    for name in cli.task_names(args):
+        made = environments.make_envs([name] if args.tasks else name, args.eval_episodes, (args.seed, 1), **options)
+        envs.append(stack.enter_context(contextlib.closing(made)))
+        agents.append(td.for_task(args.agent, name, made))
+    return envs, agents
 
 
-@partial(jax.jit, static_argnames=("args", "model"))
-def answers(args: Args, model: WorldModel, planner: Planner, windows: Windows, key) -> dict[str, Any]:
-    """What the networks say of windows [B, ...], for `measures`: futures of p_d and of d under the actions and under
+def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advance=lambda: None, stop=()):
+    """One episode in each of E environments, without exploration; arguments and result are those of `td.evaluate`. Says
+    how many plans failed, if any did."""
+    E = envs.num_envs
+    obs, _ = envs.reset(seed=seed)
+    first, running = np.ones(E, bool), np.ones(E, bool)
+    returns, successes, failures = np.zeros(E), np.zeros(E), 0
+    frames = [envs.render()[0]] if film else []
+    best, key = committed((jnp.zeros((E, agent.future, agent.action_dim)), key))
+    while running.any():
+        action, best, failed, key = act(agent, planner, obs, best, first, key, explore=False)
+        obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
+        if film and running[0]:
+            frames.append(envs.render()[0])
+        returns += np.where(running, reward, 0.0)
+        successes = np.where(running, info["success"], successes)
+        running &= ~(terminated | truncated)
+        first = np.zeros(E, bool)
+        failures += failed.sum()
+        advance()
+        if stop:
+            return None
+    if failures:
+        print(f"in {failures} plans no candidate could be scored: the policy has acted", file=sys.stderr)
+    return Evaluation(returns, successes, frames, envs.metadata.get("render_fps", 25))
+
+
+@partial(jax.jit, static_argnames="agent")
+def answers(agent: Agent, planner: Planner, windows: Windows, key: jax.Array) -> dict[str, Any]:
+    """What the networks answer on windows [B, ...], for `measures`: futures of p_d and of d under the actions and under
     those of another window, and of a latent state that stays; advantages by the world model's heads and by J, of true,
     p_d's and d's futures; actions of rho and of the record."""
-    F, B, world = args.future, len(windows.z), planner.world
-    keys, shuffled, futures = jax.random.split(key, B), jnp.roll(windows.action, B // 2, axis=0), {}
-    for scale, s in reversed([*enumerate(scales_of(args))]):  # scale 1 last: its futures are scored below
+    F, B, world = agent.future, len(windows.z), planner.world
+    keys = jax.random.split(key, B)
+    shuffled = jnp.roll(windows.action, B // 2, axis=0)
+    futures = {}
+    for scale, s in reversed([*enumerate(scales_of(agent))]):  # scale 1 last: its futures are scored below
         z = windows.z[:, : F * s + 1 : s]
         found = {"true": z, "copy": jnp.broadcast_to(z[:, :1], z.shape)}
         for name, rollouts in (("p_d", "diffusion"), ("d", "onestep")):
-            one = partial(rollout, dataclasses.replace(args, rollouts=rollouts, draws=1), model, planner, scale=scale)
-            each = jax.vmap(lambda z, a, key, one=one: one(z, a[None], key)[0, 0])
-            found |= {name: each(z[:, 0], windows.action, keys), f"{name} shuffled": each(z[:, 0], shuffled, keys)}
+            one = partial(rollout, dataclasses.replace(agent, rollouts=rollouts), planner, scale=scale)
+            each = jax.vmap(lambda z, a, key, one=one: one(z, a[None], key)[0])
+            found[name] = each(z[:, 0], windows.action, keys)
+            found[f"{name} shuffled"] = each(z[:, 0], shuffled, keys)
         futures[str(s)] = {name: zs[:, 1:] for name, zs in found.items()}
-    actions, advantages = windows.action[:, :F], {"true": jax.vmap(partial(advantage, args, model, world))(windows)}
+
+    actions = windows.action[:, :F]
+    now = value(agent, world, z[:, 0])
+    advantages = {"true": jax.vmap(partial(advantage, agent, world))(windows)}
     for name in ("true", "p_d", "d"):
-        by_model = score_by_model(args, model, world, found[name], actions) - value(args, model, world, z[:, 0])
-        by_objective = score_by_objective(args, model, planner, found[name], actions)
-        advantages |= {f"model on {name}": by_model, f"J on {name}": by_objective}
-    alone = dataclasses.replace(args, num_proposals=1, num_policy=0, warm_start=False)
-    drawn = jax.vmap(lambda z, key: propose(alone, model, planner, z, None, None, key)[0])(z[:, 0], keys)
+        advantages[f"model on {name}"] = score_by_model(agent, world, found[name], actions) - now
+        advantages[f"J on {name}"] = score_by_objective(agent, planner, found[name], actions)
+    drawn = jax.vmap(lambda z, key: propose(agent, planner, z, 1, key)[0])(z[:, 0], keys)
     return {"futures": futures, "advantages": advantages, "actions": {"rho": drawn, "recorded": actions}}
-
-
-def setup(args: Args, enter):
-    """For each task environments to evaluate in, which are to be closed by `enter`, and its discount; the networks."""
-    names, render_mode = task_names(args), "rgb_array" if args.capture_video else None
-    specs, sizes = [*map(environments.task_spec, names)], environments.set_sizes(names) if args.tasks else None
-    make = partial(environments.make_envs, render_mode=render_mode, sizes=sizes)
-    envs = [enter(make([name] if args.tasks else name, args.eval_episodes, (args.seed, 1))) for name in names]
-    (obs_dim,), (action_dim,) = envs[0].single_observation_space.shape, envs[0].single_action_space.shape
-    model = make_model(args, obs_dim, action_dim, args.episodic and specs[0].can_terminate)
-    discounts = [jnp.float32(world_model.discount_of(args, spec.episode_length)) for spec in specs]
-    return envs, model, jax.device_put(discounts, jax.devices()[0])
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints for each task a table of planners, scorers and roll-outs over the same episodes, and what the
     networks know of held-out ones of --data-dir; writes them to --json."""
-    names, offline, checkpoint = task_names(args), args.mode == "offline", find_checkpoint(args.checkpoint)
-    meta, steps = read_meta(checkpoint, "tdmpc2_jax_diffusion"), len([*table_rows(args)])
-    cli.check_rules((meta["args"].get("tasks") == args.tasks, f"--tasks must be {meta['args'].get('tasks')}"))
-    with evaluating(steps * sum(environments.task_spec(name).episode_length for name in names)) as (enter, go_on):
-        envs, model, discounts = setup(args, enter)
-        like = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh, args, model))
-        found = read_checkpoint(checkpoint, meta, **(like if offline else {"learner": like}))
-        found = found if offline else found["learner"]
-        world = found["world"] if offline else world_of(model, found["train"], discounts[0])
-        data = encoded(args, model, world) if args.data_dir else None
-        planners, key = [planner_of(found["state"], world, i) for i in range(len(names))], jax.random.key(args.seed)
+    several = len(cli.task_names(args)) > 1
+    key = random_streams(args.seed).evaluate
+    tables = []
+    with contextlib.ExitStack() as stack:
+        envs, agents = make_eval_envs(args, stack)
+        world, state = read_run(args, agents[0])
+        data = encoded(args, agents[0], world) if args.data_dir else None
+        for i, name in enumerate(cli.task_names(args)):
+            planner = planner_of(state, world, i)
+            table = PlannerTable(args, name, several)
+            for agent in table_rows(agents[i]):
+                with progress(environments.task_spec(name).episode_length) as advance:
+                    result = evaluate(agent, planner, envs[i], key, (args.seed, 1), args.capture_video, advance)
+                table.add_row(agent, result)
+            if data:
+                windows = windows_at(data, of_one(data, data.held_out, i, 256), window_steps(args.agent))
+                known = answers(agents[i], planner, windows, key)
+                table.add_measures(measures(known, int(planner.world.mask.sum())))
+            tables.append(table)
+    write_tables(args, tables)
 
-        def known(i: int) -> dict[str, Any]:
-            windows = windows_at(data, of_one(data, data.held_out, i, 256), window_steps(args))
-            return measures(answers(args, model, planners[i], windows, key), int(planners[i].world.mask.sum()))
 
-        play_row = lambda row, i: evaluate(row, model, planners[i], envs[i], (args.seed, 1), go_on)  # noqa: E731
-        compare_planners(args, names, play_row, known if data else lambda i: {})
+def read_run(args: Args, agent: Agent) -> tuple[World, DiffusionState]:
+    """World model and learning state of the run of --checkpoint."""
+    checkpoint = find_checkpoint(args.checkpoint)
+    meta = read_meta(checkpoint, *SCRIPTS)
+    if agent.mode == "offline":
+        items = read_checkpoint(checkpoint, meta, **offline_shapes(args, agent))
+        return items["world"], items["state"]
+    learner = shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), partial(fresh_learner, agent, 0))
+    learner = read_checkpoint(checkpoint, meta, learner=learner)["learner"]
+    return world_of(agent, learner["train"]), learner["state"]
 
 
-# -------------------------------------------------------------------------------------------------------------- Run
-def encoded(args: Args, model: WorldModel, world: World) -> Recorded:
+# ------------------------------------------------------------------------------------------------------ Run: offline
+SCRIPTS = ("tdmpc2_jax_diffusion",)  # whose runs this one evaluates
+BURST = 20  # updates of one dispatch
+# Settings that another start of an offline run may change: the number of updates shapes the learning rate
+MAY_CHANGE = cli.MAY_CHANGE - {"num_updates", "total_timesteps"}
+MAY_CHANGE |= {"planner", "scorer", "rollouts", "top", "refine_iterations", "refine_samples"}
+
+
+def encoded(args: Args, agent: Agent, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
-    data = read_recorded(task_names(args), args.data_dir, window_steps(args))
+    data = read_recorded(cli.task_names(args), args.data_dir, window_steps(agent))
 
     def encode(entry):
-        return model.encoder.apply(world_model.of_task(world, entry[1]).params["encoder"], entry[0])
+        obs, task = entry
+        return td.networks(agent).encoder.apply(of_task(world, task).params["encoder"], obs)
 
     return data._replace(obs=jax.jit(partial(jax.lax.map, encode, batch_size=4096))((data.obs, data.task)))
 
 
-def fresh(args: Args, model: WorldModel) -> dict[str, Any]:
-    """What a checkpoint holds beside a replay: what a joint run starts with; offline, only the shapes count."""
-    S, F, Z = len(scales_of(args)), args.future, model.dynamics.out
-    stats = Stats(jnp.zeros(Z), jnp.ones(Z), jnp.zeros((S, F, Z)), jnp.ones((S, F, Z)), jnp.zeros(()), jnp.ones(()))
-    found = world_model.fresh_state(args, model)
-    world = world_of(model, found["train"], jnp.float32(0))
-    if args.tasks:
-        stats = jax.tree.map(lambda x: jnp.stack([x] * len(task_names(args))), stats)
-        world = world_model.join([world.told(jnp.zeros(args.task_dim))] * len(task_names(args)))
-    state = init_diffusion(args, model, stats, jax.random.fold_in(jax.random.key(args.seed), 1))
-    return (found if args.mode == "joint" else {"world": world}) | {"state": state}
+def no_statistics(agent: Agent) -> Stats:
+    """Those of before the first window."""
+    Z, of_rest = agent.latent_dim, (len(scales_of(agent)), agent.future, agent.latent_dim)
+    return Stats(jnp.zeros(Z), jnp.ones(Z), jnp.zeros(of_rest), jnp.ones(of_rest), jnp.zeros(()), jnp.ones(()))
 
 
-def start_or_resume(args: Args, model: WorldModel, discounts, keeper: Run) -> tuple[World, DiffusionState, Recorded]:
-    """World model and learning state of the run's last checkpoint, or of --world-model and anew; and the recorded
-    episodes in the latent states of that model."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if restored := keeper.restore(**shapes_on(here, partial(fresh, args, model))):
-        world, state = (restored[1][name] for name in ("world", "state"))
-        return world, state, encoded(args, model, world)
-    keeper.count["evaluated"] = 0  # not before the first update
-    world = jax.device_put(world_model.load_world(args, model, task_names(args), discounts), here)
-    data, number, each = encoded(args, model, world), min(8192, 2**18 // window_steps(args)), []
-    for task in range(len(discounts)):
-        windows = windows_at(data, of_one(data, data.starts, task, number), window_steps(args))
-        each.append(statistics(args, model, world_model.of_task(world, task), windows))
-    stats = jax.tree.map(lambda *x: jnp.stack(x), *each) if args.tasks else each[0]
-    return world, jax.device_put(init_diffusion(args, model, stats, jax.random.key(args.seed)), here), data
+def offline_shapes(args: Args, agent: Agent) -> dict[str, Any]:
+    """Shapes of what an offline run's checkpoint holds."""
+
+    def make():
+        params = td.init_params(agent, jax.random.key(0))
+        world = World(params, params["q"], jnp.ones(agent.action_dim), jnp.float32(0))
+        stats = no_statistics(agent)
+        if args.tasks:
+            number = len(cli.task_names(args))
+            world = join([world._replace(params=params | {"task_emb": jnp.zeros(agent.task_dim)})] * number)
+            stats = jax.tree.map(lambda x: jnp.stack([x] * number), stats)
+        return {"world": world, "state": init_diffusion(agent, stats, jax.random.key(0))}
+
+    return shapes_on(jax.sharding.SingleDeviceSharding(jax.devices()[0]), make)
+
+
+def start_or_resume(args: Args, agents: list[Agent], checkpoints: Checkpoints):
+    """World model, learning state and counters of the run's last checkpoint, or those of --world-model and new ones;
+    and the recorded episodes in the latent states of that model."""
+    agent, names = agents[0], cli.task_names(args)
+    count = {"updates": 0, "evaluated": 0, "seconds": 0.0}  # no evaluation before the first update
+    if restored := checkpoints.restore(**offline_shapes(args, agent)):
+        meta, items = restored
+        return items["world"], items["state"], encoded(args, agent, items["world"]), count | meta["count"]
+    discounts = [agent.discount for agent in agents]
+    world = load_world(args.world_model, names, discounts, partial(td.init_params, agent), agent.task_dim, *td.SCRIPTS)
+    world = committed(world)
+    data = encoded(args, agent, world)
+    number = min(8192, 2**18 // window_steps(agent))  # of windows that the statistics are of
+    stats = []
+    for task in range(len(names)):
+        windows = windows_at(data, of_one(data, data.starts, task, number), window_steps(agent))
+        stats.append(statistics(agent, of_task(world, task), windows))
+    stats = jax.tree.map(lambda *x: jnp.stack(x), *stats) if args.tasks else stats[0]
+    return world, committed(init_diffusion(agent, stats, diffusion_stream(args.seed))), data, count
+
+
+def diffusion_stream(seed: int) -> jax.Array:
+    """The key of the three networks: the one behind those of `random_streams`."""
+    return jax.random.split(jax.random.key(seed), len(Streams._fields) + 1)[-1]
+
+
+def offline_loop(args: Args, agents, world, state, data, count, envs, checkpoints, logger, signals) -> int:
+    """Evaluates, saves, learns and logs, until --num-updates or a signal. Returns the last update."""
+    names = cli.task_names(args)
+    last = args.agent.num_updates
+    steps_to_evaluate = sum(environments.task_spec(name).episode_length for name in names)
+    step = saved = count["updates"]
+    info = {}
+    while True:
+        # Evaluate
+        finished = step >= last
+        if due(step, count["evaluated"], args.eval_freq, finished):
+            with logger.paused(f"evaluating at update {step}", steps_to_evaluate) as advance:
+                draws = jax.random.fold_in(random_streams(args.seed).evaluate, step), (args.seed, 1, step)
+                shown = args.capture_video, advance, signals
+                results = []
+                for i, agent in enumerate(agents):
+                    results.append(evaluate(agent, planner_of(state, world, i), envs[i], *draws, *shown))
+            if all(result is not None for result in results):
+                count["evaluated"] = step
+                logger.record_evaluations(step, names, results)
+
+        # Save
+        if due(step, saved, args.checkpoint_freq, finished or signals):
+            check_finite(logger.folder, f"update {step}", **jax.device_get(info))
+            count["updates"] = step
+            count["seconds"] = logger.seconds()
+            with logger.paused():
+                checkpoints.save(step, count, world=world, state=state)
+            saved = step
+        if finished or signals:
+            return step
+
+        # Learn
+        number = min(BURST, last - step)
+        state, info = train(agents[0], state, world, data, num_updates=number)
+        jax.block_until_ready(info)  # a signal should be answered soon
+        step += number
+
+        # Log
+        if due(step, logger.logged, args.log_freq):
+            logger.log_losses(step, info, "charts/updates_per_second")
+        logger.advance(step)
 
 
 def run_offline(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
-    names, burst = task_names(args), 20  # updates per dispatch
-    said = {k: v for k, v in dataclasses.asdict(args).items() if k != "total_timesteps"}  # of the other mode
-    free = ("data_dir", "planner", "scorer", "rollouts", "draws", "eta", "top", "refine_iterations", "refine_samples")
-    columns, head = curve_of(names, bool(args.tasks))
-    with Run(cli.run_folder(args), said, "tdmpc2_jax_diffusion", columns, "update", free=free) as keeper:
-        envs, model, discounts = setup(args, keeper.enter)
-        world, state, data = start_or_resume(args, model, discounts, keeper)
-        count, step, info = keeper.count, keeper.count["updates"], {}
+    names = cli.task_names(args)
+    columns, head = RETURNS_COLUMNS, returns_head(environments.task_spec(names[0]))
+    if args.tasks:
+        columns, head = SCORES_COLUMNS, SCORES_HEAD
+    signals = Signals()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args), may_change=MAY_CHANGE))
+        envs, agents = make_eval_envs(args, stack)
+        checkpoints = stack.enter_context(Checkpoints(folder, *SCRIPTS))
+        world, state, data, count = start_or_resume(args, agents, checkpoints)
+        folder.begin()
+        logger = stack.enter_context(Logger(folder, columns, "update"))
         title = f"{', '.join(names)}: {len(data.obs)} entries, {len(data.starts)} windows to learn from"
-        keeper.begin(title, head, state.params, step, args.num_updates)
-        while True:
-            # Evaluate and save
-            finished, count["updates"] = step >= args.num_updates, step
-            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
-                each = [partial(evaluate, args, model, planner_of(state, world, i), its) for i, its in enumerate(envs)]
-                record_each(keeper, step, names, each)
-            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
-                keeper.save(step, info, world=world, state=state)
-            if finished or keeper.stop:
+        logger.begin(title, head, state.params, count["updates"], args.agent.num_updates, count)
+        stack.enter_context(signals)
+        step = offline_loop(args, agents, world, state, data, count, envs, checkpoints, logger, signals)
+    signals.exit_if_received(f"update {step}")
+
+
+# -------------------------------------------------------------------------------------------------------- Run: joint
+def world_of(agent: Agent, state: td.TrainState) -> World:
+    """The world model of a learning state, on a task that has all its actions."""
+    return World(state.params, state.target_q, jnp.ones(agent.action_dim), jnp.float32(agent.discount))
+
+
+def fresh_learner(agent: Agent, seed: int) -> dict[str, Any]:
+    """The part of a checkpoint that learns and draws: that of tdmpc2_jax.py, and the three networks."""
+    state = init_diffusion(agent, no_statistics(agent), diffusion_stream(seed))
+    return td.fresh_state(agent, random_streams(seed)) | {"state": state}
+
+
+def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_envs, checkpoints, logger, signals) -> int:
+    """The loop of tdmpc2_jax.py: the same run until --planner-start, but for the updates of the three networks in
+    between. Returns the simulator step at which it has stopped."""
+    spec = environments.task_spec(args.task)
+    n = args.num_envs
+    eval_key = random_streams(args.seed).evaluate
+    seed_steps = seed_steps_of(args, spec)
+    burst = max(1, int(args.utd * n))  # updates of one dispatch
+    by_mppi = dataclasses.replace(agent, planner="mppi")
+    by_policy = dataclasses.replace(agent, planner="pi")
+    model_state, state, key = learner["train"], learner["state"], learner["act_key"]
+    world = world_of(agent, model_state)
+    step = saved = count["decisions"] * spec.action_repeat
+    info, diffusion_info = {}, {}
+    best = committed(jnp.zeros((n, agent.future, agent.action_dim)))
+    obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
+    action = np.zeros((n, agent.action_dim), np.float32)
+    done = np.zeros(n, bool)
+    entry = td.Step(obs, action, np.zeros(n, np.float32), terminated=done, first=~done)  # a reset: the rest is filler
+    while True:
+        # Act: dispatched here, read when the environments are stepped
+        acting = agent if count["updates"] >= args.planner_start else by_mppi
+        random = count["decisions"] <= seed_steps
+        planner = planner_of(state, world)
+        replays = add_to_both(agent, replays, entry)
+        action, best, _, key = act(acting, planner, obs, best, entry.first, key, explore=True, random=random)
+
+        # Evaluate
+        finished = step >= args.total_timesteps
+        if due(step, count["evaluated"], args.eval_freq, finished):
+            if step == 0:  # untrained: on a CPU its plans would take minutes
+                acting = by_policy if jax.default_backend() == "cpu" else by_mppi
+            with logger.paused(f"evaluating at step {step}", spec.episode_length) as advance:
+                draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
+                shown = args.capture_video, advance, signals
+                result = evaluate(acting, planner, eval_envs, *draws, *shown)
+            if result is not None:
+                count["evaluated"] = step
+                logger.record_returns(step, spec, result)
+
+        # Save
+        if due(step, saved, args.checkpoint_freq, finished or signals):
+            check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info | diffusion_info))
+            count["seconds"] = logger.seconds()
+            learner = {"train": model_state, "state": state, "act_key": key}
+            with logger.paused():
+                checkpoints.save(step, count, learner=learner, replay=replays)
+            saved = step
+        if finished or signals:
+            return step
+
+        # Learn
+        bursts = updates_due(count["decisions"], count["updates"], seed_steps, args.utd, burst, replays.short.size)
+        for _ in logger.with_bar("learning", range(bursts)):
+            model_state, info = td.train(agent, model_state, replays.short, num_updates=burst)
+            world = world._replace(params=model_state.params, target_q=model_state.target_q)
+            before = count["updates"]
+            count["updates"] += burst
+            number = count["updates"] // args.diffusion_every - before // args.diffusion_every
+            if number and (diffusion_info or replays.long.size):  # there is a window of theirs
+                state, diffusion_info = train(agent, state, world, replays, num_updates=number)
+            if signals:
                 break
 
-            # Learn
-            number = min(burst, args.num_updates - step)
-            state, info = train(args, model, state, world, data, num_updates=number)
-            jax.block_until_ready(info)  # a signal should be answered soon
-            step += number
+        # Step: an environment whose episode is over is reset by this step and ignores the action
+        on_device = action
+        action = np.asarray(action)  # all that is fetched from the device between two decisions
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        check_finite(logger.folder, f"simulator step {step}", action=action, reward=reward, observation=obs)
+        entry = td.Step(
+            obs, on_device, reward.astype(np.float32), terminated, first=done
+        )  # done before: now it is reset
+        count["decisions"] += n - int(done.sum())
+        done = terminated | truncated
+        step = count["decisions"] * spec.action_repeat
 
-            # Log
-            if keeper.due(step, keeper.logged, args.log_freq, False):
-                keeper.log_losses(step, info, "charts/updates_per_second")
-            keeper.advance(step)
+        # Log
+        logger.log_episodes(step, done, infos)
+        if due(step, logger.logged, args.log_freq):
+            check_windows(replays.short.size, count["updates"], agent.horizon)
+            logger.log_losses(step, info | diffusion_info)
+        logger.advance(step)
 
 
 def run_jointly(args: Args) -> None:
     """Trains a world model as tdmpc2_jax.py does and, between its updates, the three networks on the same replay."""
-    spec, n, burst = environments.task_spec(args.task), args.num_envs, max(1, int(args.utd * args.num_envs))
-    seed_steps = max(1000, 5 * spec.episode_length) if args.seed_steps is None else args.seed_steps
-    cli.check_replay(dataclasses.replace(args, horizon=window_steps(args)), seed_steps)
-    with Run(cli.run_folder(args), dataclasses.asdict(args), "tdmpc2_jax_diffusion", RETURNS_COLUMNS) as keeper:
-        envs = keeper.enter(RecordEpisodeStatistics(environments.make_envs(args.task, n, (args.seed, 0))))
-        (eval_envs,), model, (discount,) = setup(args, keeper.enter)
-        learner, replays = keeper.start(learner=partial(fresh, args, model), replay=partial(init_replays, args, model))
-        agent, state, key = (learner[name] for name in ("train", "state", "act_key"))
-        count, step, every = keeper.count, keeper.count["decisions"] * spec.action_repeat, args.diffusion_every
-        title = f"{spec.name}: {model.obs_dim} observations, {model.action_dim} actions, {n} environment(s)"
-        keeper.begin(title, returns_head(spec), (agent.params, state.params), step, args.total_timesteps)
-        best = jax.device_put(jnp.zeros((n, args.future, model.action_dim)), jax.devices()[0])
-        sent, done, info, more = np.zeros((n, model.action_dim), np.float32), np.zeros(n, bool), {}, {}
-        obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
-        entry = obs, sent, np.zeros(n, np.float32), done, ~done
-        while True:
-            # Act
-            how = args if count["updates"] >= args.planner_start else dataclasses.replace(args, planner="mppi")
-            planner, random = planner_of(state, world_of(model, agent, discount)), count["decisions"] <= seed_steps
-            replays = world_model.add_to_both(args, replays, window_steps(args), *entry)
-            action, best, _, key = act_by(how, model, planner, obs, best, entry[4], key, explore=True, random=random)
+    spec = environments.task_spec(args.task)
+    cli.check_replay(dataclasses.replace(args, agent=of_long_windows(args.agent)), seed_steps_of(args, spec))
+    signals = Signals()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
+        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0))
+        envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
+        (eval_envs,), (agent,) = make_eval_envs(args, stack)
+        checkpoints = stack.enter_context(Checkpoints(folder, *SCRIPTS))
+        count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+        learner, replays = checkpoints.restore_or_make(
+            count,
+            learner=partial(fresh_learner, agent, args.seed),
+            replay=partial(init_replays, agent, args.buffer_size // args.num_envs, args.num_envs),
+        )
+        folder.begin()
+        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
+        title = f"{spec.name}: {agent.obs_dim} observations, {agent.action_dim} actions, {args.num_envs} environment(s)"
+        params = learner["train"].params, learner["state"].params
+        step = count["decisions"] * spec.action_repeat
+        logger.begin(title, returns_head(spec), params, step, args.total_timesteps, count)
+        stack.enter_context(signals)
+        step = joint_loop(args, agent, learner, replays, count, envs, eval_envs, checkpoints, logger, signals)
+    signals.exit_if_received(f"simulator step {step}")
 
-            # Evaluate and save
-            finished = step >= args.total_timesteps
-            if keeper.due(step, count["evaluated"], args.eval_freq, finished):
-                how = how if step else dataclasses.replace(args, planner="pi")  # untrained: plans are worth no more
-                keeper.record_returns(step, spec, partial(evaluate, how, model, planner, eval_envs))
-            if keeper.due(step, keeper.saved, args.checkpoint_freq, finished or keeper.stop):
-                learner = {"train": agent, "state": state, "act_key": key}
-                keeper.save(step, info | more, learner=learner, replay=replays)
-            if finished or keeper.stop:
-                break
 
-            # Learn
-            due = int(seed_steps + (count["decisions"] - seed_steps) * args.utd) - count["updates"]
-            ready = count["decisions"] >= seed_steps and (count["updates"] or replays.short.size)  # there is a window
-            for _ in keeper.steps("learning", due // burst if ready else 0):
-                agent, info = world_model.train(args, model, agent, replays.short, discount, num_updates=burst)
-                count["updates"] += burst
-                number = count["updates"] // every - (count["updates"] - burst) // every
-                if number and (more or replays.long.size):  # there is a window of theirs
-                    world = world_of(model, agent, discount)
-                    state, more = train(args, model, state, world, replays, num_updates=number)
+# ---------------------------------------------------------------------------------------------------- The command line
+OF_RUN = ("task", "tasks", "data_dir")  # what --evaluate takes from the run beside the agent
+GONE = {  # options of earlier versions, and what remained of them
+    **{"anchor": "onestep", "prediction": "x0", "warm_start": True},
+    **{"draws": 1, "eta": 0, "beta": 0, "mppi_min_std": 0.05},
+}
+NO_USE = {  # what a mode has no use for
+    "offline": "num_envs buffer_size seed_steps utd total_timesteps diffusion_every planner_start explore_temperature "
+    "batch_size sample lr enc_lr_scale grad_clip_norm tau rho consistency_coef reward_coef value_coef termination_coef "
+    "entropy_coef dropout",
+    "joint": "world_model data_dir num_updates tasks",
+}
 
-            # Step: an environment whose episode is over is reset by this step and ignores the action
-            sent = np.asarray(action)  # all that is fetched from the device between two decisions
-            obs, reward, terminated, truncated, infos = envs.step(sent)
-            keeper.check_finite(step, action=sent, reward=reward, observation=obs)
-            entry = obs, action, reward.astype(np.float32), terminated, done  # done before it: the entry is a reset
-            count["decisions"] += n - int(done.sum())
-            done = terminated | truncated
-            step = count["decisions"] * spec.action_repeat
 
-            # Log
-            keeper.log_episodes(step, done, infos)
-            if keeper.due(step, keeper.logged, args.log_freq, False):
-                keeper.log_losses(step, info | more)
-            keeper.advance(step)
+def parse(argv: list[str] | None) -> Args:
+    """The command line. What it leaves out is as in the run of --world-model, whose task says which run --resume means,
+    and as in the run that is continued or evaluated."""
+
+    def of_world_model(args):
+        if args.evaluate or not args.world_model:
+            return {}
+        return recorded_world(args.world_model, cli.task_names(args) if args.tasks else (), td.Agent, *td.SCRIPTS)
+
+    def of_run(args):
+        return recorded_settings(args, cli.run_folder, SCRIPTS, OF_RUN, GONE)
+
+    args = cli.parse(Args, argv, __doc__, of_world_model)
+    earlier = of_world_model(args) | of_run(args)
+    args = cli.parse(Args, argv, __doc__, lambda _: earlier)
+    useless = {"task"} if args.tasks else {"task_dim"}
+    if args.evaluate:
+        cli.require(args.tasks == earlier.get("tasks"), f"--tasks must be {earlier.get('tasks')}")
+    else:
+        useless |= {*NO_USE[args.agent.mode].split()}
+    cli.refuse_useless(argv, useless, f"--mode {args.agent.mode}")
+    frequencies = {name: freq for name, freq in FREQUENCIES[args.agent.mode].items() if getattr(args, name) is None}
+    return dataclasses.replace(args, **frequencies)
 
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    cli.check_bounds(world_model.with_model_size(args))
-    several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(args, name)]
-    joint, specs = args.mode == "joint", [*map(environments.task_spec, task_names(args))]
-    shortest = min(spec.episode_length for spec in specs)
-    cli.check_rules(
+    agent = args.agent
+    joint = agent.mode == "joint"
+    specs = [environments.task_spec(name) for name in cli.task_names(args)]
+    steps = window_steps(agent)
+    several = [f"--{name}" for name in ("planner", "scorer", "rollouts") if "," in getattr(agent, name)]
+    cli.check_bounds(dataclasses.replace(args, agent=td.with_model_size(agent)))
+    for holds, sentence in (
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
         (args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
-        (args.task_dim or not args.tasks, "--tasks needs an agent of many tasks and, if it is a .pt, its --task-dim"),
+        (agent.task_dim or not args.tasks, "--tasks needs an agent of many tasks and, if it is a .pt, its --task-dim"),
         (args.evaluate or not several, f"several names for {' and '.join(several)} go with --evaluate"),
-        (args.width % (2 * args.heads) == 0, "--width must be a multiple of twice --heads"),
-        (args.horizon <= args.future, "--horizon must be at most --future"),
-        (max(args.dynamics_steps, args.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
-        (args.num_proposals + args.num_policy, "--num-proposals and --num-policy leave no candidate"),
-        (window_steps(args) <= shortest, f"no episode has {window_steps(args)} steps: --future, --scales"),
-        (not (joint and specs[0].can_terminate) or args.scales == "1", "--scales 1 alone where episodes can terminate"),
-    )
+        (agent.width % (2 * agent.heads) == 0, "--width must be a multiple of twice --heads"),
+        (max(agent.dynamics_steps, agent.proposal_steps) <= LEVELS, f"there are {LEVELS} sampling steps at most"),
+        (agent.num_proposals + agent.num_policy, "--num-proposals and --num-policy leave no candidate"),
+        (steps <= min(spec.episode_length for spec in specs), f"no episode has {steps} steps: --future, --scales"),
+        (
+            not (joint and specs[0].can_terminate) or agent.scales == "1",
+            "--scales 1 alone where episodes can terminate",
+        ),
+    ):
+        cli.require(holds, sentence)
     for spec in specs if args.capture_video else ():
         environments.check_rendering(spec.name)
 
 
 def main(argv: list[str] | None = None) -> None:
-    with cli.one_sentence():
-        args = with_preset(cli.parse(Args, argv, __doc__, cli.run_folder, "tdmpc2_jax_diffusion"))
-        useless = {"task"} if args.tasks else {"task_dim"}
-        cli.check_named(argv, useless | (set() if args.evaluate else OTHERS[args.mode]), args.mode)
+    with cli.errors_as_sentences():
+        args = parse(argv)
         check_args(args)
         use_compile_cache(args.compile_cache)
-        evaluate_checkpoint(args) if args.evaluate else {"offline": run_offline, "joint": run_jointly}[args.mode](args)
+        if args.evaluate:
+            evaluate_checkpoint(args)
+        elif args.agent.mode == "offline":
+            run_offline(args)
+        else:
+            run_jointly(args)
 
 
 if __name__ == "__main__":

@@ -92,17 +92,18 @@ def pixels(turn, args: Args) -> dict[str, float]:
     """tdmpc2_jax_rgb.py, 5M."""
     from benchmarks.speed_rgb import filled_replay, rgb
 
-    its, key = rgb.with_model_size(rgb.Args()), jax.random.key(0)
-    model, replay = rgb.make_model(its, ACTION, episodic=False), filled_replay(ACTION, 500)
-    held = [jax.jit(rgb.fresh_state, static_argnums=(0, 1))(its, model)["train"]]
-    obs, mean, first = np.zeros((1, 64, 64, 9), np.uint8), jnp.zeros((1, its.horizon, ACTION)), np.zeros(1, bool)
+    agent = rgb.with_model_size(rgb.Agent(action_dim=ACTION))
+    replay, key = filled_replay(agent, 500), jax.random.key(0)
+    state = rgb.fresh_state(agent, random_streams(0))["train"]
+    obs, mean, first = np.zeros((1, 64, 64, 9), np.uint8), jnp.zeros((1, agent.horizon, ACTION)), np.zeros(1, bool)
 
     def update():
-        held[0], info = rgb.train(its, model, held[0], replay, DISCOUNT, num_updates=1)
+        nonlocal state
+        state, info = rgb.train(agent, state, replay, num_updates=1)
         return info
 
     def plan():
-        return rgb.act(its, model, held[0].params, obs, mean, first, DISCOUNT, key, explore=True)
+        return rgb.act(agent, state.params, obs, mean, first, key, explore=True)
 
     return measure(turn, args, update, plan=plan)
 
@@ -142,35 +143,41 @@ def in_turn(turn, functions: dict[str, Callable], repeats: int) -> dict[str, np.
         return speed.interleave(functions, repeats)
 
 
-def diffusion(turn, args: Args, preset: str) -> dict[str, float]:
-    """tdmpc2_jax_diffusion.py, plans from a 1M world model."""
-    import tdmpc2_jax_diffusion as td
+LARGER = {  # than by default, as in one of the results
+    **{"width": 128, "dynamics_blocks": 3, "proposal_blocks": 3, "objective_blocks": 3, "future": 16},
+    **{"num_proposals": 64, "num_policy": 24, "dynamics_steps": 4, "proposal_steps": 16, "diffusion_batch_size": 256},
+}
 
-    its = td.world_model.with_model_size(td.with_preset(td.Args(preset=preset, model_size=1)))
-    model, rng, entries, key = td.make_model(its, OBS, ACTION, False), np.random.default_rng(0), 5000, jax.random.key(0)
-    held = jax.jit(partial(td.fresh, its, model))()
-    ones = jax.tree.map(jnp.ones_like, held["state"].stats)
-    held["state"], world = held["state"]._replace(stats=ones), held["world"]
-    z, action = (
-        jax.nn.softmax(rng.standard_normal((entries, model.dynamics.out))),
-        rng.uniform(-1, 1, (entries, ACTION)),
-    )
-    starts = np.arange(entries - its.future)
+
+def diffusion(turn, args: Args, **sizes) -> dict[str, float]:
+    """tdmpc2_jax_diffusion.py, plans from a 1M world model."""
+    import tdmpc2_jax as td
+    import tdmpc2_jax_diffusion as script
+
+    agent = td.with_model_size(script.Agent(model_size=1, obs_dim=OBS, action_dim=ACTION, **sizes))
+    learner = script.fresh_learner(agent, 0)
+    state = learner["state"]
+    world = script.world_of(agent, learner["train"])
+    rng, entries, key = np.random.default_rng(0), 5000, jax.random.key(0)
+    z = jax.nn.softmax(rng.standard_normal((entries, agent.latent_dim)))
+    action = rng.uniform(-1, 1, (entries, ACTION)).astype(np.float32)
+    starts = np.arange(entries - agent.future)
     reward, task = np.ones(entries, np.float32), np.zeros(entries, np.int32)
-    data = jax.tree.map(jnp.asarray, Recorded(z, action.astype(np.float32), reward, task, starts, starts))
-    planner = jax.tree.map(jnp.copy, td.planner_of(held["state"], world))
-    obs, best, first = jnp.ones((1, OBS)), jnp.zeros((1, its.future, ACTION)), jnp.zeros(1, bool)
+    data = jax.tree.map(jnp.asarray, Recorded(z, action, reward, task, starts, starts))
+    planner = jax.tree.map(jnp.copy, script.planner_of(state, world))
+    obs, best, first = jnp.ones((1, OBS)), jnp.zeros((1, agent.future, ACTION)), jnp.zeros(1, bool)
 
     def update():
-        held["state"], info = td.train(its, model, held["state"], world, data, num_updates=1)
+        nonlocal state
+        state, info = script.train(agent, state, world, data, num_updates=1)
         return info
 
     def plan(**fields):
-        return partial(td.act_by, dataclasses.replace(its, **fields), model, planner, obs, best, first, key)
+        row = dataclasses.replace(agent, **fields)
+        return partial(script.act, row, planner, obs, best, first, key, explore=False)
 
-    return measure(
-        turn, args, update, plan=plan(), plan_mppi=plan(planner="mppi"), plan_onestep=plan(rollouts="onestep")
-    )
+    plans = {"plan": plan(), "plan_mppi": plan(planner="mppi"), "plan_onestep": plan(rollouts="onestep")}
+    return measure(turn, args, update, **plans)
 
 
 ROWS = {
@@ -182,7 +189,8 @@ ROWS = {
     "TD-MPC": first_version,
     "1M with a teacher of 317M": distilled,
     "1M with a teacher of 317M, bfloat16": partial(distilled, compute_dtype="bfloat16"),
-    **{f"diffusion, {preset}": partial(diffusion, preset=preset) for preset in ("small", "base", "paper")},
+    "diffusion": diffusion,
+    "diffusion, larger": partial(diffusion, **LARGER),
 }
 
 

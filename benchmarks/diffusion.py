@@ -12,6 +12,7 @@ times plans for one environment, and an update of the three networks, as benchma
 product, beside the matrix products of each alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -27,18 +28,19 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import envs as environments
-import tdmpc2_jax_diffusion as td
+import tdmpc2_jax as td
+import tdmpc2_jax_diffusion as diffusion
 from benchmarks.speed import UNIT, count_products, interleave, products_alone, square_product, total_gflop
+from tdmpc2_support.cli import with_settings
 from tdmpc2_support.data.recorded import spread_out, windows_at
-from tdmpc2_support.run.checkpoints import find_checkpoint, read_checkpoint, read_meta
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_meta
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # flags of --evaluate
     "SSR": "--planner ssr --scorer model,random --rollouts diffusion,onestep",
     "without diffusion": "--planner mppi,pi",
     "refined": "--planner ssr_mppi --scorer model --rollouts diffusion,onestep",
-    "other scorers": "--planner ssr --scorer J,mix --rollouts diffusion",
+    "other scorers": "--planner ssr --scorer J --rollouts diffusion",
     "policy's candidates alone": "--rollouts diffusion,onestep --num-proposals 0 --num-policy 48",
     "rho's candidates alone": "--rollouts diffusion,onestep --num-proposals 48 --num-policy 0",
     "p_d in 1 step": "--dynamics-steps 1",
@@ -81,27 +83,28 @@ def evaluation(args: Args, part: str) -> dict:
 
 
 def load(checkpoint: str):
-    """Arguments, networks of the world model, planner, learning state and recorded episodes of a run."""
-    found = find_checkpoint(checkpoint)
-    meta = read_meta(found, "tdmpc2_jax_diffusion")
-    args = td.with_preset(td.Args(**meta["args"]))
-    spec, sizes = environments.task_spec(args.task), environments.set_sizes([args.task])
-    model = td.make_model(args, *sizes, args.episodic and spec.can_terminate)
-    items = read_checkpoint(found, meta, **jax.eval_shape(partial(td.fresh, args, model)))
-    data = td.encoded(args, model, items["world"])
-    return args, model, td.planner_of(items["state"], items["world"]), items["state"], data
+    """Agent, planner, learning state and recorded episodes of an offline run of one task."""
+    meta = read_meta(find_checkpoint(checkpoint), *diffusion.SCRIPTS)
+    args = with_settings(diffusion.Args(), meta["args"])
+    args = dataclasses.replace(args, checkpoint=checkpoint, eval_episodes=1)
+    with contextlib.ExitStack() as stack:
+        _, (agent,) = diffusion.make_eval_envs(args, stack)
+    world, state = diffusion.read_run(args, agent)
+    return agent, diffusion.planner_of(state, world), state, diffusion.encoded(args, agent, world)
 
 
 def imagined(checkpoint: str, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Rewards [B, F] and values [B, F+1] that the world model's heads see in held-out futures: true, p_d's, d's."""
-    args, model, planner, _, data = load(checkpoint)
-    windows = windows_at(data, spread_out(data.held_out, number), td.window_steps(args))
-    futures = td.answers(args, model, planner, windows, jax.random.key(0))["futures"]["1"]
+    agent, planner, _, data = load(checkpoint)
+    windows = windows_at(data, spread_out(data.held_out, number), diffusion.window_steps(agent))
+    futures = diffusion.answers(agent, planner, windows, jax.random.key(0))["futures"]["1"]
+    actions = windows.action[:, : agent.future]
     decoded = {}
     for name in ("true", "p_d", "d"):
         zs = jnp.concatenate([windows.z[:, :1], futures[name]], axis=1)
-        logits = model.reward.apply(planner.world.params["reward"], zs[:, :-1], windows.action[:, : args.future])
-        decoded[name] = np.asarray(td.two_hot_inv(args, logits)), np.asarray(td.value(args, model, planner.world, zs))
+        logits = td.networks(agent).reward.apply(planner.world.params["reward"], zs[:, :-1], actions)
+        rewards = np.asarray(td.two_hot_inv(agent, logits))
+        decoded[name] = rewards, np.asarray(diffusion.value(agent, planner.world, zs))
     return decoded
 
 
@@ -119,32 +122,40 @@ VARIANTS = {  # plans to be timed
 def speed(checkpoint: str) -> list[dict]:
     """Of each plan and of an update: milliseconds, units of a 2048^3 product, GFLOP, share of the unit's rate, and the
     share of the time that the products alone take."""
-    args, model, planner, state, data = load(checkpoint)
-    obs, best = jnp.ones((1, model.obs_dim)), jnp.zeros((1, args.future, model.action_dim))
+    agent, planner, state, data = load(checkpoint)
+    obs, best = jnp.ones((1, agent.obs_dim)), jnp.zeros((1, agent.future, agent.action_dim))
     inputs = planner, obs, best, jnp.zeros(1, bool), jax.random.key(0)
     functions, products = {"unit": square_product(UNIT, "float32")}, {}
     for name, fields in VARIANTS.items():
-        row = dataclasses.replace(args, **fields)
-        products[name] = count_products(td.act_by.trace(row, model, *inputs).jaxpr)
-        functions[name] = partial(td.act_by, row, model, *inputs)
-    held = [jax.tree.map(jnp.copy, state)]  # the update consumes it
+        row = dataclasses.replace(agent, **fields)
+        products[name] = count_products(diffusion.act.trace(row, *inputs, explore=False).jaxpr)
+        functions[name] = partial(diffusion.act, row, *inputs, explore=False)
+    latest = jax.tree.map(jnp.copy, state)  # the update consumes it
 
     def update():
-        held[0], info = td.train(args, model, held[0], planner.world, data, num_updates=1)
+        nonlocal latest
+        latest, info = diffusion.train(agent, latest, planner.world, data, num_updates=1)
         return info
 
-    traced = td.train.trace(args, model, state, planner.world, data, num_updates=1)
-    products["update"], functions["update"] = count_products(traced.jaxpr), update
+    products["update"] = count_products(diffusion.train.trace(agent, state, planner.world, data, num_updates=1).jaxpr)
+    functions["update"] = update
     functions |= {f"{name}, alone": products_alone(counted) for name, counted in products.items()}
     times = interleave(functions, 20, limit_s=90)
-    rate, rows = 2 * UNIT**3 / 1e6 / np.median(times["unit"]), []  # GFLOP/s
+    rate = 2 * UNIT**3 / 1e6 / np.median(times["unit"])  # GFLOP/s
+    rows = []
     for name, counted in products.items():
         ms, gflop = float(np.median(times[name])), total_gflop(counted)
-        row = {"what": name, "ms": ms, "units": float(np.median(times[name] / times["unit"])), "gflop": gflop}
-        row |= {"share_of_peak": gflop / ms * 1e3 / rate}
-        rows.append(row | {"products_share": float(np.median(times[f"{name}, alone"] / times[name]))})
-        print("{what:<30}{ms:>8.2f} ms {units:>8.3f} units {gflop:>8.3f} GFLOP".format(**rows[-1]), end="  ")
-        print("{share_of_peak:.1%} of peak, products alone {products_share:.0%}".format(**rows[-1]), flush=True)
+        row = {
+            "what": name,
+            "ms": ms,
+            "units": float(np.median(times[name] / times["unit"])),
+            "gflop": gflop,
+            "share_of_peak": gflop / ms * 1e3 / rate,
+            "products_share": float(np.median(times[f"{name}, alone"] / times[name])),
+        }
+        rows.append(row)
+        print("{what:<30}{ms:>8.2f} ms {units:>8.3f} units {gflop:>8.3f} GFLOP".format(**row), end="  ")
+        print("{share_of_peak:.1%} of peak, products alone {products_share:.0%}".format(**row), flush=True)
     return rows
 
 
