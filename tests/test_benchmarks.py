@@ -12,6 +12,7 @@ from helpers import ROOT
 import envs
 import tdmpc2_jax as td
 from benchmarks import distillation, environments, learning, multitask, speed, speed_multitask
+from tdmpc2_support.agents.pretrained import LoadedAgent
 from tdmpc2_support.run.schedule import random_streams
 
 O, A = 5, 3  # noqa: E741
@@ -214,9 +215,9 @@ def test_reward_errors_are_those_of_the_entries_after_the_first_of_each_episode(
         (tmp_path / task).mkdir()
         tensors = {"obs": obs, "action": action, "reward": reward, "task": np.zeros((3, 9), np.int64)}
         envs.save_tensordict(tmp_path / task / "chunk_0.pt", tensors)
-    monkeypatch.setattr(distillation.mt, "load_agent", lambda args: (args, None, distillation.mt.Agent({}, {})))
+    monkeypatch.setattr(distillation.mt, "load_agent", lambda args: (None, LoadedAgent({}, {})))
     monkeypatch.setattr(
-        distillation.mt, "predict_reward", lambda args, model, params, obs, action, task: obs[:, 0] + action[:, 0]
+        distillation.mt, "predict_reward", lambda agent, params, obs, action, task: obs[:, 0] + action[:, 0]
     )
     found = distillation.reward_errors(tmp_path / "run", envs.load_dataset(tasks, tmp_path))
     assert found == pytest.approx({"cartpole-balance": 0, "pendulum-swingup": 1, "all": 0.5**0.5}, abs=1e-6)
