@@ -33,6 +33,7 @@ from tdmpc2_support import cli, devices
 from tdmpc2_support.agents.pretrained import LoadedAgent, check_shapes, load_multitask, load_teacher, sizes_of
 from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
+from tdmpc2_support.data.datasets import Dataset
 from tdmpc2_support.data.device_data import DeviceData, Source, batch_shardings
 from tdmpc2_support.devices import committed, keep_freed_memory, use_compile_cache
 from tdmpc2_support.run.checkpoints import Checkpoints, checksums
@@ -848,7 +849,7 @@ def make_teacher(args: Args, names: tuple[str, ...]) -> jax.tree_util.Partial | 
 class Inputs(NamedTuple):
     """What a run is made of: opened and compared before anything starts."""
 
-    data: environments.Dataset
+    data: Dataset
     agent: Agent
     loaded: LoadedAgent | None  # of --checkpoint, if the run begins with it
     teacher: jax.tree_util.Partial | None

@@ -31,6 +31,7 @@ from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Numbe
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.convolution import convolve
 from tdmpc2_support.devices import committed, keep_freed_memory, place_replay, use_compile_cache
+from tdmpc2_support.envs.rendering import PIXELS
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
@@ -134,7 +135,6 @@ MODEL_SIZES = {  # millions of parameters: (mlp_dim, latent_dim, num_q)
 }
 SCRIPTS = ("tdmpc2_jax_rgb",)  # whose checkpoints this one starts from
 SIZE_FIELDS = ("mlp_dim", "latent_dim", "num_q")
-PIXELS = environments.PIXELS  # height and width of a picture
 FRAMES = 3  # pictures in a stack
 SHIFT = 3  # pixels that a stack is moved at most, in each direction
 
