@@ -1,5 +1,7 @@
 """What the tests share: recordings, compiled programs, and the script as a child process."""
 
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -34,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
@@ -61,13 +64,18 @@ def pytest_xdist_auto_num_workers(config):
     return max(1, min(len(os.sched_getaffinity(0)), int(available_bytes() / (GB_A_WORKER * 1e9))))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def forget_programs():
-    """Compiled programs go with the file that needed them: each takes memory and 100 to 200 of the 65,530 memory maps
-    that Linux allows a process. They stay on the disk for the next file that asks for the same."""
+    """Compiled programs go when they have become too many: each takes memory and 100 to 200 of the 65,530 memory maps
+    that Linux allows a process. They stay on the disk for the next test that asks for the same."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    many = maps.exists() and maps.read_bytes().count(b"\n") > 10_000
+    if many or psutil.Process().memory_info().rss > 1.7e9:
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(AttributeError):  # only glibc returns to the system what was freed
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 # The longest first: of two processes, neither should end with one of them
