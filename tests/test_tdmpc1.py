@@ -315,9 +315,9 @@ def test_environments_that_are_planned_for_together_get_what_each_gets_alone_wha
     for i in range(3):
         one = jax.tree.map(lambda x: x[i : i + 1], (obs, mean, first, limits.horizon, noise))  # noqa: B023
         alone = plan(agent, params, *one[:3], td.Schedule(one[3], 0.1), one[4], True)
-        np.testing.assert_allclose(together[0][i], alone[0][0], atol=1e-5)
+        np.testing.assert_allclose(together[0][i], alone[0][0], atol=1e-4)  # as in the second version's test
         h = limits.horizon[i]
-        np.testing.assert_allclose(together[1][i, :h], alone[1][0, :h], atol=1e-5)
+        np.testing.assert_allclose(together[1][i, :h], alone[1][0, :h], atol=1e-4)
 
 
 def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step(small):
