@@ -54,7 +54,7 @@ SMALL = {
 }
 
 
-GB_A_WORKER = 2.5
+GB_A_WORKER = 2.5  # what one takes at most
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -71,7 +71,7 @@ def forget_programs():
     yield
     maps = Path("/proc/self/maps")
     many = maps.exists() and maps.read_bytes().count(b"\n") > 10_000
-    if many or psutil.Process().memory_info().rss > 1.7e9:
+    if many or psutil.Process().memory_info().rss > 1.4e9:
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(AttributeError):  # only glibc returns to the system what was freed
