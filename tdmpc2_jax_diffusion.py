@@ -218,6 +218,11 @@ def diffusion_networks(agent: Agent) -> dict[str, nn.Module]:
     }
 
 
+def network(agent: Agent, params: dict[str, Any], name: str):
+    """One of the three as a function of its inputs, with its parameters among these."""
+    return partial(diffusion_networks(agent)[name].apply, params[name])
+
+
 def init_nets(agent: Agent, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters of the three networks."""
     nets = diffusion_networks(agent)
@@ -394,14 +399,14 @@ def dynamics_loss(agent: Agent, params, stats: Stats, world: World, window: Wind
     x0 = (left_open(agent, world, stats, window, steps) - stats.mu[scale]) / stats.sigma[scale]
     now = normalise(stats, window.z[0])
     chunk = chunks(agent, window.action, steps)
-    apply = partial(diffusion_networks(agent)["dynamics"].apply, params["dynamics"], now)
-    return denoising_loss(partial(apply, chunk=chunk, scale=scale, task=world.emb), x0, key).mean()
+    denoise = partial(network(agent, params, "dynamics"), now, chunk=chunk, scale=scale, task=world.emb)
+    return denoising_loss(denoise, x0, key).mean()
 
 
 def proposal_loss(agent: Agent, params, stats: Stats, world: World, window: Windows, key: jax.Array) -> jax.Array:
     """rho's loss on one window: it is told n(z_t) and guesses the actions. Those that the task lacks do not count."""
     now = normalise(stats, window.z[0])
-    denoise = partial(diffusion_networks(agent)["proposal"].apply, params["proposal"], now, task=world.emb)
+    denoise = partial(network(agent, params, "proposal"), now, task=world.emb)
     errors = denoising_loss(denoise, window.action[: agent.future], key, world.mask)
     return errors.mean() / world.mask.mean()
 
@@ -411,7 +416,7 @@ def objective_loss(agent: Agent, params, stats: Stats, world: World, window: Win
     adv = (advantage(agent, world, window) - stats.adv_mean) / stats.adv_std
     zs = normalise(stats, window.z[: agent.future + 1])
     actions = window.action[: agent.future]
-    return (diffusion_networks(agent)["objective"].apply(params["objective"], zs, actions, world.emb) - adv) ** 2
+    return (network(agent, params, "objective")(zs, actions, world.emb) - adv) ** 2
 
 
 def diffusion_losses(agent: Agent, params, stats: Stats, world: World, windows: Windows, key: jax.Array):
@@ -491,6 +496,7 @@ def init_replays(agent: Agent, capacity: int, num_envs: int) -> Replays:
     return Replays(td.init_replay(agent, capacity, num_envs), long)
 
 
+@partial(jax.jit, static_argnames="agent", donate_argnames="replays")
 def add_to_both(agent: Agent, replays: Replays, step: td.Step) -> Replays:
     """Writes one step of all environments over the oldest one."""
     small = step._replace(obs=step.obs[:, :1], action=step.action[:, :1])
@@ -547,8 +553,8 @@ def planner_of(state: DiffusionState, world: World, task: int = 0) -> Planner:
 def propose(agent: Agent, planner: Planner, z: jax.Array, number: int, key: jax.Array) -> jax.Array:
     """Action sequences [number, F, A] at z [Z], drawn from rho."""
     nets, stats, world = planner
-    apply = partial(diffusion_networks(agent)["proposal"].apply, nets["proposal"], normalise(stats, z), task=world.emb)
-    denoise = jax.vmap(apply, (0, None))
+    one = partial(network(agent, nets, "proposal"), normalise(stats, z), task=world.emb)
+    denoise = jax.vmap(one, (0, None))
     shape = (number, agent.future, agent.action_dim)
     return sample_ddim(denoise, key, shape, agent.proposal_steps, clip=1.0, mask=world.mask)
 
@@ -589,11 +595,9 @@ def rollout(agent: Agent, planner: Planner, z: jax.Array, actions: jax.Array, ke
         future = jax.vmap(partial(follow, agent, world, z))(actions)[:, (np.arange(F) + 1) * steps - 1]
     else:
         chunk = jax.vmap(lambda a: chunks(agent, a, steps))(actions)  # [N, F, C]
-        apply = partial(
-            diffusion_networks(agent)["dynamics"].apply, nets["dynamics"], normalise(stats, z), task=world.emb
-        )
-        each = jax.vmap(apply, (0, None, 0, None))
-        x0 = sample_ddim(lambda x, k: each(x, k, chunk, scale), key, (N, F, Z), agent.dynamics_steps, LATENT_CLIP)
+        one = partial(network(agent, nets, "dynamics"), normalise(stats, z), scale=scale, task=world.emb)
+        denoise = jax.vmap(one, (0, None, 0))
+        x0 = sample_ddim(lambda x, k: denoise(x, k, chunk), key, (N, F, Z), agent.dynamics_steps, LATENT_CLIP)
         guess = jax.vmap(lambda a: anchors(agent, world, stats, z, a, steps))(actions)
         future = denormalise(agent, stats, guess + x0 * stats.sigma[scale] + stats.mu[scale])
     return jnp.concatenate([jnp.broadcast_to(z, (N, 1, Z)), future], axis=1)
@@ -615,8 +619,8 @@ def score_by_model(agent: Agent, world: World, zs: jax.Array, actions: jax.Array
 def score_by_objective(agent: Agent, planner: Planner, zs: jax.Array, actions: jax.Array) -> jax.Array:
     """J's advantage [N] of futures zs [N, F+1, Z] under actions [N, F, A], in the unit of rewards."""
     nets, stats, world = planner
-    apply = partial(diffusion_networks(agent)["objective"].apply, nets["objective"], task=world.emb)
-    return jax.vmap(apply)(normalise(stats, zs), actions) * stats.adv_std + stats.adv_mean
+    one = partial(network(agent, nets, "objective"), task=world.emb)
+    return jax.vmap(one)(normalise(stats, zs), actions) * stats.adv_std + stats.adv_mean
 
 
 def score(agent: Agent, planner: Planner, zs: jax.Array, actions: jax.Array, key: jax.Array) -> jax.Array:
