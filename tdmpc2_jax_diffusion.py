@@ -1058,7 +1058,8 @@ def run_jointly(args: Args) -> None:
         )
         folder.begin()
         logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
-        title = f"{spec.name}: {agent.obs_dim} observations, {agent.action_dim} actions, {args.num_envs} environment(s)"
+        made = f"{envs.metadata['observations']}, {envs.metadata['actions']}"
+        title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         params = learner["train"].params, learner["state"].params
         step = count["decisions"] * spec.action_repeat
         logger.begin(title, returns_head(spec), params, step, args.total_timesteps, count)

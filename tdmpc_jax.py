@@ -830,7 +830,8 @@ def run(args: Args) -> None:
         state, key, replay, count = start_or_resume(args, agent, checkpoints)
         folder.begin()
         logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
-        title = f"{spec.name}: {agent.obs_dim} observations, {agent.action_dim} actions, {args.num_envs} environment(s)"
+        made = f"{envs.metadata['observations']}, {envs.metadata['actions']}"
+        title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         step = count["decisions"] * spec.action_repeat
         logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
         stack.enter_context(signals)

@@ -48,8 +48,24 @@ class Discrete(Point):
     action_space = gym.spaces.Discrete(3)
 
 
-class DictObs(Point):
-    observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (2,))})
+class Goal(Point):
+    """The point as robots' tasks show it, with success by the name in use there."""
+
+    observation_space = gym.spaces.Dict(
+        {"observation": Point.observation_space, "achieved_goal": gym.spaces.Box(-9, 9, (1,))}
+    )
+    action_space = gym.spaces.Box(-2.0, 2.0, (1, 1), np.float32)
+
+    def observed(self, obs):
+        return {"observation": obs, "achieved_goal": obs[:1]}
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return self.observed(obs), info
+
+    def step(self, action):
+        obs, *rest, info = super().step(action[0])
+        return self.observed(obs), *rest, {"is_success": np.array([True])}
 
 
 class Pixels(Point):
@@ -84,7 +100,7 @@ for name, cls, kwargs in [
     ("Raising", Point, {"raise_at": 50}),
     ("Slow", Slow, {}),
     ("Discrete", Discrete, {}),
-    ("DictObs", DictObs, {}),
+    ("Goal", Goal, {}),
     ("Pixels", Pixels, {}),
     ("LargePixels", LargePixels, {}),
     ("PixelsFalling", Pixels, {"terminates": True}),

@@ -9,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 
 from tdmpc2_support.envs import rendering
-from tdmpc2_support.envs.tasks import TaskSpec, check_action_space, is_image
+from tdmpc2_support.envs.guard import Actions, Guard, Observations, close_quietly, picture, refusal
+from tdmpc2_support.envs.tasks import TaskSpec
 from tdmpc2_support.errors import UserError
 
 
@@ -21,6 +22,7 @@ class Simulator(NamedTuple):
     scene: Callable[[], tuple[Any, Any]] | None = None  # MjModel and MjData to draw; None: `env.render()` draws
     camera: int = 0  # which of the model's cameras
     repeats: bool = False  # `env.step(action, n)` holds an action for n simulator steps, faster than n calls of it
+    seeds: int = 2**32  # `env.reset` takes seeds below this
 
 
 class Task(gym.Wrapper):
@@ -42,30 +44,37 @@ class Task(gym.Wrapper):
         self._render_mode = render_mode
         self._shadows = shadows
         self._cameras: dict[int, rendering.Camera] = {}  # by the size of their pictures
-        low, high = check_action_space(simulator.env.action_space, spec.name)
-        self._low = low
-        self._half_range = (high - low) / 2
-        self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
-        self.observation_space = self._check_observations()
+        self._film_shape: tuple[int, ...] = ()  # of the first picture: all of a film have it
+        self._guard = Guard(spec.name, simulator.env)
+        self._to_own_action = Actions(spec.name, getattr(simulator.env, "action_space", None))
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self._to_own_action.size,), np.float32)
+        self._to_vector: Observations | None = None
+        space = getattr(simulator.env, "observation_space", None)
+        if self._pixels:
+            self.observation_space = self._frame_space(space)
+            seen = f"pictures of {rendering.PIXELS} x {rendering.PIXELS}"
+        else:
+            self._to_vector = Observations(spec.name, space)
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self._to_vector.size,), np.float32)
+            seen = self._to_vector.words
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": 25,
+            "observations": seen,
+            "actions": self._to_own_action.words,
+        }
         if simulator.seconds:
-            fps = max(1, round(1 / (simulator.seconds * spec.action_repeat)))
-            self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
+            self.metadata["render_fps"] = max(1, round(1 / (simulator.seconds * spec.action_repeat)))
         if simulator.scene and (self._pixels or render_mode):
             rendering.choose_gl()
 
-    def _check_observations(self) -> gym.spaces.Box:
-        space = self.env.observation_space
-        name = self._spec.name
+    def _frame_space(self, space: gym.Space) -> gym.spaces.Box:
         frame = gym.spaces.Box(0, 255, (rendering.PIXELS, rendering.PIXELS, 3), np.uint8)
-        if self._pixels:
-            if not self._simulator.scene and space != frame:
-                size = f"{rendering.PIXELS} x {rendering.PIXELS}"
-                raise UserError(f"task {name!r} has no pictures of {size} as observations, uint8 {list(frame.shape)}")
-            return frame
-        if not self._simulator.scene and (is_image(space) or len(space.shape) != 1):
-            kind = "image" if is_image(space) else f"{space.shape}"
-            raise UserError(f"task {name!r} has {kind} observations; only a flat Box of numbers is supported")
-        return gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        if not self._simulator.scene and space != frame:
+            size = f"{rendering.PIXELS} x {rendering.PIXELS}"
+            name = self._spec.name
+            raise UserError(f"task {name!r} has no pictures of {size} as observations, uint8 {list(frame.shape)}")
+        return frame
 
     @property
     def render_mode(self) -> str | None:
@@ -77,40 +86,66 @@ class Task(gym.Wrapper):
             seed = self._first_seed
         self._first_seed = None
         self._steps_left = self._spec.simulator_steps
-        obs, info = self.env.reset(seed=None if seed is None else int(seed), options=options)
-        return self._observation(obs), {**info, "success": 0.0}
+        if seed is not None:
+            seed = int(seed) % self._simulator.seeds
+        obs, info = self._guard.reset(seed, options)
+        return self._observation("reset", obs), {**info, "success": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """One decision, action in [-1, 1] held for the repeat → obs, summed reward, terminated, truncated, info."""
-        action = self._low + (np.asarray(action, np.float64) + 1.0) * self._half_range
-        action = action.astype(self.env.action_space.dtype, copy=False)
         # The last decision of an episode that the repeat does not divide gets what is left.
         repeat = max(1, min(self._spec.action_repeat, self._steps_left))
         self._steps_left -= repeat
-        if self._simulator.repeats:
-            obs, total, terminated, truncated, info = self.env.step(action, repeat)
-            total = float(total)
-        else:
-            total = 0.0
-            for _ in range(repeat):
-                obs, reward, terminated, truncated, info = self.env.step(action)
-                total += float(reward)
-                if terminated or truncated:
-                    break
+        guard = self._guard
+        own_action = self._to_own_action(action)
+        try:
+            if self._simulator.repeats:
+                obs, total, terminated, truncated, info = guard.step(self.env.step(own_action, repeat))
+            else:
+                total = 0.0
+                for _ in range(repeat):
+                    obs, reward, terminated, truncated, info = guard.step(self.env.step(own_action))
+                    total += reward
+                    if terminated or truncated:
+                        break
+            vector = self._observation("step", obs)
+            success = guard.success(info) if info else 0.0
+        except (NotImplementedError, TypeError) as error:
+            guard.check_call("step", error)
+            raise
+        except UserError:
+            self._check_action(action)  # a worse fault, if it is one
+            raise
         truncated = not terminated and (truncated or self._steps_left <= 0)
-        info = {**info, "success": float(info.get("success", 0.0))}
-        return self._observation(obs), total, bool(terminated), bool(truncated), info
+        return vector, float(total), terminated, truncated, {**info, "success": success}
 
-    def _observation(self, obs: Any) -> np.ndarray:
-        if self._pixels and self._simulator.scene:
+    def _check_action(self, action: np.ndarray) -> None:
+        if not np.isfinite(action).all():
+            reason = "its networks have diverged, or an observation is too large for them"
+            raise UserError(f"task {self._spec.name!r}: the agent's action is not finite: {reason}")
+
+    def _observation(self, method: str, obs: Any) -> np.ndarray:
+        if self._to_vector:
+            return self._to_vector(method, obs)
+        if self._simulator.scene:
             return self._draw(rendering.PIXELS)
-        return np.asarray(obs, self.observation_space.dtype)
+        return self._picture(method, obs, self.observation_space.shape)
+
+    def _picture(self, method: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+        frame = picture(self._spec.name, method, value)
+        if frame.shape != shape:
+            raise refusal(self._spec.name, method, f"a picture of shape {frame.shape}", f"shape {shape}")
+        return frame
 
     def render(self) -> np.ndarray | None:
         """The current picture, uint8 [height, width, 3], or None without a render_mode."""
         if not self.render_mode:
             return None
-        return self._draw(rendering.FRAME) if self._simulator.scene else self.env.render()
+        if self._simulator.scene:
+            return self._draw(rendering.FRAME)
+        frame = picture(self._spec.name, "render", self.env.render())
+        self._film_shape = self._film_shape or frame.shape
+        return self._picture("render", frame, self._film_shape)
 
     def _draw(self, size: int) -> np.ndarray:
         model, data = self._simulator.scene()
@@ -126,4 +161,4 @@ class Task(gym.Wrapper):
         for camera in self._cameras.values():
             camera.close()
         self._cameras.clear()
-        super().close()
+        close_quietly(self._spec.name, super().close)

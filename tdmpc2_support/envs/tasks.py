@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
-import numpy as np
 
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.envs.guard import close_quietly
+from tdmpc2_support.errors import UserError, one_line
 
 
 class TaskSpec(NamedTuple):
@@ -184,7 +186,7 @@ def _spec(task: str) -> TaskSpec:
         can_terminate = "-" not in spec.name or spec.name.startswith("lqr-")
         return TaskSpec(task, "DMControl", 2, 500, can_terminate, False, 1000)
     if spec.max_episode_steps is None:
-        open_gym(task).close()  # names a worse fault first, if there is one
+        close_quietly(task, open_gym(task).close)  # names a worse fault first, if there is one
         raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
     healthy_only = spec.kwargs.get("terminate_when_unhealthy", True)
     can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
@@ -291,27 +293,24 @@ def environ(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def is_image(space: gym.Space) -> bool:
-    return isinstance(space, gym.spaces.Box) and (len(space.shape) > 1 or space.dtype == np.uint8)
-
-
-def check_action_space(space: gym.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds (low, high), each float64 [size], of a usable action space."""
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        raise UserError(f"task {name!r} has actions {space}; only a flat Box of continuous actions is supported")
-    if not np.all(np.isfinite(space.low) & np.isfinite(space.high)):
-        raise UserError(f"task {name!r} has actions without finite bounds, which cannot be scaled to [-1, 1]")
-    return space.low.astype(np.float64), space.high.astype(np.float64)
-
-
 def open_gym(task: str, **options: Any) -> gym.Env:
-    """gym.make, with one sentence for what may be wrong with the task's package or its spaces."""
+    """The environment of a Gymnasium id, without its time limit (`Task` has one) and Gymnasium's checks (`Guard` has
+    its own); one sentence for what may be wrong with it."""
+    spec = dataclasses.replace(gym_spec(task), max_episode_steps=None, order_enforce=False, disable_env_checker=True)
     try:
-        env = gym.make(task, disable_env_checker=True, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(f"task {task!r} cannot be made: {error}") from error
-    check_action_space(env.action_space, task)
-    space = env.observation_space
-    if not isinstance(space, gym.spaces.Box):
-        raise UserError(f"task {task!r} has {type(space).__name__} observations; only a Box of numbers is supported")
-    return env
+        return gym.make(spec, **options)
+    except Exception as error:
+        if "unexpected keyword argument 'render_mode'" in str(error):
+            raise UserError(f"task {task!r} has no pictures: its constructor takes no render_mode") from error
+        raise UserError(f"task {task!r} cannot be made: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception of somebody else's code says, in one line, and where it was raised."""
+    text = " ".join(str(error).split()).partition(" was raised from the environment creator")[0]  # gym.make adds it
+    if not isinstance(error, gym.error.Error | ImportError):
+        text = f"{type(error).__name__}: {text}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if f"{os.sep}gymnasium{os.sep}" not in last.filename:
+            text += f" ({os.path.basename(last.filename)}, line {last.lineno})"
+    return one_line(text, 250)
