@@ -6,9 +6,10 @@
     episodes = load_dataset("mt30", "data/mt30")         # an offline dataset, read where it lies
     python envs.py                                       # the table of tasks
 
-Every environment looks the same from outside: observation `Box` float32 flat (or uint8 [64, 64, 3] with obs="rgb"),
-action `Box(-1, 1)` float32, action repeat inside, `truncated` at the time limit, `terminated` only where the task
-really ends, `info["success"]` (float) on every step. Importing this module loads no simulator.
+Every environment looks the same from outside: observation `Box` float32 flat (with obs="rgb" uint8 [64, 64, 3],
+with obs="rgb+state" a dict of both), action `Box(-1, 1)` float32, action repeat inside, `truncated` at the time limit,
+`terminated` only where the task really ends, `info["success"]` (float) on every step. Importing this module loads no
+simulator.
 """
 
 from __future__ import annotations
@@ -58,21 +59,24 @@ def make_env(
         task: see `task_spec`.
         seed: seed of the first reset.
         obs: "state" → float32 [size]; "rgb" → uint8 [64, 64, 3], one frame (DMControl and Meta-World, and Gymnasium
-            ids whose own observation is such a frame).
+            ids whose own observation is a frame of any size); "rgb+state" → a dict of both (of Gymnasium ids, those
+            whose own observation is a dict with one frame); "rgb+state:velocity,height" → only these parts of the
+            state: keys of DMControl's or Gymnasium's dict; hand, gripper, objects, before, goal of Meta-World's.
         render_mode: None, or "rgb_array": `render()` gives uint8 [384, 384, 3] where the simulator lets us choose.
-        shadows: with obs="rgb", draw shadows and reflections, as dm_control and MuJoCo do by default.
+        shadows: in such a frame, draw shadows and reflections, as dm_control and MuJoCo do by default.
         action_repeat: simulator steps per decision, if others than the table's are wanted (see `task_spec`).
 
     Returns:
         The environment; `env.unwrapped` reaches the simulator (`.physics` and `.dm_env` with DMControl).
 
     Raises:
-        UserError: unknown task, missing package, or a task that is not a vector of numbers in and out.
+        UserError: unknown task, missing package, a task that is not a vector of numbers in and out, or that lacks what
+            obs asks for.
     """
     spec = task_spec(task, action_repeat)
-    if obs not in ("state", "rgb"):
-        raise UserError(f"obs must be 'state' or 'rgb', not {obs!r}")
-    if obs == "rgb" and spec.domain in DOMAINS and not DOMAINS[spec.domain].rgb:
+    if obs not in ("state", "rgb", "rgb+state") and not obs.startswith("rgb+state:"):
+        raise UserError(f"obs must be 'rgb+state', 'state' or 'rgb', not {obs!r}")
+    if obs != "state" and spec.domain in DOMAINS and not DOMAINS[spec.domain].rgb:
         domains = " and ".join(domain for domain, settings in DOMAINS.items() if settings.rgb)
         raise UserError(f"pixels as observations exist for {domains}, not for {spec.name!r} ({spec.domain})")
     if render_mode not in (None, "rgb_array"):
@@ -87,8 +91,8 @@ def make_env(
 
 
 def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rgb_array") -> None:
-    """Draws one frame of the task, or with obs="rgb" and no render_mode an observation, to learn before a long run
-    whether that works.
+    """Draws one frame of the task, or with pictures in obs and no render_mode an observation, to learn before a long
+    run whether that works.
 
     Raises:
         UserError: no frame can be drawn; names what to install.
@@ -97,6 +101,7 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
         env = make_env(task, obs=obs, render_mode=render_mode)
         try:
             frame = env.reset()[0]
+            frame = frame["rgb"] if isinstance(frame, dict) else frame
             frame = env.render() if render_mode else frame
         finally:
             env.close()

@@ -6,13 +6,16 @@ frames, random shifts of them, and a replay of single frames. Shapes are written
 H horizon, B batch, N samples of the planner, P policy sequences, A action size, Z latent size,
 K bins of the discrete regression, n environments, q an ensemble of value heads;
 a picture is [64, 64, 3], a stack of them [64, 64, 9], oldest first.
+Observations are arrays of pictures or stacks or, with --obs rgb+state, {"rgb": such an array, "state": [..., O]}.
 
     python tdmpc2_jax_rgb.py --task dm_control/walker-walk-v0               # train; a killed run goes on with --resume
     python tdmpc2_jax_rgb.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_rgb/1
+    python tdmpc2_jax_rgb.py --task cartpole-swingup --obs rgb+state --state-keys velocity
 """
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -45,10 +48,14 @@ class Agent:
     """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
 
     # World model
+    obs: Literal["rgb", "rgb+state"] = "rgb"  # what is seen: pictures, or pictures and the task's own state vector
+    state_keys: str | None = None  # which parts of that vector, with commas, such as position,velocity; default: all
     shadows: bool = True  # shadows and reflections in the pictures, as published; --no-shadows draws them faster
-    model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters, if it saw states: sets the next three
-    mlp_dim: Count | None = None  # width of all hidden layers
+    model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters, if it saw states alone: sets the next five
+    enc_dim: Count | None = None  # width of the hidden layers that encode the state vector
+    mlp_dim: Count | None = None  # width of all other hidden layers
     latent_dim: Count | None = None  # latent size Z: 16 units for each channel of the encoder's convolutions
+    num_enc_layers: Count | None = None  # layers that encode the state vector
     num_q: Several | None = None  # value heads
     episodic: bool = True  # learn a termination head where episodes can terminate; --no-episodic plans as if not
     num_bins: Several = 101  # bins K of the discrete regression of rewards and values
@@ -89,6 +96,7 @@ class Agent:
     temperature: Weight = 0.5  # inverse temperature of the elites' weights
 
     # What the task decides, see `for_task`: no flags
+    obs_dim: FromTask[int] = 0  # size O of the state vector that is seen
     action_dim: FromTask[int] = 0  # action size A
     can_terminate: FromTask[bool] = False  # whether episodes can end before their time limit
     discount: FromTask[float] = 0.99  # gamma
@@ -126,21 +134,21 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
 
 
-MODEL_SIZES = {  # millions of parameters: (mlp_dim, latent_dim, num_q)
-    1: (384, 128, 2),
-    5: (512, 512, 5),
-    19: (1024, 768, 5),
-    48: (1792, 768, 5),
-    317: (4096, 1376, 8),
+MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
+    1: (256, 384, 128, 2, 2),
+    5: (256, 512, 512, 2, 5),
+    19: (1024, 1024, 768, 3, 5),
+    48: (1792, 1792, 768, 4, 5),
+    317: (4096, 4096, 1376, 5, 8),
 }
 SCRIPTS = ("tdmpc2_jax_rgb",)  # whose checkpoints this one starts from
-SIZE_FIELDS = ("mlp_dim", "latent_dim", "num_q")
+SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
 FRAMES = 3  # pictures in a stack
 SHIFT = 3  # pixels that a stack is moved at most, in each direction
 
 
 def with_model_size(agent: Agent) -> Agent:
-    """Fills in the three sizes that were not given from the table of model sizes."""
+    """Fills in the five sizes that were not given from the table of model sizes."""
     sizes = dict(zip(SIZE_FIELDS, MODEL_SIZES[agent.model_size], strict=True))
     return dataclasses.replace(agent, **{k: v for k, v in sizes.items() if getattr(agent, k) is None})
 
@@ -154,21 +162,34 @@ def discount_of(agent: Agent, episode_length: int) -> float:
 def for_task(agent: Agent, task: str, envs) -> Agent:
     """The agent with all sizes filled in, and what the task and its vector environment decide."""
     spec = environments.task_spec(task)
+    pictures, state = split(envs.single_observation_space)
+    size = f"{PIXELS} x {PIXELS}, not {' x '.join(map(str, pictures.shape[:2]))}"
+    cli.require(pictures.shape == (PIXELS, PIXELS, 3), f"this script's encoder takes pictures of {size}")
     return dataclasses.replace(
         with_model_size(agent),
+        obs_dim=0 if state is None else state.shape[0],
         action_dim=envs.single_action_space.shape[0],
         can_terminate=spec.can_terminate,
         discount=discount_of(agent, spec.episode_length),
     )
 
 
+def observed(agent: Agent) -> dict[str, Any]:
+    """What environments are asked to show."""
+    keys = "" if agent.state_keys is None else f":{agent.state_keys}"
+    return {"obs": agent.obs + keys, "shadows": agent.shadows}
+
+
 def check_pictures(args: Args) -> None:
     """Refuses what cannot work from pixels; UserError says why."""
+    of_state = {args.agent.state_keys, args.agent.enc_dim, args.agent.num_enc_layers} - {None}
+    sees_state = args.agent.obs == "rgb+state"
+    cli.require(sees_state or not of_state, "--state-keys, --enc-dim and --num-enc-layers go with --obs rgb+state")
     channels = args.agent.latent_dim is None or args.agent.latent_dim % 16 == 0
     cli.require(channels, "--latent-dim must be a multiple of 16, the units of a channel of the encoder")
     drawn_here = environments.task_spec(args.task).domain != "Gymnasium"
     cli.require(args.agent.shadows or drawn_here, "--no-shadows goes with DMControl and Meta-World")
-    environments.check_rendering(args.task, "rgb", "rgb_array" if args.capture_video else None)
+    environments.check_rendering(args.task, observed(args.agent)["obs"], "rgb_array" if args.capture_video else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ Maths
@@ -255,15 +276,18 @@ class MLP(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Four convolutions with ReLUs between them, flattened channel by channel, then SimNorm."""
+    """Four convolutions with ReLUs between them, flattened channel by channel, then SimNorm. Of a state that is seen,
+    what the encoder of states has before its SimNorm is added before this one: z keeps its size and its groups, and the
+    softmax of a sum is the product of both encoders' softmaxes, so that each can rule out what the other cannot see."""
 
     channels: int
     simnorm_dim: int
+    hidden: tuple[int, ...]  # of the MLP of states
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, stack):
-        """Stacks [b, 64, 64, 9] of numbers 0 .. 255 -> z [b, 16 * channels]."""
+    def __call__(self, stack, state=None):
+        """Stacks [b, 64, 64, 9] of numbers 0 .. 255, and states [..., O] or None -> z [b, 16 * channels]."""
         x = stack / 255.0 - 0.5
         for i, (size, stride) in enumerate([(7, 2), (5, 2), (3, 2), (3, 1)]):  # 64 -> 29 -> 13 -> 6 -> 4
             bound = (size * size * x.shape[-1]) ** -0.5
@@ -273,7 +297,11 @@ class ConvEncoder(nn.Module):
             x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), stride).astype(jnp.float32) + bias
             if i < 3:
                 x = nn.relu(x)
-        return simnorm(jnp.moveaxis(x, -1, 1).reshape(len(x), -1), self.simnorm_dim)
+        x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
+        if state is not None:
+            state = MLP(self.hidden, x.shape[-1], dtype=self.dtype, name="state")(state)
+            x = x + nn.LayerNorm(epsilon=1e-5, name="state_norm")(state)
+        return simnorm(x, self.simnorm_dim)
 
 
 class Networks(NamedTuple):
@@ -290,8 +318,9 @@ class Networks(NamedTuple):
 def networks(agent: Agent) -> Networks:
     """The networks of an agent; with a termination head if episodes can terminate."""
     mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
+    enc_hidden = (agent.enc_dim,) * max(agent.num_enc_layers - 1, 1) if agent.obs_dim else ()
     return Networks(
-        encoder=ConvEncoder(agent.latent_dim // 16, agent.simnorm_dim, agent.compute_dtype),
+        encoder=ConvEncoder(agent.latent_dim // 16, agent.simnorm_dim, enc_hidden, agent.compute_dtype),
         dynamics=mlp(agent.latent_dim, agent.simnorm_dim),
         reward=mlp(agent.num_bins, zero_init=True),
         pi=mlp(2 * agent.action_dim),
@@ -303,11 +332,13 @@ def networks(agent: Agent) -> Networks:
 def init_params(agent: Agent, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters, one entry per component; those of `q` are stacked along a leading axis [num_q]."""
     model = networks(agent)
+    stack = jnp.zeros((1, PIXELS, PIXELS, 3 * FRAMES))
+    state = jnp.zeros((1, agent.obs_dim)) if agent.obs_dim else None
     z = jnp.zeros(agent.latent_dim)
     action = jnp.zeros(agent.action_dim)
     keys = jax.random.split(key, 6)
     params = {
-        "encoder": model.encoder.init(keys[0], jnp.zeros((1, PIXELS, PIXELS, 3 * FRAMES))),
+        "encoder": model.encoder.init(keys[0], stack, state),
         "dynamics": model.dynamics.init(keys[1], z, action),
         "reward": model.reward.init(keys[2], z, action),
         "pi": model.pi.init(keys[3], z),
@@ -319,6 +350,16 @@ def init_params(agent: Agent, key: jax.Array) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------ World model
+def split(obs):
+    """Pictures and states of observations; None for states that are not seen."""
+    return (obs["rgb"], obs["state"]) if isinstance(obs, Mapping) else (obs, None)
+
+
+def join(pictures, state):
+    """Observations of what `split` makes of them."""
+    return pictures if state is None else {"rgb": pictures, "state": state}
+
+
 def draw_shifts(key: jax.Array, *shape: int) -> jax.Array:
     """Shifts [*shape, 2] for as many stacks, each (x, y) in 0 .. 6."""
     return jax.random.randint(key, (*shape, 2), 0, 2 * SHIFT + 1)
@@ -331,19 +372,21 @@ def shift_stack(stack: jax.Array, shift: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(padded, (shift[1], shift[0], 0), stack.shape)
 
 
-def encode(agent: Agent, encoder_params, stack: jax.Array, shift: jax.Array) -> jax.Array:
-    """Encoder h(s): stacks uint8 [..., 64, 64, 9], each moved by its shift [..., 2] -> z [..., Z]."""
+def encode(agent: Agent, encoder_params, obs, shift: jax.Array) -> jax.Array:
+    """Encoder h(s): obs with stacks uint8 [..., 64, 64, 9], each moved by its shift [..., 2] -> z [..., Z]."""
     encoder = networks(agent).encoder
 
-    def encode_one(stack_and_shift):
-        return encoder.apply(encoder_params, shift_stack(*stack_and_shift)[None])[0]
+    def encode_one(obs_and_shift):
+        obs, shift = obs_and_shift
+        stack, state = split(obs)
+        return encoder.apply(encoder_params, shift_stack(stack, shift)[None], state)[0]
 
-    flat = stack.reshape(-1, *stack.shape[-3:]), shift.reshape(-1, 2)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[shift.ndim - 1 :]), (obs, shift))
     if jax.default_backend() == "cpu":  # so few at once that a layer stays in the cache
         z = jax.lax.map(encode_one, flat, batch_size=8)
     else:
         z = jax.vmap(encode_one)(flat)
-    return z.reshape(*stack.shape[:-3], -1)
+    return z.reshape(*shift.shape[:-1], -1)
 
 
 class PolicySample(NamedTuple):
@@ -444,12 +487,12 @@ def estimate_value(agent: Agent, params, z, actions, heads, eps) -> jax.Array:
 
 def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, explore: bool):
     """Model predictive path integral control (MPPI) in n environments at once.
-    obs [n, 64, 64, 9]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an
-    episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions [n, A] in
-    [-1, 1] and the new means [n, H, A].
+    obs with stacks [n, 64, 64, 9]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the
+    start of an episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
+    [n, A] in [-1, 1] and the new means [n, H, A].
     """
-    n, H, A = len(obs), agent.horizon, agent.action_dim
-    chex.assert_shape([obs, prev_mean, first], [(n, PIXELS, PIXELS, 3 * FRAMES), (n, H, A), (n,)])
+    n, H, A = len(first), agent.horizon, agent.action_dim
+    chex.assert_shape([split(obs)[0], prev_mean, first], [(n, PIXELS, PIXELS, 3 * FRAMES), (n, H, A), (n,)])
     model = networks(agent)
 
     def plan_one(env):
@@ -502,9 +545,9 @@ def environments_at_once(agent: Agent) -> int:
 
 @partial(jax.jit, static_argnames=("agent", "explore", "random"))
 def act(agent: Agent, params, obs, prev_mean, first, key, explore: bool, random: bool = False):
-    """Actions [n, A] for stacks obs [n, 64, 64, 9] by `plan`, by the policy (--no-mpc) or random; the planner's means;
-    a new key."""
-    n = len(obs)
+    """Actions [n, A] for obs with stacks [n, 64, 64, 9] by `plan`, by the policy (--no-mpc) or random; the planner's
+    means; a new key."""
+    n = len(first)
     key, noise_key = jax.random.split(key)
     if random:
         action = jax.random.uniform(noise_key, (n, agent.action_dim), minval=-1, maxval=1)
@@ -535,7 +578,7 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """Windows of H+1 consecutive entries: actions and rewards lead from one observation to the next."""
 
-    obs: jax.Array  # uint8 [H+1, B, 64, 64, 9]; as they leave the replay, single pictures [H+3, B, 64, 64, 3]
+    obs: Any  # uint8 [H+1, B, 64, 64, 9], state [H+1, B, O]; as they leave the replay, pictures [H+3, B, 64, 64, 3]
     action: jax.Array  # [H, B, A]
     reward: jax.Array  # [H, B]
     terminated: jax.Array  # [H, B]
@@ -603,7 +646,7 @@ def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: Update
     """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts."""
     model = networks(agent)
     rho = agent.rho ** jnp.arange(agent.horizon)  # [H]
-    zs = [encode(agent, params["encoder"], batch.obs[0], noise.shift[0])]
+    zs = [encode(agent, params["encoder"], jax.tree.map(lambda x: x[0], batch.obs), noise.shift[0])]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
     zs = jnp.stack(zs)  # [H+1, B, Z]
@@ -654,12 +697,13 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, q_scale, noise: UpdateNoi
 def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) -> tuple[TrainState, dict[str, Any]]:
     """One gradient step on the world model, then one on the policy, then a step of the target values towards the new
     ones. Returns the new state and a dict of scalars for the log."""
-    H, B = agent.horizon, len(batch.obs[0])
+    H, B = agent.horizon, batch.reward.shape[1]
     stacks = (H + 1, B, PIXELS, PIXELS, 3 * FRAMES)
-    chex.assert_shape(list(batch), [stacks, (H, B, agent.action_dim), (H, B), (H, B)])
+    chex.assert_shape([split(batch.obs)[0], *batch[1:]], [stacks, (H, B, agent.action_dim), (H, B), (H, B)])
     model_tx, pi_tx = optimizers(agent)
 
-    next_z = encode(agent, state.params["encoder"], batch.obs[1:], noise.shift[1:])  # [H, B, Z]
+    next_obs = jax.tree.map(lambda x: x[1:], batch.obs)
+    next_z = encode(agent, state.params["encoder"], next_obs, noise.shift[1:])  # [H, B, Z]
     target = td_target(agent, state, next_z, batch, noise)  # [H, B]
     model_params = {k: v for k, v in state.params.items() if k != "pi"}
     loss = partial(model_loss, agent, batch=batch, next_z=next_z, target=target, noise=noise)
@@ -682,7 +726,7 @@ def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) ->
 class Step(NamedTuple):
     """One step of n environments, as the replay stores it."""
 
-    obs: jax.Array  # uint8 [n, 64, 64, 3]
+    obs: Any  # uint8 [n, 64, 64, 3], state [n, O]
     action: jax.Array  # [n, A] that led to the picture
     reward: jax.Array  # [n] that it brought
     terminated: jax.Array  # [n]
@@ -705,7 +749,7 @@ class Replay(NamedTuple):
         is_start  0  2  0  0  0  0  3  0  0     ... which has three windows up to there
     """
 
-    obs: jax.Array  # uint8 [C, n, 64 * 64 * 3]; flat, as TPUs would pad a last axis of 3 to 128
+    obs: Any  # uint8 [C, n, 64 * 64 * 3], flat, as TPUs would pad a last axis of 3 to 128; state [C, n, O]
     action: jax.Array  # [C, n, A] that led to the picture
     reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
@@ -720,8 +764,9 @@ class Replay(NamedTuple):
 def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment, and two rows more for the first stack."""
     C, n = capacity + FRAMES - 1, num_envs
+    state = jnp.zeros((C, n, agent.obs_dim)) if agent.obs_dim else None
     return Replay(
-        obs=jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8),
+        obs=join(jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8), state),
         action=jnp.zeros((C, n, agent.action_dim)),
         reward=jnp.zeros((C, n)),
         terminated=jnp.zeros((C, n), bool),
@@ -739,8 +784,9 @@ def add(agent: Agent, replay: Replay, step: Step) -> Replay:
     """Writes one step of all environments over the oldest one."""
     C, n = replay.first.shape
     row = replay.rows % C
-    step = step._replace(obs=step.obs.reshape(n, -1))
-    written = {k: getattr(replay, k).at[row].set(v) for k, v in step._asdict().items()}
+    step = step._replace(obs=jax.tree.map(lambda x: x.reshape(n, -1), step.obs))
+    rings = {k: getattr(replay, k) for k in step._fields}
+    written = jax.tree.map(lambda ring, x: ring.at[row].set(x), rings, step._asdict())
     start = (replay.rows - agent.horizon) % C  # the windows that this step completes start here
     after_start = (start + 1 + jnp.arange(agent.horizon)) % C
     valid = ~written["first"][after_start].any(0) & (replay.rows >= agent.horizon)  # [n]
@@ -788,7 +834,7 @@ def draw_starts(agent: Agent, replay: Replay, key: jax.Array, oldest: jax.Array)
 
 
 def sample(agent: Agent, replay: Replay, key: jax.Array) -> Batch:
-    """Windows that begin where `draw_starts` says. Their obs [H+3, B, 64, 64, 3] are single pictures, half as much to
+    """Windows that begin where `draw_starts` says. Their obs have single pictures [H+3, B, 64, 64, 3], half as much to
     carry from one memory to another as the stacks that `stack_windows` makes of them."""
     C = len(replay.first)
     row, env = draw_starts(agent, replay, key, (replay.rows + FRAMES - 1) % C)
@@ -799,21 +845,29 @@ def sample(agent: Agent, replay: Replay, key: jax.Array) -> Batch:
     for _ in range(FRAMES - 1):
         before.insert(0, jnp.where(replay.first[before[0], env], before[0], (before[0] - 1) % C))
     rows_seen = jnp.concatenate([jnp.stack(before[:-1]), rows])  # [H+3, B]
-    obs = replay.obs[rows_seen, env].reshape(*rows_seen.shape, PIXELS, PIXELS, 3)
+    pictures, state = split(replay.obs)
+    pictures = pictures[rows_seen, env].reshape(*rows_seen.shape, PIXELS, PIXELS, 3)
+    obs = join(pictures, jax.tree.map(lambda x: x[rows, env], state))
     return Batch(obs, replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated)
 
 
 def stack_windows(batch: Batch) -> Batch:
-    """A batch of `sample` with stacks [H+1, B, 64, 64, 9] for obs."""
-    n = len(batch.obs) - FRAMES + 1
-    return batch._replace(obs=jnp.concatenate([batch.obs[i : i + n] for i in range(FRAMES)], axis=-1))
+    """A batch of `sample` with stacks [H+1, B, 64, 64, 9] for single pictures."""
+    pictures, state = split(batch.obs)
+    n = len(pictures) - FRAMES + 1
+    stacks = jnp.concatenate([pictures[i : i + n] for i in range(FRAMES)], axis=-1)
+    return batch._replace(obs=join(stacks, state))
 
 
-def stack_pictures(stack: np.ndarray, obs: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """What acting sees [n, 64, 64, 9]: obs [n, 64, 64, 3] after the last two pictures of `stack`, or where an episode
-    begins (first [n]) three times."""
-    pushed = np.concatenate([stack[..., 3:], obs], axis=-1)
-    return np.where(first[:, None, None, None], np.tile(obs, FRAMES), pushed)
+def stack_pictures(before, obs, first: np.ndarray):
+    """What acting sees, obs with stacks [n, 64, 64, 9]: the pictures [n, 64, 64, 3] of obs after the last two of what
+    was seen before (None at the start), or where an episode begins (first [n]) three times."""
+    pictures, state = split(obs)
+    stacks = np.tile(pictures, FRAMES)
+    if before is not None:
+        pushed = np.concatenate([split(before)[0][..., 3:], pictures], axis=-1)
+        stacks = np.where(first[:, None, None, None], stacks, pushed)
+    return join(stacks, state)
 
 
 @partial(jax.jit, static_argnames=("agent", "num_batches"))
@@ -851,8 +905,9 @@ def train(agent: Agent, state: TrainState, source: Replay | Batch, num_updates: 
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def make_eval_envs(args: Args):
     """The environments of an evaluation, one for each of its episodes."""
-    pictures = {"obs": "rgb", "shadows": args.agent.shadows, "render_mode": "rgb_array" if args.capture_video else None}
-    return environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **pictures)
+    render_mode = "rgb_array" if args.capture_video else None
+    seed = (args.seed, 1)
+    return environments.make_envs(args.task, args.eval_episodes, seed, render_mode=render_mode, **observed(args.agent))
 
 
 def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: None, stop=()) -> Evaluation | None:
@@ -865,14 +920,14 @@ def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: 
     """
     E = envs.num_envs
     obs, _ = envs.reset(seed=seed)
-    stacks = np.tile(obs, FRAMES)
+    seen = None
     first, running = np.ones(E, bool), np.ones(E, bool)
     returns, successes = np.zeros(E), np.zeros(E)
     frames = [envs.render()[0]] if film else []
     mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
     while running.any():
-        stacks = stack_pictures(stacks, obs, first)
-        action, mean, key = act(agent, params, stacks, mean, first, key, explore=False)
+        seen = stack_pictures(seen, obs, first)
+        action, mean, key = act(agent, params, seen, mean, first, key, explore=False)
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
         if film and running[0]:
             frames.append(envs.render()[0])
@@ -940,7 +995,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
     info = {}
     prev_mean = committed(jnp.zeros((n, agent.horizon, agent.action_dim)))
     obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
-    stacks = np.tile(obs, FRAMES)
+    seen = None
     action = np.zeros((n, agent.action_dim), np.float32)
     done = np.zeros(n, bool)
     entry = Step(obs, action, np.zeros(n, np.float32), terminated=done, first=~done)  # a reset: the rest is filler
@@ -948,9 +1003,9 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
         # Act: dispatched here, read when the environments are stepped
         random = count["decisions"] <= seed_steps and not args.checkpoint
         replay = add(agent, replay, entry)  # on its own, as the replay may lie in another memory
-        stacks = stack_pictures(stacks, obs, entry.first)
+        seen = stack_pictures(seen, obs, entry.first)
         action, prev_mean, key = act(
-            agent, state.params, stacks, prev_mean, entry.first, key, explore=True, random=random
+            agent, state.params, seen, prev_mean, entry.first, key, explore=True, random=random
         )
 
         # Evaluate
@@ -1007,8 +1062,7 @@ def run(args: Args) -> None:
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
-        pictures = {"obs": "rgb", "shadows": args.agent.shadows}
-        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0), **pictures)
+        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0), **observed(args.agent))
         envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
         eval_envs = stack.enter_context(contextlib.closing(make_eval_envs(args)))
         agent = for_task(args.agent, args.task, envs)
@@ -1016,8 +1070,8 @@ def run(args: Args) -> None:
         state, key, replay, count = start_or_resume(args, agent, checkpoints)
         folder.begin()
         logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
-        seen = f"{FRAMES} pictures of {PIXELS} x {PIXELS}"
-        title = f"{spec.name}: {seen}, {agent.action_dim} actions, {args.num_envs} environment(s)"
+        made = f"{FRAMES} {envs.metadata['observations']}, {envs.metadata['actions']}"
+        title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         step = count["decisions"] * spec.action_repeat
         logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
         stack.enter_context(signals)

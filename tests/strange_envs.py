@@ -88,8 +88,34 @@ class Pixels(Point):
         return self.draw(), *rest
 
 
-class LargePixels(Point):
+class LargePixels(Pixels):
     observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+
+    def draw(self):
+        return np.pad(super().draw(), ((16, 16), (16, 16), (0, 0)))
+
+
+class PixelsAndNumbers(Pixels):
+    """The bar, and beside it where the point is, how fast it is and on which side; or more than one picture."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, pictures=("camera",), numbers=True, **kwargs):
+        super().__init__(**kwargs)
+        self.pictures, spaces = pictures, {name: Pixels.observation_space for name in pictures}
+        if numbers:
+            spaces |= {"place": gym.spaces.Box(-np.inf, np.inf, (), np.float64), "speed": Point.observation_space}
+            spaces["left"] = gym.spaces.Discrete(2)
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def draw(self):
+        x, v = self.state
+        seen = {name: super(PixelsAndNumbers, self).draw() for name in self.pictures}
+        numbers = {"place": np.float64(x), "speed": np.array([v, abs(v)], np.float32), "left": int(x < 0)}
+        return seen | {name: value for name, value in numbers.items() if name in self.observation_space.spaces}
+
+    def render(self):
+        return super().draw()
 
 
 for name, cls, kwargs in [
@@ -104,5 +130,8 @@ for name, cls, kwargs in [
     ("Pixels", Pixels, {}),
     ("LargePixels", LargePixels, {}),
     ("PixelsFalling", Pixels, {"terminates": True}),
+    ("PixelsAndNumbers", PixelsAndNumbers, {"terminates": True}),
+    ("PixelsInDict", PixelsAndNumbers, {"numbers": False}),
+    ("TwoCameras", PixelsAndNumbers, {"pictures": ("left_eye", "right_eye")}),
 ]:
     gym.register(f"{name}-v0", entry_point=cls, max_episode_steps=40, kwargs=kwargs)

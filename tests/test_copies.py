@@ -22,7 +22,7 @@ DIFFERENT = {  # what a script changes in a block of tdmpc2_jax.py; all other bl
         fresh_state start_or_resume loop run
     """.split(),
     "tdmpc2_jax_rgb": """
-        Agent Args MODEL_SIZES SCRIPTS SIZE_FIELDS with_model_size for_task
+        Agent Args SCRIPTS for_task
         Networks networks init_params
         PlanNoise plan_noise plan act
         Batch UpdateNoise update_noise model_loss update
@@ -91,7 +91,7 @@ def arguments(script):
 MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_mt": "exp_name seed resume checkpoint_freq log_freq eval_freq eval_episodes capture_video evaluate "
     "checkpoint model_size batch_size",
-    "tdmpc2_jax_rgb": "task exp_name checkpoint model_size mlp_dim latent_dim buffer_size",
+    "tdmpc2_jax_rgb": "task exp_name checkpoint model_size enc_dim latent_dim num_enc_layers obs_dim buffer_size",
     "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
     "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes discount",
     "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq total_timesteps "

@@ -916,6 +916,33 @@ def test_pixel_observations_are_one_small_frame(gl, task):
     env.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pictures_and_the_state_of_the_same_moment_are_seen_together(gl, num_workers):
+    kinds = ("rgb+state", "rgb+state:velocity", "rgb", "state")
+    vectors = [envs.make_envs("cartpole-swingup", 2, 1, obs=kind, num_workers=num_workers) for kind in kinds]
+    seen = [vector.reset()[0] for vector in vectors]
+    for step in range(3):
+        if step:
+            seen = [vector.step(np.full((2, 1), 0.5, np.float32))[0] for vector in vectors]
+        both, velocities, pictures, states = seen
+        np.testing.assert_array_equal(both["rgb"], pictures)
+        np.testing.assert_array_equal(both["state"], states)
+        np.testing.assert_array_equal(velocities["state"], states[:, 3:])
+        assert both in vectors[0].observation_space and velocities["state"].dtype == np.float32
+    for vector in vectors:
+        vector.close()
+
+
+def test_what_is_not_in_a_state_is_refused_with_what_is(gl):
+    with pytest.raises(envs.UserError, match="'cartpole-swingup' has no 'angle'; it has position, velocity"):
+        envs.make_env("cartpole-swingup", obs="rgb+state:position,angle")
+    env = envs.make_env("mw-reach", obs="rgb+state:goal,hand")
+    obs, alone = env.reset()[0], envs.make_env("mw-reach").reset()[0]
+    assert obs["state"].shape == (6,) and env.observation_space["state"].shape == (6,)
+    np.testing.assert_array_equal(obs["state"], alone[[0, 1, 2, 36, 37, 38]])
+    env.close()
+
+
 def test_drawing_counts_when_workers_are_chosen():
     assert envs.default_workers("cartpole-swingup", 4, cores=4) == 0
     assert envs.default_workers("cartpole-swingup", 4, cores=4, obs="rgb") == 4

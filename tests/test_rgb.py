@@ -131,8 +131,9 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
 
 
 @BOTH
-def test_windows_are_as_likely_as_they_should_be(way):
-    agent, replay, valid, _ = drawn_from(way, 1, 25, 3, 90, 0.15)
+@pytest.mark.parametrize("episodes", [(25, 3, 90, 0.15), (40, 2, 30, 0.1)], ids=["full", "not full"])
+def test_windows_are_as_likely_as_they_should_be(way, episodes):
+    agent, replay, valid, _ = drawn_from(way, 1, *episodes)
     sample = jax.jit(partial(rgb.sample, agent, replay))
     names = [sample(jax.random.key(i)).obs[rgb.FRAMES - 1, :, 0, 0] for i in range(16)]  # of the windows' first entries
     names = np.concatenate(names)
@@ -268,6 +269,93 @@ def test_no_random_number_is_used_twice(learner):
         rgb.act(agent, state.params, obs, mean, first, streams.evaluate, explore=False)
 
 
+# ------------------------------------------------------------------------------------------------ Pictures and states
+BESIDE = ("--task", "strange_envs:PixelsAndNumbers-v0", "--obs", "rgb+state", "--state-keys", "speed,left")
+
+
+class NamedTwice(Named):
+    """The same with the three numbers beside the pictures."""
+
+    @staticmethod
+    def add(agent, replay, step):
+        pictures = np.broadcast_to(step.obs[:, None, None].astype(np.uint8), (len(step.obs), 64, 64, 3))
+        return rgb.add(agent, replay, step._replace(obs={"rgb": pictures, "state": step.obs}))
+
+
+def test_states_are_those_of_the_newest_pictures_of_their_stacks():
+    agent = rgb.Agent(obs="rgb+state", obs_dim=3, action_dim=1, batch_size=500)
+    replay, _ = write_episodes(NamedTwice, agent, 0, 25, 3, 90)
+    batch = rgb.stack_windows(rgb.sample(agent, replay, jax.random.key(0)))
+    assert batch.obs["rgb"].shape == (H + 1, 500, 64, 64, 9) and batch.obs["state"].dtype == jnp.float32
+    np.testing.assert_array_equal(batch.obs["state"], batch.obs["rgb"][:, :, 0, 0, 6:])
+    assert np.unique(batch.obs["state"][0], axis=0).shape[0] > 10
+
+
+def test_acting_sees_the_newest_state_beside_a_stack():
+    rng, seen, alone = np.random.default_rng(0), None, None
+    for first in (np.ones(2, bool), np.array([False, True]), np.zeros(2, bool)):
+        obs = {"rgb": rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8), "state": rng.normal(size=(2, 5))}
+        seen, alone = rgb.stack_pictures(seen, obs, first), rgb.stack_pictures(alone, obs["rgb"], first)
+        np.testing.assert_array_equal(seen["rgb"], alone)
+        np.testing.assert_array_equal(seen["state"], obs["state"])
+
+
+def test_what_the_encoders_of_pictures_and_of_states_have_before_simnorm_is_added():
+    """So z is the normalised product of what each would be alone, group by group."""
+    sizes = {"mlp_dim": 16, "latent_dim": 16, "num_q": 2, "enc_dim": 8, "num_enc_layers": 2}
+    pixels = rgb.Agent(**sizes, action_dim=1)
+    both = dataclasses.replace(pixels, obs="rgb+state", obs_dim=4)
+    rng = np.random.default_rng(0)
+    stack, state = rng.integers(0, 256, (3, 64, 64, 9), dtype=np.uint8), rng.normal(size=(3, 4)).astype(np.float32)
+    shift = jnp.full((3, 2), 1)
+    params = jax.jit(rgb.init_params, static_argnums=0)(both, jax.random.key(0))["encoder"]
+    of_state = {k: params["params"].pop(k) for k in ("state", "state_norm")}
+    encode = jax.jit(rgb.encode, static_argnums=0)
+    of_pictures = encode(pixels, params, stack, shift)
+    z = encode(both, {"params": params["params"] | of_state}, {"rgb": stack, "state": state}, shift)
+    mlp = td.MLP((8,), 16, simnorm_dim=8)  # the encoder of states alone, as tdmpc2_jax.py has it
+    alone = mlp.apply({"params": of_state["state"] | {"norm_1": of_state["state_norm"]}}, state)
+    product = (of_pictures * alone).reshape(3, -1, 8)
+    np.testing.assert_allclose(z, (product / product.sum(-1, keepdims=True)).reshape(3, 16), atol=1e-6)
+
+
+def test_a_run_sees_pictures_and_parts_of_the_state(here, tmp_path):
+    flags = (*BESIDE, "--enc-dim", 8, "--num-envs", 2, "--utd", 0.5, "--no-mpc", "--seed-steps", 20)
+    status, out, err = here(*flags, "--total-timesteps", 24, name=NAME)
+    assert status == 0, err
+    assert "3 pictures of 64 x 64 and 4 numbers" in out
+    status, _, err = here(*BESIDE[:2], "--resume", "--total-timesteps", 30, name=NAME, small=False)  # else as it was
+    assert status == 0, err
+    folder = tmp_path / "runs" / "strange_envs:PixelsAndNumbers-v0" / "tdmpc2_jax_rgb" / "1"
+    steps, _ = read_curve(folder)
+    assert len(steps) == 3 and steps[0] == 0 and 24 <= steps[1] < 30 <= steps[2] == count_of(folder)["decisions"]
+    assert count_of(folder)["updates"] > 20
+
+    # What the run has kept is what its first environments gave: the state, and the picture that belongs to it
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = shapes_on(place, lambda: rgb.init_replay(rgb.Agent(obs="rgb+state", obs_dim=4, action_dim=1), 1500, 2))
+    kept = read_checkpoint(find_checkpoint(folder), meta_of(folder, "tdmpc2_jax_rgb"), replay=like)["replay"]
+    with contextlib.closing(envs.make_envs(BESIDE[1], 2, obs="rgb+state:speed,left")) as again:
+        obs, _ = again.reset(seed=(1, 0, 0))
+        for row in range(12):
+            obs = again.step(np.asarray(kept.action[row]))[0] if row else obs
+            np.testing.assert_array_equal(kept.obs["state"][row], obs["state"])
+            np.testing.assert_array_equal(kept.obs["rgb"][row].reshape(obs["rgb"].shape), obs["rgb"])
+
+    flags = ("--evaluate", "--checkpoint", folder, "--eval-episodes", 2, "--capture-video")
+    status, out, err = here(*flags, name=NAME, small=False)
+    assert status == 0 and out.count("episode ") == 2, err
+    assert list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_run_of_pixels_alone_is_not_resumed_with_states(refused, tmp_path):
+    folder = tmp_path / "runs" / "strange_envs:PixelsAndNumbers-v0" / "tdmpc2_jax_rgb" / "1"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text("{}")  # as written before there was a choice
+    sentence = refused(*BESIDE, "--resume", "--runs-dir", tmp_path / "runs")
+    assert "--resume continues a run as it was started" in sentence and "--obs rgb" in sentence
+
+
 # --------------------------------------------------------------------------------------------------------------- Runs
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, here, tmp_path):
     folder, flags = tmp_path / "runs" / FOLDER, (*PIXELS, "--total-timesteps", 200, "--no-mpc", "--resume")
@@ -291,15 +379,31 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, here, tmp_path
     assert len(json.loads((tmp_path / "result.json").read_text())["returns"]) == 2 and out.count("episode ") == 2
 
 
-def test_equal_seeds_give_equal_runs_bit_for_bit(here, tmp_path):
-    def run(name):
-        status, _, err = here(*PIXELS, "--total-timesteps", 150, "--no-mpc", "--exp-name", name, name=NAME)
+def test_equal_seeds_give_equal_runs_bit_for_bit(script, here, tmp_path):
+    def run(process, name):
+        status, _, err = process(*PIXELS, "--total-timesteps", 150, "--exp-name", name, name=NAME)
         assert status == 0, err
         folder = tmp_path / "runs" / "strange_envs:Pixels-v0" / name / "1"
         tags = ("losses/total_loss", "losses/pi_loss", "charts/episodic_return")
         return [read_curve(folder)[1]] + [read_scalars(folder, tag) for tag in tags]
 
-    assert run("a") == run("b")
+    assert run(script, "a") == run(here, "b")
+
+
+def test_runs_that_differ_in_seed_name_and_folder_trace_an_update_once(here, monkeypatch):
+    traced = []
+
+    def update(*args):
+        traced.append(args)
+        return original(*args)
+
+    original = rgb.update
+    monkeypatch.setattr(rgb, "update", update)
+    flags = (*PIXELS, "--total-timesteps", 110, "--no-mpc", "--lr", 2e-4)  # an agent that no other test has
+    for seed, name, runs in ((1, "a", "runs"), (2, "b", "others")):
+        status, _, err = here(*flags, "--seed", seed, "--exp-name", name, "--runs-dir", runs, name=NAME)
+        assert status == 0, err
+    assert len(traced) == 1
 
 
 def test_an_untrained_agent_is_evaluated_by_its_policy_on_a_cpu(here, monkeypatch):
@@ -386,6 +490,17 @@ def test_a_simulator_is_learned_from(here, tmp_path):
         (["--task", "strange_envs:LargePixels-v0"], ["64 x 64"]),
         (["--task", "strange_envs:Pixels-v0", "--no-shadows"], ["--no-shadows", "DMControl"]),
         (["--task", "strange_envs:Pixels-v0", "--latent-dim", 24], ["--latent-dim", "16"]),
+        ([*BESIDE, "--state-keys", "left,velocity"], ["no 'velocity'", "it has left, place, speed"]),
+        ([*BESIDE, "--state-keys", ""], ["no ''", "it has left, place, speed"]),
+        ([*BESIDE, "--obs", "rgb"], ["--state-keys", "--obs rgb+state"]),
+        (["--task", "strange_envs:Pixels-v0", "--obs", "rgb+state"], ["no state vector"]),
+        (["--task", "strange_envs:PixelsInDict-v0", "--obs", "rgb+state"], ["no state vector"]),
+        (
+            ["--task", "strange_envs:TwoCameras-v0", "--obs", "rgb+state"],
+            ["several pictures", "['left_eye'], ['right_eye']"],
+        ),
+        (["--task", "InvertedPendulum-v5", "--obs", "rgb+state"], ["InvertedPendulum-v5", "no pictures"]),
+        (["--task", "myo-reach", "--obs", "rgb+state"], ["pixels", "DMControl and Meta-World", "myo-reach"]),
         (
             ["--task", "strange_envs:Pixels-v0", "--buffer-size", 10**9],
             ["--buffer-size 1000000000", "GB are free", "enough"],

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 
 from tdmpc2_support.envs import rendering
-from tdmpc2_support.envs.guard import Actions, Guard, Observations, close_quietly, picture, refusal
+from tdmpc2_support.envs.guard import (
+    Actions,
+    Guard,
+    Observations,
+    close_quietly,
+    columns_of,
+    entry,
+    is_image,
+    parts_of,
+    picture,
+    refusal,
+    words_of,
+)
 from tdmpc2_support.envs.tasks import TaskSpec
 from tdmpc2_support.errors import UserError
 
@@ -23,6 +35,7 @@ class Simulator(NamedTuple):
     camera: int = 0  # which of the model's cameras
     repeats: bool = False  # `env.step(action, n)` holds an action for n simulator steps, faster than n calls of it
     seeds: int = 2**32  # `env.reset` takes seeds below this
+    parts: Mapping[str, int] | None = None  # names and sizes of what a flat observation is made of, in order
 
 
 class Task(gym.Wrapper):
@@ -40,7 +53,8 @@ class Task(gym.Wrapper):
         self._spec = spec
         self._first_seed = seed
         self._steps_left = 0
-        self._pixels = obs == "rgb"
+        self._obs, given, keys = obs.partition(":")
+        self._pixels = self._obs != "state"
         self._render_mode = render_mode
         self._shadows = shadows
         self._cameras: dict[int, rendering.Camera] = {}  # by the size of their pictures
@@ -51,12 +65,20 @@ class Task(gym.Wrapper):
         self._to_vector: Observations | None = None
         space = getattr(simulator.env, "observation_space", None)
         if self._pixels:
-            self.observation_space = self._frame_space(space)
-            seen = f"pictures of {rendering.PIXELS} x {rendering.PIXELS}"
-        else:
-            self._to_vector = Observations(spec.name, space)
+            self._picture_at, self._frame = self._find_picture(space)
+            self.observation_space = self._frame
+            seen = f"pictures of {' x '.join(map(str, self._frame.shape[:2]))}"
+        if self._obs != "rgb":
+            self._to_vector = Observations(spec.name, space, beside_pictures=self._pixels)
             self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self._to_vector.size,), np.float32)
+        if self._obs == "state":
             seen = self._to_vector.words
+        elif self._to_vector:
+            parts = simulator.parts or self._to_vector.sizes
+            self._columns = columns_of(parts, keys.split(",") if given else None, spec.name)
+            state = gym.spaces.Box(-np.inf, np.inf, self._columns.shape, np.float32)
+            self.observation_space = gym.spaces.Dict({"rgb": self._frame, "state": state})
+            seen += f" and {len(self._columns)} numbers"
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": 25,
@@ -68,13 +90,19 @@ class Task(gym.Wrapper):
         if simulator.scene and (self._pixels or render_mode):
             rendering.choose_gl()
 
-    def _frame_space(self, space: gym.Space) -> gym.spaces.Box:
-        frame = gym.spaces.Box(0, 255, (rendering.PIXELS, rendering.PIXELS, 3), np.uint8)
-        if not self._simulator.scene and space != frame:
-            size = f"{rendering.PIXELS} x {rendering.PIXELS}"
-            name = self._spec.name
-            raise UserError(f"task {name!r} has no pictures of {size} as observations, uint8 {list(frame.shape)}")
-        return frame
+    def _find_picture(self, space: gym.Space) -> tuple[tuple, gym.spaces.Box]:
+        """Where in an observation the only picture is, if it is not drawn here, and the space of pictures."""
+        if self._simulator.scene:
+            return (), gym.spaces.Box(0, 255, (rendering.PIXELS, rendering.PIXELS, 3), np.uint8)
+        name = self._spec.name
+        size = f"{rendering.PIXELS} x {rendering.PIXELS}"
+        found = [(path, part) for path, part in parts_of(space) if is_image(part)]
+        if len(found) > 1:
+            places = ", ".join(words_of(path) for path, _ in found)
+            raise UserError(f"task {name!r} has several pictures in an observation: {places}; one is seen at most")
+        if not found or found[0][1].dtype != np.uint8 or found[0][1].shape[2:] != (3,):
+            raise UserError(f"task {name!r} has no pictures of {size} as observations, uint8 [height, width, 3]")
+        return found[0]
 
     @property
     def render_mode(self) -> str | None:
@@ -124,12 +152,16 @@ class Task(gym.Wrapper):
             reason = "its networks have diverged, or an observation is too large for them"
             raise UserError(f"task {self._spec.name!r}: the agent's action is not finite: {reason}")
 
-    def _observation(self, method: str, obs: Any) -> np.ndarray:
-        if self._to_vector:
-            return self._to_vector(method, obs)
+    def _observation(self, method: str, obs: Any) -> Any:
+        state = self._to_vector(method, obs) if self._to_vector else None
+        if not self._pixels:
+            return state
         if self._simulator.scene:
-            return self._draw(rendering.PIXELS)
-        return self._picture(method, obs, self.observation_space.shape)
+            frame = self._draw(rendering.PIXELS)
+        else:
+            shown = entry(self._spec.name, method, self._picture_at, obs)
+            frame = self._picture(method, shown, self._frame.shape)
+        return frame if state is None else {"rgb": frame, "state": state[self._columns]}
 
     def _picture(self, method: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         frame = picture(self._spec.name, method, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -33,7 +34,7 @@ def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
         physics = env.unwrapped.physics
         return physics.model.ptr, physics.data.ptr
 
-    return Simulator(env, seconds, scene, camera, repeats=spec.name in TASKS)
+    return Simulator(env, seconds, scene, camera, repeats=spec.name in TASKS, parts=env.parts)
 
 
 class DMControl(gym.Env):
@@ -55,8 +56,8 @@ class DMControl(gym.Env):
         action = dm_env.action_spec()
         low, high = (np.broadcast_to(bound, action.shape) for bound in (action.minimum, action.maximum))
         self.action_space = gym.spaces.Box(low, high, dtype=np.float64)
-        size = sum(int(np.prod(part.shape)) for part in dm_env.observation_spec().values())
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.parts = sizes(dm_env.observation_spec())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (sum(self.parts.values()),), np.float32)
 
     @property
     def physics(self) -> Any:
@@ -100,14 +101,19 @@ class ShimmyDMControl(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env, spec: TaskSpec):
         super().__init__(env)
-        parts = env.observation_space.spaces.values()
-        if any(map(is_image, parts)):
+        parts = env.observation_space.spaces
+        if any(map(is_image, parts.values())):
             raise UserError(f"task {spec.name!r} has image observations; only numbers are supported")
-        size = sum(int(np.prod(part.shape)) for part in parts)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.parts = sizes(parts)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (sum(self.parts.values()),), np.float32)
 
     def observation(self, observation: dict[str, Any]) -> np.ndarray:
         return flatten(observation)
+
+
+def sizes(parts: Mapping[str, Any]) -> dict[str, int]:
+    """How many numbers of a flat observation each part is."""
+    return {name: int(np.prod(part.shape)) for name, part in parts.items()}
 
 
 def flatten(observation: dict[str, Any]) -> np.ndarray:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -63,19 +63,23 @@ class Observations:
     Args:
         task: for sentences.
         space: as the environment has it.
+        beside_pictures: leave pictures out of the vectors.
 
     Attributes:
         size: of the vectors.
+        sizes: those of the parts by their names.
         words: what was made of the space, as "5 observations (achieved_goal 1, observation 4)".
 
     Raises:
         UserError: there are pictures among them, or they have no fixed size.
     """
 
-    def __init__(self, task: str, space: Any):
+    def __init__(self, task: str, space: Any, beside_pictures: bool = False):
         check_is_space(task, "observation_space", space)
         self.task = task
-        self.parts = list(parts_of(space))
+        self.parts = [(path, part) for path, part in parts_of(space) if not (beside_pictures and is_image(part))]
+        if beside_pictures and not self.parts:
+            raise UserError(f"task {task!r} has no state vector beside its pictures")
         self.plain = isinstance(space, spaces.Box)
         self.shape = space.shape
         sizes = []
@@ -95,9 +99,10 @@ class Observations:
         if not self.size:
             raise UserError(f"task {task!r} has no observations: {one_line(space)}")
         self.words = f"{self.size} observations"
+        named = [".".join(map(str, path)) or type(part).__name__ for path, part in self.parts]
+        self.sizes = dict(zip(named, sizes, strict=True))
         if not self.plain:
-            named = [".".join(map(str, path)) or type(part).__name__ for path, part in self.parts]
-            each = ", ".join(f"{name} {size}" for name, size in zip(named, sizes, strict=True))
+            each = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             self.words += f" ({one_line(each)})"
         elif len(self.shape) != 1:
             self.words += f" ({self.shape} flattened)"
@@ -132,12 +137,7 @@ class Observations:
         return array.reshape(-1)
 
     def _part(self, method: str, path: tuple, space: gym.Space, value: Any) -> np.ndarray:
-        for depth, key in enumerate(path):
-            try:
-                value = value[key]
-            except (KeyError, IndexError, TypeError):
-                came = f"of type {type(value).__name__} without {key!r}"
-                raise self._refuse(method, path[:depth], came, f"{words_of(path)}, as its space says") from None
+        value = entry(self.task, method, path, value)
         if isinstance(space, spaces.Box | spaces.MultiBinary):
             return self._numbers(method, path, space.shape, value)
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
@@ -153,6 +153,30 @@ class Observations:
         except Exception:
             expected = one_line(space, 80)
             raise self._refuse(method, path, f"of {one_line(value, 40)}", f"one of {expected}") from None
+
+
+def entry(task: str, method: str, path: tuple, value: Any) -> Any:
+    """What is at this place of an observation."""
+    for depth, key in enumerate(path):
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            came = f"an observation{words_of(path[:depth])} of type {type(value).__name__} without {key!r}"
+            raise refusal(task, method, came, f"{words_of(path)}, as its space says") from None
+    return value
+
+
+def columns_of(parts: Mapping[str, int], keys: Sequence[str] | None, task: str) -> np.ndarray:
+    """Where in a task's state vector the parts of these names are, in its order; all of it without names.
+
+    Raises:
+        UserError: a name is none of a part; the sentence lists those that exist.
+    """
+    missing = [key for key in keys or () if key not in parts]
+    if missing:
+        raise UserError(f"the state of task {task!r} has no {missing[0]!r}; it has {', '.join(parts)}")
+    names = np.repeat([*parts], [*parts.values()])
+    return np.flatnonzero(np.isin(names, [*parts] if keys is None else keys))
 
 
 def as_numbers(value: Any) -> np.ndarray | None:

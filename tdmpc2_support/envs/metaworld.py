@@ -9,6 +9,10 @@ from tdmpc2_support.envs.adapter import Simulator
 from tdmpc2_support.envs.rendering import turn_upright
 from tdmpc2_support.envs.tasks import TaskSpec, import_simulator
 
+# Of its 39 numbers: position of the hand, opening of the gripper, positions and orientations of two objects, all of
+# these one simulator step before, and the goal's position.
+PARTS = {"hand": 3, "gripper": 1, "objects": 14, "before": 18, "goal": 3}
+
 
 def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     """A Meta-World task with its goal in the observation, seen by camera corner2, moved as in TD-MPC2."""
@@ -19,7 +23,7 @@ def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     model, camera = simulator.model, simulator.model.camera("corner2").id
     model.cam_pos[camera] = 0.75, 0.075, 0.7
     turn_upright(model, simulator.data, camera)
-    return Simulator(MetaWorld(simulator), simulator.dt, lambda: (model, simulator.data), camera)
+    return Simulator(MetaWorld(simulator), simulator.dt, lambda: (model, simulator.data), camera, parts=PARTS)
 
 
 class MetaWorld(gym.Wrapper):

@@ -53,7 +53,7 @@ def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs == "rgb")
+    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs != "state")
     num_envs *= len(tasks)
     workers = range(2, min(num_envs, cores) + 1)
     times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
@@ -115,7 +115,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """Starts an episode in every environment → obs [num_envs, …], infos. Environment i gets number i of
         `env_seeds(seed, num_envs)`; without a seed its random stream goes on."""
         self._reset_all([None] * self.num_envs if seed is None else env_seeds(seed, self.num_envs), options)
-        return self._records["obs"].copy(), self._infos()
+        return self._observations(), self._infos()
 
     def _reset_all(self, seeds: list[int | None], options: dict | None) -> None:
         for record, env, seed in zip(self._records, self._envs, seeds, strict=True):
@@ -133,11 +133,15 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         rec["action"], rec["active"] = np.reshape(actions, self.action_space.shape), active
         self._step_all()
         rewards, ends = np.where(active, rec["reward"], 0.0), (active & rec["terminated"], active & rec["truncated"])
-        return rec["obs"].copy(), rewards, *ends, self._infos()
+        return self._observations(), rewards, *ends, self._infos()
 
     def _step_all(self) -> None:
         for record, env in zip(self._records, self._envs, strict=True):
             _record_step(record, env)
+
+    def _observations(self) -> Any:
+        obs = self._records["obs"]
+        return {name: obs[name].copy() for name in obs.dtype.names} if obs.dtype.names else obs.copy()
 
     def _infos(self) -> dict[str, np.ndarray]:
         return {"success": self._records["success"].copy(), "_success": np.ones(self.num_envs, bool)}
@@ -262,9 +266,13 @@ class WorkerVectorEnv(TaskVectorEnv):
                 process.wait()
 
 
-def _record(obs_space: gym.spaces.Box, action_space: gym.spaces.Box) -> np.dtype:
+def _record(obs_space: gym.Space, action_space: gym.spaces.Box) -> np.dtype:
     """What parent and worker share of one environment."""
-    fields: list[tuple[Any, ...]] = [("obs", obs_space.dtype, obs_space.shape)]
+    if isinstance(obs_space, gym.spaces.Dict):
+        parts = [(name, space.dtype, space.shape) for name, space in obs_space.items()]
+        fields: list[tuple[Any, ...]] = [("obs", np.dtype(parts, align=True))]
+    else:
+        fields = [("obs", obs_space.dtype, obs_space.shape)]
     fields += [("action", action_space.dtype, action_space.shape)]
     fields += [("reward", "f8"), ("terminated", "?"), ("truncated", "?"), ("success", "f8"), ("active", "?")]
     return np.dtype(fields, align=True)
@@ -313,8 +321,13 @@ def _report(pipe: Connection, kind: str, text: str) -> None:
         pipe.send((kind, text))
 
 
+def _record_obs(record: np.void, obs: Any) -> None:
+    record["obs"] = tuple(obs.values()) if isinstance(obs, dict) else obs
+
+
 def _record_reset(record: np.void, result: tuple[np.ndarray, dict]) -> None:
-    record["obs"], info = result
+    obs, info = result
+    _record_obs(record, obs)
     record["reward"], record["terminated"], record["truncated"], record["success"] = 0.0, False, False, info["success"]
 
 
@@ -324,5 +337,6 @@ def _record_step(record: np.void, env: gym.Env) -> None:
     if record["terminated"] or record["truncated"]:  # NEXT_STEP autoreset
         _record_reset(record, env.reset())
     else:
-        record["obs"], record["reward"], record["terminated"], record["truncated"], info = env.step(record["action"])
+        obs, record["reward"], record["terminated"], record["truncated"], info = env.step(record["action"])
+        _record_obs(record, obs)
         record["success"] = info["success"]

@@ -28,7 +28,7 @@ from tdmpc2_support.errors import UserError
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
 
-BEFORE = {"sample": "windows"}  # what was fixed before it became an argument
+BEFORE = {"sample": "windows", "obs": "rgb", "state_keys": None}  # what was fixed before it became an argument
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 
 
