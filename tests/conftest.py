@@ -39,6 +39,8 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
+gc.set_threshold(50_000, 20, 50)  # programs that are traced are millions of small objects that live long
+
 # Small agents: the environments of most tests are fast and have episodes of 40 decisions
 SMALL = (
     "--mlp-dim 16 --latent-dim 16 --num-q 2 --batch-size 16 --num-samples 32 --num-elites 8 "

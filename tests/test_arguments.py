@@ -20,20 +20,21 @@ TINY = (
 ).split()
 
 
-@pytest.fixture(params=["first", "last"])
-def fork(request, tmp_path, monkeypatch):
-    """A copy of the script with one more hyperparameter, as the first or the last field of Agent, that the update
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A copy of the script with two more hyperparameters, as the first and the last field of Agent, that the update
     multiplies its learning rate by; it prints what it is traced with."""
     text = (ROOT / "tdmpc2_jax.py").read_text()
-    place = (
-        "    # World model\n" if request.param == "first" else "    # What the task decides, see `for_task`: no flags\n"
-    )
-    assert text.count(place) == 1
-    text = text.replace(place, f"    trap: Positive = 1.0  # scales the learning rate\n{place}")
-    text = text.replace("optax.scale(-agent.lr)", "optax.scale(-agent.lr * agent.trap)")
+    for name, place in (
+        ("first", "    # World model\n"),
+        ("last", "    # What the task decides, see `for_task`: no flags\n"),
+    ):
+        assert text.count(place) == 1
+        text = text.replace(place, f"    {name}_trap: Positive = 1.0  # scales the learning rate\n{place}")
+    text = text.replace("optax.scale(-agent.lr)", "optax.scale(-agent.lr * agent.first_trap * agent.last_trap)")
     line = "    n, H, A = len(obs), agent.horizon, agent.action_dim\n"
     assert text.count(line) == 1
-    text = text.replace(line, f'{line}    print("plans with trap", agent.trap)\n')
+    text = text.replace(line, f'{line}    print("plans with", agent.first_trap, agent.last_trap)\n')
     path = tmp_path / "fork.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location("fork", path)
@@ -45,16 +46,18 @@ def fork(request, tmp_path, monkeypatch):
 
 def test_a_field_that_is_added_to_the_agent_anywhere_is_evaluated_and_compared(fork, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    fork.main([*TINY, "--trap", "7"])
-    assert "plans with trap 7.0" in capsys.readouterr().out
+    fork.main([*TINY, "--first-trap", "7", "--last-trap", "5"])
+    assert "plans with 7.0 5.0" in capsys.readouterr().out
     folder = tmp_path / "runs" / "strange_envs:Point-v0" / "tdmpc2_jax" / "1"
-    assert json.loads((folder / "args.json").read_text())["trap"] == 7
+    recorded = json.loads((folder / "args.json").read_text())
+    assert (recorded["first_trap"], recorded["last_trap"]) == (7, 5)
     fork.main(["--evaluate", "--checkpoint", str(folder), "--eval-episodes", "3"])
-    out = capsys.readouterr().out
-    assert "plans with trap 7.0" in out and "trap 1.0" not in out
-    with pytest.raises(SystemExit) as stop:
-        fork.main([*TINY, "--resume", "--trap", "2"])
-    assert "--resume continues a run as it was started: --trap 7" in stop.value.code
+    plans = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plans with")]
+    assert set(plans) == {"plans with 7.0 5.0"}
+    for flag, value in (("--first-trap", "7"), ("--last-trap", "5")):
+        with pytest.raises(SystemExit) as stop:
+            fork.main([*TINY, "--resume", flag, "2"])
+        assert f"--resume continues a run as it was started: {flag} {value}" in stop.value.code
     fork.main([*TINY, "--resume"])
 
 

@@ -248,6 +248,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_with_a_teacher_spread_over_them_learn_what_one_learns(data_dir, teacher):
     code = DEVICES.format(tasks=TWO_TASKS, data_dir=str(data_dir), teacher=str(teacher))
     done = subprocess.run([sys.executable, "-c", code], env=with_devices(8), cwd=ROOT, capture_output=True, text=True)

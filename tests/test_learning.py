@@ -15,7 +15,10 @@ TASK = "InvertedPendulum-v5"  # MuJoCo; 1 per step until the pole falls, after 5
 OWN = {tdmpc2_jax: {"num_q": 2}, tdmpc_jax: {"horizon": 3, "schedule_steps": 500}}  # what one of the scripts has only
 
 
-@pytest.fixture(scope="module", params=OWN, ids=lambda td: td.__name__)
+SCRIPTS = [tdmpc2_jax, pytest.param(tdmpc_jax, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda td: td.__name__)
 def returns_of(request, tmp_path_factory):
     """Mean returns after 2500 steps of training: with planning, and of the policy alone."""
     folder, td = tmp_path_factory.mktemp("learning"), request.param
