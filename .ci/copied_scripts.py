@@ -36,6 +36,10 @@ SCRIPTS = {  # flags, and what the first and the second start have besides
         "--num-updates 40 --resume",
     ),
     "tdmpc2_jax_diffusion": (f"--data-dir {DATA} --world-model {RUN} {DIFFUSION}", "", "--resume"),
+    "tdmpc2_jax_device": (
+        f"--task robot:make --seed-steps 50 --buffer-size 3000 {NETWORKS} {PLANNER}",
+        *TWO_STARTS,
+    ),
     "deploy": (
         f"--checkpoint {RUN} --data-dir {DATA} --quantize int8",
         "--output 1.safetensors",
@@ -66,9 +70,12 @@ def start(folder: Path, script: str, flags: str) -> subprocess.CompletedProcess:
 
 
 def copied(script: str, folder: Path) -> Path:
-    """A new folder with nothing but this script in it."""
+    """A new folder with nothing but this script in it, and the environment in JAX that it needs, which docs/ show."""
     folder.mkdir()
     (folder / f"{script}.py").write_bytes((ROOT / f"{script}.py").read_bytes())
+    if script == "tdmpc2_jax_device":
+        page = (ROOT / "docs" / "device.md").read_text()
+        (folder / "robot.py").write_text(re.search(r"(?ms)^```python\n(.*?)^```", page)[1])
     return folder
 
 

@@ -32,7 +32,7 @@ FromTask = Annotated[T, tyro.conf.Suppress]  # FromTask[int]: no flag; the task 
 MAY_CHANGE = frozenset(
     "runs_dir exp_name seed total_timesteps num_updates resume evaluate json eval_freq eval_episodes checkpoint_freq "
     "log_freq capture_video save_episodes track wandb_project_name wandb_entity compile_cache storage storage_dtype "
-    "readers shard_params distributed coordinator num_processes process_id data_dir tasks".split()
+    "readers shard_params distributed coordinator num_processes process_id data_dir tasks num_seeds chunk".split()
 )
 
 

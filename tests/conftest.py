@@ -48,6 +48,7 @@ SMALL = (
 ).split()
 SMALL = {
     "tdmpc2_jax.py": [*SMALL, *"--enc-dim 16 --seed-steps 100 --buffer-size 3000".split()],
+    "tdmpc2_jax_device.py": [*SMALL, *"--enc-dim 16 --seed-steps 100 --buffer-size 3000".split()],
     "tdmpc2_jax_rgb.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000 --batch-size 8".split()],
     "tdmpc2_jax_mt.py": [*SMALL, *"--enc-dim 16 --task-dim 8".split()],
     "tdmpc_jax.py": "--enc-dim 16 --seed-steps 100 --buffer-size 3000 --schedule-steps 200".split()

@@ -81,7 +81,7 @@ def arguments(script):
     """Type, default and explanation of every argument: one line each."""
     lines = (ROOT / f"{script}.py").read_text().splitlines()
     classes = {node.name: node.body for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.ClassDef)}
-    nodes = [node for name in ("Agent", "Args") for node in classes[name] if isinstance(node, ast.AnnAssign)]
+    nodes = [node for name in ("Agent", "Args") for node in classes.get(name, ()) if isinstance(node, ast.AnnAssign)]
     nodes = [node for node in nodes if node.target.id != "agent"]
     fields = [re.fullmatch(r"    (\w+): (.+?) = (.+)  # (.+)", lines[node.lineno - 1]) for node in nodes]
     assert all(fields) and all(node.lineno == node.end_lineno for node in nodes)
@@ -94,6 +94,7 @@ MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_rgb": "task exp_name checkpoint model_size enc_dim latent_dim num_enc_layers obs_dim buffer_size",
     "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
     "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes discount",
+    "tdmpc2_jax_device": "task exp_name save_episodes",
     "tdmpc2_jax_diffusion": "exp_name checkpoint evaluate eval_freq checkpoint_freq log_freq total_timesteps "
     "save_episodes source_task mpc",
 }

@@ -101,6 +101,19 @@ DOMAINS = {
         action_repeat=2, episode_length=100, success=True, rgb=False,
         module="maniskill", package="mani_skill.envs", install="pip install -e '.[maniskill]'",
     ),
+    # Environments in JAX, by the names that `jax_domain` knows: each task has its own repeat and length.
+    "Playground": Domain(
+        rows=(), action_repeat=2, episode_length=500, success=False, rgb=False,
+        module="jax_env", package="mujoco_playground", install="pip install -e '.[playground]'",
+    ),
+    "gymnax": Domain(
+        rows=(), action_repeat=1, episode_length=200, success=False, rgb=False,
+        module="jax_env", package="gymnax", install="pip install -e '.[gymnax]'",
+    ),
+    "JAX": Domain(
+        rows=(), action_repeat=1, episode_length=1000, success=False, rgb=False,
+        module="jax_env", package="jax", install="pip install -e .",
+    ),
 }  # fmt: skip
 
 
@@ -157,8 +170,9 @@ def task_spec(task: str, action_repeat: int | None = None) -> TaskSpec:
 
     Args:
         task: a name of the table (`walker-walk`; dashes or underscores), its package's id (`myoHandReachFixed-v0`,
-            `dm_control/walker-walk-v0`), or any Gymnasium id with a time
-            limit (`HalfCheetah-v5`, `module:Id-v0`, other `dm_control/…` ids).
+            `dm_control/walker-walk-v0`), any Gymnasium id with a time limit (`HalfCheetah-v5`, `module:Id-v0`, other
+            `dm_control/…` ids), or an environment in JAX (`playground/WalkerWalk`, `gymnax/Pendulum-v1`,
+            `module:function`; see jax_env.py), which is loaded for its facts.
         action_repeat: simulator steps per decision, if others than the table's are wanted; an episode has as many
             simulator steps as before, and the last decision of one that it does not divide gets what is left.
 
@@ -175,6 +189,8 @@ def task_spec(task: str, action_repeat: int | None = None) -> TaskSpec:
 
 
 def _spec(task: str) -> TaskSpec:
+    if jax_domain(task):
+        return importlib.import_module("tdmpc2_support.envs.jax_env").spec(task)
     name = _canonical(task)
     if name in TASKS:
         domain = TASKS[name].domain
@@ -192,6 +208,21 @@ def _spec(task: str) -> TaskSpec:
     can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
     steps = spec.max_episode_steps
     return TaskSpec(task, "Gymnasium", 1, steps, can_terminate, False, steps)
+
+
+def jax_domain(task: str) -> str | None:
+    """Domain of a task that is an environment in JAX (playground/NAME, gymnax/ID, module:function), or None."""
+    family, _, rest = task.partition("/")
+    if family in ("playground", "gymnax") and rest:
+        return {"playground": "Playground", "gymnax": "gymnax"}[family]
+    module, _, name = task.rpartition(":")
+    if not module or not name.isidentifier():
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, TypeError, ValueError):  # `gym_spec` tells
+        return None
+    return "JAX" if callable(found) and name not in gym.registry else None
 
 
 def set_tasks(task_set: str | Sequence[str]) -> tuple[str, ...]:

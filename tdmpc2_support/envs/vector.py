@@ -20,7 +20,7 @@ import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
 from tdmpc2_support.envs import rendering
-from tdmpc2_support.envs.tasks import TASKS
+from tdmpc2_support.envs.tasks import TASKS, jax_domain
 from tdmpc2_support.errors import UserError
 
 
@@ -53,6 +53,8 @@ def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tasks = [tasks] if isinstance(tasks, str) else tasks
+    if any(jax_domain(task) for task in tasks):
+        return 0  # each process would load JAX and its programs, and beside a GPU take its memory
     each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs != "state")
     num_envs *= len(tasks)
     workers = range(2, min(num_envs, cores) + 1)

@@ -44,18 +44,29 @@ class Logger:
         folder: the run's.
         columns: of eval.csv; the first is the step.
         unit: what steps are called in sentences.
+        label: what printed rows begin with, where several runs share a terminal.
+        shown: whether there is a title and a progress bar; of several runs the first has them.
 
     Raises:
         UserError: a file cannot be written, in every method that writes.
     """
 
-    def __init__(self, folder: RunFolder, columns: tuple[str, ...], unit: str = "simulator step"):
+    def __init__(
+        self,
+        folder: RunFolder,
+        columns: tuple[str, ...],
+        unit: str = "simulator step",
+        label: str = "",
+        shown: bool = True,
+    ):
         self.folder = folder.path
         self.settings = folder.settings
         self.may_change = folder.may_change
         self.primary = folder.primary  # whether this process shows and writes anything
         self.columns = columns
         self.unit = unit
+        self.label = label
+        self.shown = shown and folder.primary
         self.logged = 0  # step at which losses were last logged
         self._stack = contextlib.ExitStack()
         self._events: EventFile | None = None
@@ -93,9 +104,10 @@ class Logger:
                 self._events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
             if self.settings.get("track"):
                 self._start_wandb()
+        if self.shown:
             self._print_title(title, table_head, params, step)
         options = {"unit": f" {self.unit}s", "mininterval": 1, "dynamic_ncols": True}
-        bar = tqdm(total=total, initial=step, disable=None if self.primary else True, **options)
+        bar = tqdm(total=total, initial=step, disable=None if self.shown else True, **options)
         self._bar = self._stack.enter_context(bar)
 
     def _print_title(self, title: str, table_head: str, params: Any, step: int) -> None:
@@ -208,7 +220,7 @@ class Logger:
     def _record(
         self, step: int, line: str, rows: list[list], scalars: dict[str, Any], frames: list[np.ndarray], fps: int
     ) -> None:
-        self._bar.write(line)
+        self._bar.write(self.label + line)
         sys.stdout.flush()
         with self._unwritable():
             with (self.folder / "eval.csv").open("a") as file:

@@ -9,13 +9,14 @@ from tdmpc2_support.errors import UserError
 
 
 class Streams(NamedTuple):
-    """The random streams of a run, one for each use; the environments have others, of NumPy."""
+    """The random streams of a run, one for each use; environments that are not in JAX have others, of NumPy."""
 
     init: jax.Array  # of the parameters
     train: jax.Array
     act: jax.Array
     evaluate: jax.Array
     batches: jax.Array  # of batches that are drawn outside of the compiled updates
+    environments: jax.Array  # of the first states of episodes, where the environments are compiled, too
 
 
 def random_streams(seed: int) -> Streams:
