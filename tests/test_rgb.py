@@ -168,8 +168,11 @@ def learner():
     """An agent, its fresh learning state, and a replay of a bar that moves, with rewards of where it is."""
     import strange_envs
 
-    sizes = {"mlp_dim": 32, "latent_dim": 128, "num_q": 2, "batch_size": 16, "lr": 3e-3}
-    agent = rgb.Agent(**sizes, num_samples=32, num_elites=8, num_pi_trajs=4, iterations=2, action_dim=1, discount=0.9)
+    sizes = {"mlp_dim": 32, "latent_dim": 128, "num_q": 2, "batch_size": 16}
+    quickly = {"lr": 3e-3, "enc_lr_scale": 1.0, "consistency_coef": 2.0, "reward_coef": 1.0}
+    agent = rgb.Agent(
+        **sizes, **quickly, num_samples=32, num_elites=8, num_pi_trajs=4, iterations=2, action_dim=1, discount=0.9
+    )
     env = strange_envs.Pixels()
     replay, rng = rgb.init_replay(agent, 1000, 1), np.random.default_rng(0)
     for step in range(800):
@@ -243,12 +246,12 @@ def test_acting_and_learning_shift_what_they_encode(learner):
 def test_the_model_learns_to_tell_rewards_from_pictures(learner):
     agent, state, replay = learner
     state = jax.tree.map(jnp.copy, state)
-    for _ in range(60):
+    for _ in range(20):
         state, info = rgb.train(agent, state, replay, num_updates=5)
     batch = rgb.stack_windows(rgb.sample(dataclasses.replace(agent, batch_size=256), replay, jax.random.key(0)))
     z = rgb.encode(agent, state.params["encoder"], batch.obs[0], jnp.full((256, 2), rgb.SHIFT))
     logits = rgb.networks(agent).reward.apply(state.params["reward"], z, batch.action[0])
-    assert np.corrcoef(rgb.two_hot_inv(agent, logits), batch.reward[0])[0, 1] > 0.8, info
+    assert np.corrcoef(rgb.two_hot_inv(agent, logits), batch.reward[0])[0, 1] > 0.7, info
 
 
 def test_no_random_number_is_used_twice(learner):
