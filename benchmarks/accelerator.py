@@ -65,21 +65,25 @@ def measure(turn, args: Args, update: Callable, **plans: Callable) -> dict[str, 
 
 
 def online(turn, args: Args, num_envs: int, compute_dtype: str = "float32") -> dict[str, float]:
-    """tdmpc2_jax.py, 5M."""
+    """tdmpc2_jax.py, 5M, by the two programs that the training loop calls: as many updates as there are environments,
+    and a plan for all of them behind the writing of their step. Each further program would compile for a minute."""
     script, key, n = speed.td, jax.random.key(1), num_envs
     agent = script.Agent(compute_dtype=compute_dtype)
     with closing(environments.make_envs(TASK, n, seed=0)) as envs:
         agent = script.for_task(agent, TASK, envs)
         state, replay = script.fresh_state(agent, random_streams(0))["train"], speed.filled_replay(agent, n)
-        obs, mean, first = np.ones((n, OBS), np.float32), jnp.zeros((n, agent.horizon, ACTION)), np.zeros(n, bool)
+        mean, no = jnp.zeros((n, agent.horizon, ACTION)), np.zeros(n, bool)
+        step = script.Step(np.ones((n, OBS), np.float32), mean[:, 0], np.zeros(n, np.float32), no, no)
 
         def update():
-            nonlocal state  # the one passed in is consumed
-            state, info = script.train(agent, state, replay, num_updates=1)
+            nonlocal state  # what is passed in is consumed
+            state, info = script.train(agent, state, replay, num_updates=n)
             return info
 
         def plan():
-            return script.act(agent, state.params, obs, mean, first, key, explore=True)
+            nonlocal replay, mean
+            replay, action, mean, _ = script.add_and_act(agent, state.params, replay, step, mean, key, random=False)
+            return action
 
         _, state = speed.loop_decisions_per_s(agent, n, state, envs, 0)  # compiles
         row = measure(turn, args, update, plan=plan)

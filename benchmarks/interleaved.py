@@ -10,7 +10,8 @@ range over the rounds.
 
 `update` is `train(num_updates=1)`, `plan` is `act`, both as the training loop calls them; `decision` is one round of
 the loop: act, learn, step the task's environment, write, in the order of the checkout's own loop, all complete.
-`faults` are minor page faults per call.
+`faults` are minor page faults per call. `--cpu-time` is for a machine that others use, too: each process computes with
+one thread, and what that has computed is measured instead of the clock's time.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ class Args:
     compute_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)  # of matrix products, one or both
     calls: tuple[Literal[CALLS], ...] = CALLS  # what is timed
     rounds: int = 30  # rounds of measurement
+    cpu_time: bool = False  # measure what one thread computes, not the clock's time
     json: str | None = None  # write the figures to this file
 
 
@@ -141,7 +143,7 @@ def calls_of_earlier(task: str, model_size: int, compute_dtype: str) -> dict[str
     return {"update": update, "plan": plan, "decision": decision}
 
 
-def serve(connection, checkout: str, *config) -> None:
+def serve(connection, checkout: str, clock: Callable[[], float], *config) -> None:
     """Answers each name of a call with its milliseconds and its minor page faults, until the other side closes."""
     sys.path.insert(0, checkout)
     import tdmpc2_jax
@@ -151,15 +153,16 @@ def serve(connection, checkout: str, *config) -> None:
     calls = calls_of(*config)
     connection.send(None)
     while name := connection.recv():
-        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, clock()
         calls[name]()
-        ms = (time.perf_counter() - start) * 1e3
+        ms = (clock() - start) * 1e3
         connection.send((ms, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
 
 
 # ---------------------------------------------------------------------------------------------------------- Measurement
 def measure(checkouts: tuple[Path, ...], names: tuple[str, ...], rounds: int, *config) -> dict[str, np.ndarray]:
-    """[rounds, checkouts, (ms, faults)] of each call, the checkouts taking turns; three rounds warm up."""
+    """[rounds, checkouts, (ms, faults)] of each call, the checkouts taking turns; three rounds warm up. config is the
+    clock, and what `calls_of` takes."""
     spawn = multiprocessing.get_context("spawn")
     ends, processes = [], []
     try:
@@ -214,10 +217,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(args: Args) -> None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    clock = time.perf_counter
+    if args.cpu_time:
+        clock = time.process_time
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     rows = []
     for size in args.model_size:
         for dtype in args.compute_dtype:
-            times = measure(args.checkouts, args.calls, args.rounds, args.task, size, dtype)
+            times = measure(args.checkouts, args.calls, args.rounds, clock, args.task, size, dtype)
             rows += rows_of(args.checkouts, times, size, dtype)
     print(table(rows))
     if args.json:
