@@ -42,6 +42,7 @@ import envs as environments
 import tdmpc2_jax as td
 from tdmpc2_support import cli
 from tdmpc2_support.agents.worlds import World, join, load_world, of_task, recorded_world, without_lacking
+from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
 from tdmpc2_support.bounds import Count, Name, Natural, Positive, names
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.data.recorded import Recorded, Windows, measures, of_one, read_recorded, windows_at
@@ -151,15 +152,16 @@ class Transformer(nn.Module):
         """Tokens [tokens, D] -> [tokens, D]."""
         T, D, h = len(x), self.width, self.heads
         dense = partial(nn.Dense, dtype=self.dtype)
+        layer_norm = partial(nn.LayerNorm, use_fast_variance=this_backend().one_pass_variance)
         for i in range(self.blocks):
-            qkv = dense(3 * D, name=f"qkv_{i}")(nn.LayerNorm(name=f"norm_{i}_0")(x)).reshape(T, 3, h, D // h)
+            qkv = dense(3 * D, name=f"qkv_{i}")(layer_norm(name=f"norm_{i}_0")(x)).reshape(T, 3, h, D // h)
             query, key, value = qkv[:, 0], qkv[:, 1], qkv[:, 2]
             logits = jnp.einsum("qhc,khc->hqk", query, key).astype(jnp.float32) * (D // h) ** -0.5
             seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(qkv.dtype), value).reshape(T, D)
             x = x + dense(D, name=f"seen_{i}")(seen).astype(jnp.float32)
-            wide = nn.gelu(dense(4 * D, name=f"wide_{i}")(nn.LayerNorm(name=f"norm_{i}_1")(x)))
+            wide = nn.gelu(dense(4 * D, name=f"wide_{i}")(layer_norm(name=f"norm_{i}_1")(x)))
             x = x + dense(D, name=f"narrow_{i}")(wide).astype(jnp.float32)
-        return nn.LayerNorm(name="norm")(x)
+        return layer_norm(name="norm")(x)
 
 
 class Denoiser(nn.Module):
@@ -441,7 +443,7 @@ def diffusion_optimizer(agent: Agent) -> optax.GradientTransformation:
     lr = agent.diffusion_lr
     last = lr / 10 if agent.mode == "offline" else lr
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 200, max(agent.num_updates, 201), last)
-    return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
+    return optax.chain(clip_by_global_norm(5.0), optax.adam(schedule))
 
 
 @partial(jax.jit, static_argnames="agent")
@@ -470,7 +472,7 @@ def diffusion_update(agent: Agent, state: DiffusionState, world: World, windows:
         change, opt[name] = tx.update(grads[name], state.opt[name])
         params[name] = optax.apply_updates(state.params[name], change)
         info[f"{name}_loss"] = losses[name]
-        info[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
+        info[f"{name}_grad_norm"] = global_norm(grads[name])
     decay = jnp.minimum(0.995, (1 + state.updates) / (10 + state.updates))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     return DiffusionState(params, ema, opt, state.stats, state.key, state.updates + 1), info
@@ -517,7 +519,7 @@ def moved_statistics(agent: Agent, state: DiffusionState, world: World, windows:
     return optax.incremental_update(statistics(agent, world, windows), state.stats, rate)
 
 
-@partial(jax.jit, static_argnames=("agent", "num_updates"), donate_argnames=("state",))
+@partial(jit_with_graphs, static_argnames=("agent", "num_updates"), donate_argnames=("state",))
 def train(agent: Agent, state: DiffusionState, world: World, data: Recorded | Replays, num_updates: int):
     """`num_updates` updates on fresh windows in one dispatch. Returns the new state and the means of their scalars."""
 
@@ -688,7 +690,7 @@ def plan_by_diffusion(agent: Agent, planner: Planner, obs, best, first, key, exp
     return jnp.clip(action, -1, 1) * world.mask, jnp.where(failed, 0.0, best), failed
 
 
-@partial(jax.jit, static_argnames=("agent", "explore", "random"))
+@partial(jit_with_graphs, static_argnames=("agent", "explore", "random"))
 def act(agent: Agent, planner: Planner, obs, best, first, key, explore: bool, random: bool = False):
     """Actions [n, A] of --planner for obs [n, O], or random; best [n, F, A], the last plans; first [n], true where
     episodes begin. Returns the actions, the plans, whether they failed [n] (see `plan_by_diffusion`) and a new key."""

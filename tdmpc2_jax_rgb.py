@@ -30,6 +30,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import envs as environments
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
+from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
 from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.convolution import convolve
@@ -263,15 +264,16 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, *inputs, dropout=None):
         """Inputs [..., in_i] -> [..., out]; dropout [..., hidden[0]] multiplies the first Linear's output."""
+        layer_norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=this_backend().one_pass_variance)
         for i, width in enumerate(self.hidden):
             x = Linear(width, dtype=self.dtype, name=f"linear_{i}")(*inputs)
             if i == 0 and dropout is not None:
                 x = x * dropout
-            inputs = (mish(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x)),)
+            inputs = (mish(layer_norm(name=f"norm_{i}")(x)),)
         i = len(self.hidden)
         x = Linear(self.out, self.zero_init, self.dtype, name=f"linear_{i}")(*inputs)
         if self.simnorm_dim:
-            x = simnorm(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x), self.simnorm_dim)
+            x = simnorm(layer_norm(name=f"norm_{i}")(x), self.simnorm_dim)
         return x
 
 
@@ -382,8 +384,9 @@ def encode(agent: Agent, encoder_params, obs, shift: jax.Array) -> jax.Array:
         return encoder.apply(encoder_params, shift_stack(stack, shift)[None], state)[0]
 
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[shift.ndim - 1 :]), (obs, shift))
-    if jax.default_backend() == "cpu":  # so few at once that a layer stays in the cache
-        z = jax.lax.map(encode_one, flat, batch_size=8)
+    at_once = this_backend().stacks_at_once
+    if at_once:
+        z = jax.lax.map(encode_one, flat, batch_size=at_once)
     else:
         z = jax.vmap(encode_one)(flat)
     return z.reshape(*shift.shape[:-1], -1)
@@ -411,11 +414,11 @@ def policy(agent: Agent, pi_params, z: jax.Array, eps: jax.Array) -> PolicySampl
 def q_logits(agent: Agent, q_params, z: jax.Array, action: jax.Array, dropout=None) -> jax.Array:
     """All heads in q_params: z [..., Z], action [..., A] -> [q, ..., K]; dropout [q, ..., mlp_dim] or None."""
     head = networks(agent).q
-    if dropout is not None:
+    if dropout is not None or this_backend().heads_together:
         return jax.vmap(lambda params, factors: head.apply(params, z, action, dropout=factors))(q_params, dropout)
     num_heads = len(jax.tree.leaves(q_params)[0])
     logits = [head.apply(pick_heads(q_params, i), z, action) for i in range(num_heads)]
-    return jnp.stack(logits)  # one by one: on a CPU faster than batched products
+    return jnp.stack(logits)
 
 
 def pick_heads(q_params, heads: jax.Array):
@@ -472,17 +475,19 @@ def two_heads(agent: Agent, key: jax.Array) -> jax.Array:
 def estimate_value(agent: Agent, params, z, actions, heads, eps) -> jax.Array:
     """Value [N] of action sequences [H, N, A] from z [1, Z]: rewards over the horizon, then the mean of two Qs."""
     model = networks(agent)
-    value = 0.0
-    alive = 1.0  # 0 after a predicted termination
+    zs = [z]
     for t in range(agent.horizon):
-        reward = two_hot_inv(agent, model.reward.apply(params["reward"], z, actions[t]))
-        value = value + agent.discount**t * alive * reward
-        z = model.dynamics.apply(params["dynamics"], z, actions[t])
-        if model.termination:
-            alive = alive * (model.termination.apply(params["termination"], z)[..., 0] <= 0)
+        zs.append(model.dynamics.apply(params["dynamics"], zs[t], actions[t]))
+    z = zs[-1]
+    zs = jnp.stack([jnp.broadcast_to(zs[0], z.shape), *zs[1:]])  # [H+1, N, Z]
+    reward = two_hot_inv(agent, model.reward.apply(params["reward"], zs[:-1], actions))  # [H, N]
     action = policy(agent, params["pi"], z, eps).action
     q = two_hot_inv(agent, q_logits(agent, pick_heads(params["q"], heads), z, action)).mean(0)
-    return jnp.nan_to_num(value + agent.discount**agent.horizon * alive * q, nan=0.0)
+    weight = agent.discount ** np.arange(agent.horizon + 1)[:, None]  # [H+1, 1]
+    if model.termination:  # nothing counts after a predicted termination
+        alive = model.termination.apply(params["termination"], zs[1:])[..., 0] <= 0  # [H, N]
+        weight = weight * jnp.cumprod(jnp.pad(alive, ((1, 0), (0, 0)), constant_values=True), axis=0)
+    return jnp.nan_to_num((weight[:-1] * reward).sum(0) + weight[-1] * q, nan=0.0)
 
 
 def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, explore: bool):
@@ -522,8 +527,9 @@ def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, e
 
         mean = jnp.where(starts, 0.0, jnp.roll(last_mean, -1, axis=0).at[-1].set(0.0))
         std = jnp.full((H, A), agent.max_std)
-        iterations = (draws.sample, draws.terminal, heads)
-        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), iterations)
+        draws_of_each = (draws.sample, draws.terminal, heads)
+        unroll = this_backend().plan_written_out
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), draws_of_each, unroll=unroll)
         elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
         action = elite_actions[-1, elite]  # [A]
         if explore:
@@ -536,14 +542,12 @@ def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, e
 
 
 def environments_at_once(agent: Agent) -> int:
-    """How many environments are planned for side by side, the others after them. On a CPU as many as leave a layer in
-    the cache: 30 of them side by side take 1.8 times as long as six times five. Elsewhere as many as memory allows."""
-    bytes_at_once = 2**22 if jax.default_backend() == "cpu" else 2**29
+    """How many environments are planned for side by side, the others after them."""
     layer_bytes = 4 * agent.num_samples * agent.mlp_dim
-    return max(1, bytes_at_once // layer_bytes)
+    return max(1, this_backend().plan_bytes // layer_bytes)
 
 
-@partial(jax.jit, static_argnames=("agent", "explore", "random"))
+@partial(jit_with_graphs, static_argnames=("agent", "explore", "random"))
 def act(agent: Agent, params, obs, prev_mean, first, key, explore: bool, random: bool = False):
     """Actions [n, A] for obs with stacks [n, 64, 64, 9] by `plan`, by the policy (--no-mpc) or random; the planner's
     means; a new key."""
@@ -613,7 +617,7 @@ def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
 
 def optimizers(agent: Agent) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Adam for the model (the encoder slower) and for the policy, each behind its own global-norm clip."""
-    clip = optax.clip_by_global_norm(agent.grad_clip_norm)
+    clip = clip_by_global_norm(agent.grad_clip_norm)
     rates = {"encoder": optax.scale(-agent.lr * agent.enc_lr_scale), "other": optax.scale(-agent.lr)}
     rates = optax.multi_transform(rates, lambda params: {k: k if k == "encoder" else "other" for k in params})
     model_tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), rates)
@@ -717,7 +721,7 @@ def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) ->
     pi_params = optax.apply_updates(state.params["pi"], pi_change)
 
     target_q = optax.incremental_update(model_params["q"], state.target_q, agent.tau)
-    info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
+    info |= pi_info | {"grad_norm": global_norm(grads), "pi_grad_norm": global_norm(pi_grads)}
     params = model_params | {"pi": pi_params}
     return TrainState(params, target_q, model_opt, pi_opt, q_scale, state.key, state.updates + 1), info
 
@@ -886,7 +890,7 @@ def replay_or_batches(args: Args, agent: Agent, replay: Replay, key: jax.Array, 
     return jax.device_put(sample_many(agent, replay, key, updates, num_updates), device)
 
 
-@partial(jax.jit, static_argnames=("agent", "num_updates"), donate_argnames=("state",))
+@partial(jit_with_graphs, static_argnames=("agent", "num_updates"), donate_argnames=("state",))
 def train(agent: Agent, state: TrainState, source: Replay | Batch, num_updates: int):
     """`num_updates` updates in one dispatch, on fresh samples of a replay or on batches [num_updates, ...] of
     `sample_many`. Returns the new state and the means of their scalars."""

@@ -27,6 +27,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import envs as environments
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_tdmpc
+from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
 from tdmpc2_support.bounds import Count, Name, Natural, NewFile, Positive, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.devices import committed, keep_freed_memory, use_compile_cache
@@ -206,10 +207,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, *inputs):
         """Inputs [..., in_i] -> [..., out]."""
+        layer_norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=this_backend().one_pass_variance)
         for i, width in enumerate(self.hidden):
             x = Linear(width, dtype=self.dtype, name=f"linear_{i}")(*inputs)
             if i == 0 and self.norm_first:
-                x = jnp.tanh(nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(x))
+                x = jnp.tanh(layer_norm(name=f"norm_{i}")(x))
             else:
                 x = nn.elu(x)
             inputs = (x,)
@@ -271,8 +273,10 @@ def policy(agent: Agent, pi_params, z: jax.Array, eps: jax.Array) -> PolicySampl
 def q_values(agent: Agent, q_params, z: jax.Array, action: jax.Array) -> jax.Array:
     """Both heads in q_params: z [..., Z], action [..., A] -> [2, ...]."""
     head = networks(agent).q
+    if this_backend().heads_together:
+        return jax.vmap(lambda params: head.apply(params, z, action)[..., 0])(q_params)
     values = [head.apply(jax.tree.map(lambda p, i=i: p[i], q_params), z, action)[..., 0] for i in range(2)]
-    return jnp.stack(values)  # one by one: on a CPU faster than batched products
+    return jnp.stack(values)
 
 
 # --------------------------------------------------------------------------------------------------------- Planning
@@ -354,7 +358,9 @@ def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: P
         unplanned = jnp.arange(H)[:, None] >= horizon - 1  # by the last call
         mean = jnp.where(starts | unplanned, 0.0, jnp.roll(last_mean, -1, axis=0))
         std = jnp.full((H, A), agent.max_std)
-        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), (draws.sample, draws.terminal))
+        draws_of_each = (draws.sample, draws.terminal)
+        unroll = this_backend().plan_written_out
+        (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), draws_of_each, unroll=unroll)
         elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
         action = elite_actions[-1, elite]  # [A]
         if explore:
@@ -367,11 +373,9 @@ def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: P
 
 
 def environments_at_once(agent: Agent) -> int:
-    """How many environments are planned for side by side, the others after them. On a CPU as many as leave a layer in
-    the cache: 30 of them side by side take 1.8 times as long as six times five. Elsewhere as many as memory allows."""
-    bytes_at_once = 2**22 if jax.default_backend() == "cpu" else 2**29
+    """How many environments are planned for side by side, the others after them."""
     layer_bytes = 4 * agent.num_samples * agent.mlp_dim
-    return max(1, bytes_at_once // layer_bytes)
+    return max(1, this_backend().plan_bytes // layer_bytes)
 
 
 @partial(jax.jit, static_argnames=("agent", "explore", "random"))
@@ -429,7 +433,7 @@ def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
 
 def optimizers(agent: Agent) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Adam for the model and for the policy, each behind its own global-norm clip."""
-    clip = optax.clip_by_global_norm(agent.grad_clip_norm)
+    clip = clip_by_global_norm(agent.grad_clip_norm)
     tx = optax.chain(clip, optax.scale_by_adam(eps=1e-8), optax.scale(-agent.lr))
     return tx, tx
 
@@ -520,7 +524,7 @@ def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise):
 
     tau = jnp.where(state.updates % agent.target_update_freq == 0, agent.tau, 0.0)
     slow = optax.incremental_update({k: model_params[k] for k in state.target}, state.target, tau)
-    info |= pi_info | {"grad_norm": optax.tree.norm(grads), "pi_grad_norm": optax.tree.norm(pi_grads)}
+    info |= pi_info | {"grad_norm": global_norm(grads), "pi_grad_norm": global_norm(pi_grads)}
     params = model_params | {"pi": pi_params}
     return TrainState(params, slow, model_opt, pi_opt, state.key, state.updates + 1), priority, info
 
@@ -633,7 +637,7 @@ def windows(agent: Agent, replay: Replay, drawn: jax.Array) -> Batch:
     return Batch(replay.obs[rows, env], replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated, weight)
 
 
-@partial(jax.jit, static_argnames=("agent", "random"), donate_argnames=("replay", "prev_mean"))
+@partial(jit_with_graphs, static_argnames=("agent", "random"), donate_argnames=("replay", "prev_mean"))
 def add_and_act(agent: Agent, params, replay: Replay, step: Step, prev_mean, limits, key, random: bool):
     """What a decision needs, in one dispatch: `add` writes the last step, and `act` explores on it. Returns the replay
     and what `act` returns."""
@@ -644,7 +648,7 @@ def add_and_act(agent: Agent, params, replay: Replay, step: Step, prev_mean, lim
     return replay, action, prev_mean, key
 
 
-@partial(jax.jit, static_argnames=("agent", "num_updates"), donate_argnames=("state", "replay"))
+@partial(jit_with_graphs, static_argnames=("agent", "num_updates"), donate_argnames=("state", "replay"))
 def train(agent: Agent, state: TrainState, replay: Replay, num_updates: int):
     """`num_updates` updates on fresh samples in one dispatch. Returns the new state, the replay with the new priorities
     and the means of their scalars."""

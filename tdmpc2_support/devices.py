@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tdmpc2_support.backend import graph_options
 from tdmpc2_support.errors import UserError
 
 T = TypeVar("T")
@@ -272,7 +273,7 @@ def compile_within_memory(
     free = least_available_bytes()
     program = None
     if sum(parts.values()) <= free:
-        program = jax.jit(function, **options).lower(*inputs).compile()
+        program = jax.jit(function, compiler_options=graph_options(), **options).lower(*inputs).compile()
         parts = parts | {"activations": program.memory_analysis().temp_size_in_bytes}
     text = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
     if jax.process_index() == 0:

@@ -114,9 +114,10 @@ LAYERS = {  # what a module of the package may import of it, beside what its own
     "convolution": set(),
     "envs": {"errors", "files"},
     "cli": {"bounds", "envs", "errors"},
-    "devices": {"errors"},
+    "backend": set(),
+    "devices": {"backend", "errors"},
     "data": {"envs", "cli", "devices", "errors", "files"},
-    "run": {"agents", "data", "envs", "cli", "devices", "errors", "files"},
+    "run": {"agents", "backend", "data", "envs", "cli", "devices", "errors", "files"},
     "agents": {"run", "data", "envs", "cli", "devices", "errors", "files"},
 }
 

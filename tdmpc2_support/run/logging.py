@@ -29,6 +29,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from tdmpc2_support.backend import graph_options
 from tdmpc2_support.envs.tasks import TaskSpec, task_spec
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.files import write_atomically
@@ -114,6 +115,8 @@ class Logger:
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         devices = jax.devices()
         where = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
+        if graph_options():
+            where += " with kernels side by side in CUDA graphs"
         print(f"{title}, {size:.1f}M parameters, on {where}; from {self.unit} {step}, in {self.folder}")
         if step >= self._total:
             lengths = {"total_timesteps", "num_updates"} & self.settings.keys() & self.may_change
