@@ -226,19 +226,22 @@ def launches(program: Program, thunks: str, metadata: str) -> Iterator[tuple[str
     what XLA writes of a program's execution: a line for each launch, indented below the loop or graph that has it."""
     names = {int(i): name for name, i in re.findall(r'annotation: "([^"]*)"\s+thunk_id: (\d+)', metadata)}
     around: list[tuple[int, int, bool]] = []  # (indentation, rounds, is a graph) of what a line stands below
-    loop = 1  # rounds of the last one that began
+    loop = 1  # rounds of the last loop that began
+    loop_indent = 0  # where it stands; its parts are not indented as it is
     for line in thunks.splitlines():
         found = re.match(r"( *)(?:(\d+): (k\w+)|(condition|body):)", line)
         if not found:
             continue
-        indent, number, kind, part = len(found[1]), found[2], found[3], found[4]
+        number, kind, part = found[2], found[3], found[4]
+        indent = loop_indent if part else len(found[1])
         around = [level for level in around if level[0] < indent]
         times = math.prod(rounds for _, rounds, _ in around)
         name = names.get(int(number or 0), "")
         if kind == "kWhile":
             loop = program.rounds(name)
-        elif part == "condition":  # computed only where the number of rounds is not known; the body is indented by two
-            around.append((indent + 3, 0 if loop > 1 else 1, False))
+            loop_indent = indent
+        elif part == "condition":  # computed only where the number of rounds is not known
+            around.append((indent, 0 if loop > 1 else 1, False))
         elif part == "body":
             around.append((indent, loop, False))
         elif kind == "kCommandBuffer":

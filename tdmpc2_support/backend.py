@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -58,9 +57,9 @@ def global_norm(tree: Any) -> jax.Array:
 def clip_by_global_norm(bound: float) -> optax.GradientTransformation:
     """That of Optax, by the norm above."""
 
-    def clip(grads, _):
+    def clip(grads: Any, _: Any) -> Any:
         norm = global_norm(grads)
-        return jax.tree.map(lambda grad: jnp.where(norm < bound, grad, grad / norm * bound), grads)
+        return jax.tree.map(lambda grad: jax.lax.select(norm < bound, grad, grad / norm * bound), grads)
 
     return optax.stateless(clip)
 
@@ -85,13 +84,10 @@ def jit_with_graphs(function: Callable, **options: Any) -> Callable:
     function that is compiled."""
 
     @functools.cache
-    def jitted():
+    def jitted() -> Any:
         return jax.jit(function, compiler_options=graph_options(), **options)
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return jitted()(*args, **kwargs)
-
+    call: Any = functools.wraps(function)(lambda *args, **kwargs: jitted()(*args, **kwargs))
     call.trace = lambda *args, **kwargs: jitted().trace(*args, **kwargs)
     call.lower = lambda *args, **kwargs: jitted().lower(*args, **kwargs)
     return call
