@@ -30,7 +30,7 @@ from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import check_shapes, load_any, read_record, sizes_of, write_quantized
 from tdmpc2_support.agents.quantized import compare, print_comparison
 from tdmpc2_support.bounds import Natural, NewFile
-from tdmpc2_support.devices import use_compile_cache
+from tdmpc2_support.devices import set_up_jax
 
 SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt")  # whose agents are made small
 STATES = 200  # of each task, on which the agent is compared
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
         args = tyro.cli(Args, args=argv, description=__doc__)
         cli.check_fields(args)
-        use_compile_cache(args.compile_cache)
+        set_up_jax(args.compile_cache)
         quantize(args)
 
 

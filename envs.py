@@ -108,7 +108,7 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"task {task!r} cannot be drawn here: {error}") from error
+        raise UserError(f"task {task!r} cannot be drawn here: {str(error) or type(error).__name__}") from error
     if frame is None or frame.ndim != 3:
         raise UserError(f"task {task!r} has no pictures")
 

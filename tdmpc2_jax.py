@@ -29,7 +29,7 @@ from tdmpc2_support.agents.pretrained import load_agent
 from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
 from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
-from tdmpc2_support.devices import committed, keep_freed_memory, use_compile_cache
+from tdmpc2_support.devices import check_memory, committed, keep_freed_memory, set_up_jax
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
@@ -812,10 +812,12 @@ def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple
     """Learning state, key of the acting, replay and counters of the run's last checkpoint; without one all is fresh,
     but for the agent if --checkpoint names one."""
     count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    new_replay = partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs)
+    check_memory(new_replay, args.buffer_size, args.total_timesteps)
     learner, replay = checkpoints.restore_or_make(
         count,
         state=partial(fresh_state, agent, random_streams(args.seed)),
-        replay=partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs),
+        replay=new_replay,
     )
     state = learner["train"]
     if args.checkpoint and not count["decisions"]:
@@ -900,7 +902,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
 def run(args: Args) -> None:
     """Trains one agent and keeps the run's files."""
     spec = environments.task_spec(args.task)
-    cli.check_replay(args, seed_steps_of(args, spec))
+    cli.check_replay(args, spec, seed_steps_of(args, spec))
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
@@ -911,7 +913,7 @@ def run(args: Args) -> None:
         checkpoints = stack.enter_context(Checkpoints(folder, "tdmpc2_jax"))
         state, key, replay, count = start_or_resume(args, agent, checkpoints)
         folder.begin()
-        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
+        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS, signals=signals))
         made = f"{envs.metadata['observations']}, {envs.metadata['actions']}"
         title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         step = count["decisions"] * spec.action_repeat
@@ -927,7 +929,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent)))
         if args.capture_video:
             environments.check_rendering(args.task)
-        use_compile_cache(args.compile_cache)
+        set_up_jax(args.compile_cache)
         if args.evaluate:
             evaluate_checkpoint(args)
         else:

@@ -46,7 +46,7 @@ from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_gr
 from tdmpc2_support.bounds import Count, Name, Natural, Positive, names
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.data.recorded import Recorded, Windows, measures, of_one, read_recorded, windows_at
-from tdmpc2_support.devices import committed, keep_freed_memory, shapes_on, use_compile_cache
+from tdmpc2_support.devices import check_memory, committed, keep_freed_memory, set_up_jax, shapes_on
 from tdmpc2_support.run.checkpoints import Checkpoints, find_checkpoint, read_checkpoint, read_meta
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
@@ -937,7 +937,7 @@ def run_offline(args: Args) -> None:
         checkpoints = stack.enter_context(Checkpoints(folder, *SCRIPTS))
         world, state, data, count = start_or_resume(args, agents, checkpoints)
         folder.begin()
-        logger = stack.enter_context(Logger(folder, columns, "update"))
+        logger = stack.enter_context(Logger(folder, columns, "update", signals=signals))
         title = f"{', '.join(names)}: {len(data.obs)} entries, {len(data.starts)} windows to learn from"
         logger.begin(title, head, state.params, count["updates"], args.agent.num_updates, count)
         stack.enter_context(signals)
@@ -1018,6 +1018,8 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
             number = count["updates"] // args.diffusion_every - before // args.diffusion_every
             if number and (diffusion_info or replays.long.size):  # there is a window of theirs
                 state, diffusion_info = train(agent, state, world, replays, num_updates=number)
+            short = f"no episode so far has the {window_steps(agent)} steps of a window of the three networks: --future"
+            cli.require(diffusion_info or count["updates"] < args.planner_start, short)
             if signals:
                 break
 
@@ -1044,7 +1046,7 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
 def run_jointly(args: Args) -> None:
     """Trains a world model as tdmpc2_jax.py does and, between its updates, the three networks on the same replay."""
     spec = environments.task_spec(args.task)
-    cli.check_replay(dataclasses.replace(args, agent=of_long_windows(args.agent)), seed_steps_of(args, spec))
+    cli.check_replay(dataclasses.replace(args, agent=of_long_windows(args.agent)), spec, seed_steps_of(args, spec))
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
@@ -1053,13 +1055,15 @@ def run_jointly(args: Args) -> None:
         (eval_envs,), (agent,) = make_eval_envs(args, stack)
         checkpoints = stack.enter_context(Checkpoints(folder, *SCRIPTS))
         count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+        new_replays = partial(init_replays, agent, args.buffer_size // args.num_envs, args.num_envs)
+        check_memory(new_replays, args.buffer_size, args.total_timesteps)
         learner, replays = checkpoints.restore_or_make(
             count,
             learner=partial(fresh_learner, agent, args.seed),
-            replay=partial(init_replays, agent, args.buffer_size // args.num_envs, args.num_envs),
+            replay=new_replays,
         )
         folder.begin()
-        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
+        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS, signals=signals))
         made = f"{envs.metadata['observations']}, {envs.metadata['actions']}"
         title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         params = learner["train"].params, learner["state"].params
@@ -1141,7 +1145,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
         args = parse(argv)
         check_args(args)
-        use_compile_cache(args.compile_cache)
+        set_up_jax(args.compile_cache)
         if args.evaluate:
             evaluate_checkpoint(args)
         elif args.agent.mode == "offline":

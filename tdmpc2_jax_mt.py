@@ -36,7 +36,7 @@ from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Numbe
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.data.datasets import Dataset
 from tdmpc2_support.data.device_data import DeviceData, Source, batch_shardings
-from tdmpc2_support.devices import committed, keep_freed_memory, use_compile_cache
+from tdmpc2_support.devices import committed, keep_freed_memory, set_up_jax
 from tdmpc2_support.run.checkpoints import Checkpoints, checksums
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
@@ -917,16 +917,16 @@ def loop(args: Args, inputs: Inputs, mesh: Mesh, state, program, batches, count,
         interrupted = False
         if due(step, count["evaluated"], args.eval_freq, finished):
             params = devices.local_replica(state.params, mesh)
+            result = None
             if logger.primary:
                 draws = (args.seed, 1, step), jax.random.fold_in(eval_key, step)
                 bar = partial(logger.paused, f"evaluating at update {step}")
                 result = evaluate_tasks(args, agent, params, names, names, *draws, bar, signals)
-                interrupted = result is None
-                if not interrupted:
-                    logger.record_scores(step, result)
-            interrupted = devices.any_process(interrupted)
+            interrupted = devices.any_process(logger.primary and result is None)
             if not interrupted:
                 count["evaluated"] = step
+            if result is not None:
+                logger.record_scores(step, result)
 
         # Save
         stopping = False
@@ -977,7 +977,7 @@ def run(args: Args) -> None:
         batches = source.batches(args.seed, count["updates"], args.readers)
         stack.enter_context(contextlib.closing(batches))
         folder.begin()
-        logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "update"))
+        logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "update", signals=signals))
         title = f"{len(names)} task(s): {agent.obs_dim} observations, {agent.action_dim} actions, {source}"
         logger.begin(title, SCORES_HEAD, state.params, count["updates"], args.num_updates, count)
         stack.enter_context(signals)
@@ -1004,7 +1004,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.refuse_moved(argv, ("--quantize", "--output", "--keep-target-q"), DEPLOY)
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.set_folder, SCRIPTS, ()))
         check_args(args)
-        use_compile_cache(args.compile_cache)
+        set_up_jax(args.compile_cache)
         if args.distributed:
             devices.start_distributed(args.coordinator, args.num_processes, args.process_id)
         if args.evaluate:

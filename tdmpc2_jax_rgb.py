@@ -34,7 +34,7 @@ from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_gr
 from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.convolution import convolve
-from tdmpc2_support.devices import committed, keep_freed_memory, place_replay, use_compile_cache
+from tdmpc2_support.devices import committed, keep_freed_memory, place_replay, set_up_jax
 from tdmpc2_support.envs.rendering import PIXELS
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
@@ -1062,7 +1062,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
 def run(args: Args) -> None:
     """Trains one agent and keeps the run's files."""
     spec = environments.task_spec(args.task)
-    cli.check_replay(args, seed_steps_of(args, spec))
+    cli.check_replay(args, spec, seed_steps_of(args, spec))
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
@@ -1073,7 +1073,7 @@ def run(args: Args) -> None:
         checkpoints = stack.enter_context(Checkpoints(folder, "tdmpc2_jax_rgb"))
         state, key, replay, count = start_or_resume(args, agent, checkpoints)
         folder.begin()
-        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS))
+        logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS, signals=signals))
         made = f"{FRAMES} {envs.metadata['observations']}, {envs.metadata['actions']}"
         title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         step = count["decisions"] * spec.action_repeat
@@ -1088,7 +1088,7 @@ def main(argv: list[str] | None = None) -> None:
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.run_folder, SCRIPTS))
         cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent)))
         check_pictures(args)
-        use_compile_cache(args.compile_cache)
+        set_up_jax(args.compile_cache)
         if args.evaluate:
             evaluate_checkpoint(args)
         else:

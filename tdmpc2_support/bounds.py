@@ -4,6 +4,7 @@ lr: Positive = 3e-4  # learning rate                          a field of a scrip
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -34,7 +35,13 @@ def is_name(x: str) -> bool:
     return max(map(len, parts)) <= 100 and len(x) <= 200
 
 
-NewFile = Annotated[str, Bounds(lambda x: Path(x).absolute().parent.is_dir(), "a file in a folder that exists")]
+def is_new_file(x: str) -> bool:
+    """Whether a file of this name could be written."""
+    path = Path(x).absolute()
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+
+
+NewFile = Annotated[str, Bounds(is_new_file, "a file in a folder that exists and can be written")]
 Name = Annotated[str, Bounds(is_name, "a name of at most 100 characters, or a path below the task's folder")]
 
 

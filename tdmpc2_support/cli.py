@@ -7,6 +7,8 @@ an `Agent` in its field `agent`. On the command line, in args.json and in checkp
 import contextlib
 import dataclasses
 import importlib.util
+import io
+import os
 import re
 import signal
 import sys
@@ -19,8 +21,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from tdmpc2_support.bounds import Bounds
-from tdmpc2_support.envs.tasks import TASK_SETS, set_tasks, task_spec
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.envs.tasks import TASK_SETS, TaskSpec, set_tasks, task_spec
+from tdmpc2_support.errors import UserError, one_line
 
 T = TypeVar("T")
 Flat = tyro.conf.OmitArgPrefixes  # Flat[Agent]: the flags of its fields are --lr, not --agent.lr
@@ -101,9 +103,10 @@ def require(holds: Any, sentence: str) -> None:
 def check_bounds(args: Any) -> None:
     """Refuses arguments that are not within the bounds of their types, or two that are not in their order; UserError
     names the first."""
-    require(not args.track or importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
     check_fields(args.agent)
     check_fields(args)
+    if args.track and not args.evaluate:
+        check_wandb()
     agent = args.agent
     if getattr(agent, "latent_dim", None) and hasattr(agent, "simnorm_dim"):
         require(agent.latent_dim % agent.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim")
@@ -117,6 +120,19 @@ def check_bounds(args: Any) -> None:
         words = "smaller than" if sign == "<" else "at most"
         holds = low < high if sign == "<" else low <= high
         require(holds, f"{as_flag(small)} must be {words} {as_flag(large)}")
+
+
+def check_wandb() -> None:
+    """Refuses --track without Weights & Biases or an account of theirs; on a terminal they ask for one."""
+    require(importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except Exception as error:  # of many kinds: no account, no network, no home
+        raise UserError(f"--track: {one_line(error)} (or set WANDB_MODE=offline)") from error
 
 
 def check_fields(part: Any) -> None:
@@ -137,11 +153,19 @@ def refuse_useless(argv: list[str] | None, useless: Set[str], mode: str) -> None
     require(not found, f"{mode} makes no use of {', '.join(found)}")
 
 
-def check_replay(args: Any, seed_steps: int) -> None:
-    """Refuses a replay that cannot hold the random decisions at the start, or these if they fill no window.
+def check_replay(args: Any, spec: TaskSpec, seed_steps: int) -> None:
+    """Refuses a replay that cannot hold the random decisions at the start, these if they fill no window, and a task
+    whose episodes fill none; says so if the run ends within those decisions.
 
-    args has the fields num_envs, buffer_size and agent.horizon."""
+    args has the fields num_envs, buffer_size, total_timesteps and agent.horizon."""
     window = (args.agent.horizon + 1) * args.num_envs
+    short = (
+        f"episodes of {spec.name!r} end after {spec.episode_length} decisions, before --horizon {args.agent.horizon}"
+    )
+    require(spec.episode_length >= args.agent.horizon, short)
+    if seed_steps * spec.action_repeat >= args.total_timesteps:
+        words = f"the {seed_steps} random decisions with which it starts (--seed-steps)"
+        print(f"nothing will be learned: --total-timesteps {args.total_timesteps} ends within {words}", file=sys.stderr)
     content = f"the {seed_steps} seed steps and a window per environment"
     require(seed_steps >= window, "--seed-steps must fill more than one window per environment")
     require(args.buffer_size >= seed_steps + window, f"--buffer-size {args.buffer_size} does not hold {content}")
@@ -168,15 +192,74 @@ def check_envs_module() -> None:
 
 @contextlib.contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Ends the process with one sentence for a mistake of the user and for a Ctrl-C before or after the loop."""
+    """Ends the process with one sentence for a mistake of the user and for a Ctrl-C before or after the loop. What is
+    printed meanwhile cannot fail."""
     try:
-        check_envs_module()
-        yield
+        with lasting_output():
+            check_envs_module()
+            yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "nable to initialize backend" not in reason:
+            raise
+        named = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if "JAX_PLATFORMS" in os.environ else ""
+        sys.exit(f"error: {named}JAX finds no such device here ({one_line(reason)})")
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last whole checkpoint with --resume, if it has one", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+class Lasting:
+    """A stream that can always be written to: what its terminal or pipe does not take, closed as it may be by then, is
+    given up, since a run's results are in its files."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # of a terminal that has not all letters: they become question marks
+            self._stream.reconfigure(errors="replace")
+            self._stream.write(text)
+        except OSError:
+            self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # else what is left in its buffer fails at the end of the process
+            os.close(null)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Standard output and errors as `Lasting` streams, where they are files of this process (not a notebook's)."""
+    before = sys.stdout, sys.stderr
+    try:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by the shell
+                setattr(sys, name, open(os.devnull, "w"))
+            elif isinstance(stream, io.TextIOWrapper):
+                setattr(sys, name, Lasting(stream))
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 # ----------------------------------------------------------------------------------------------------- Run folders

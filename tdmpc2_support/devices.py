@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,15 +27,37 @@ M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 
 
+# Settings of JAX that the programs here are written for, whatever the shell has set for others
+NEEDED = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_transfer_guard": "allow",
+}
+
+
+def set_up_jax(compile_cache: bool) -> None:
+    """Sets JAX to what the programs here are written for, with a sentence where the shell has something else, and keeps
+    compiled programs if that is wanted."""
+    for name, value in NEEDED.items():
+        found = getattr(jax.config, name)
+        if found not in (None, value):
+            jax.config.update(name, value)
+            print(f"{name.upper()}={found} is not for this program, which sets it to {value}", file=sys.stderr)
+    use_compile_cache(compile_cache)
+
+
 def use_compile_cache(wanted: bool) -> None:
     """Keeps compiled programs in the user's cache folder, one for each kind of processor, unless JAX was told another
     (JAX_COMPILATION_CACHE_DIR): the second start of a script does not compile again."""
     if not wanted or jax.config.jax_compilation_cache_dir:
         return
-    with contextlib.suppress(OSError):  # without a home that can be written to there is no cache
+    with contextlib.suppress(OSError, RuntimeError):  # without a home that can be written to there is no cache
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(caches, "tdmpc2-jax", processor_kind())
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -164,6 +187,15 @@ def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, total_
     check_replay_fits(size, device, place, buffer_size, total_timesteps)
     print(f"replay of {buffer_size} decisions: {size / 1e9:.1f} GB in {place} ({reason})", flush=True)
     return device
+
+
+def check_memory(make: Callable[[], Any], buffer_size: int, total_timesteps: int) -> None:
+    """Refuses the replay that make() returns if it does not fit into the memory of the device that learns, with its
+    copies; UserError names the buffer_size that does."""
+    device = jax.devices()[0]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+    place = "the machine's memory" if device.platform == "cpu" else "device memory"
+    check_replay_fits(size, device, place, buffer_size, total_timesteps)
 
 
 def host_device() -> jax.Device:

@@ -1,14 +1,27 @@
 """What people bring: environments that return what they should not, and the sentence that says so."""
 
+import dataclasses
+import io
+import os
+import sys
+from functools import partial
+
 import gymnasium as gym
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
 from gymnasium.spaces.utils import flatdim, flatten
 
 import envs
+import tdmpc2_jax
+from tdmpc2_support import cli, devices
 from tdmpc2_support.envs import guard
 from tdmpc2_support.envs.guard import Actions, Observations, is_image, picture
+from tdmpc2_support.envs.tasks import task_spec
+from tdmpc2_support.errors import UserError
+from tdmpc2_support.run.reports import film_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment")
 TASK = "Strange-v0"
@@ -409,3 +422,131 @@ def test_pictures_of_a_film_have_one_size():
 def test_a_film_has_a_speed_whatever_the_environment_says(fps):
     env = strange("rgb_array", metadata={"render_modes": ["rgb_array"], "render_fps": fps})
     assert env.metadata["render_fps"] == (30 if fps == [30] else 25)
+
+
+# ------------------------------------------------------------------------------------------- The shell and the machine
+MODULE = """
+import gymnasium as gym
+import parts_of_mine
+gym.register("Mine-v0", parts_of_mine.Env, max_episode_steps=7)
+"""
+
+
+def test_a_module_in_the_current_folder_is_found_and_so_is_what_it_imports(tmp_path, monkeypatch):
+    (tmp_path / "module_of_mine.py").write_text(MODULE)
+    (tmp_path / "parts_of_mine.py").write_text("from strange_envs import Point as Env")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for task in ("module_of_mine:Mine-v0", "module_of_mine.py:Mine-v0"):
+        assert task_spec(task).episode_length == 7
+    vector = envs.make_envs("module_of_mine:Mine-v0", 2, num_workers=2)
+    assert vector.reset()[0].shape == (2, 2)
+    vector.close()
+    (tmp_path / "broken_module.py").write_text("\nx = y")
+    with pytest.raises(UserError, match=r"cannot be imported: NameError: name 'y' .* \(broken_module.py, line 2\)$"):
+        task_spec("broken_module:Mine-v0")
+
+
+def test_output_into_a_pipe_that_was_closed_is_given_up(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with cli.errors_as_sentences():
+            for _ in range(3):
+                print("x" * 100_000, flush=True)
+        assert sys.stdout is stream
+        stream.flush()
+
+
+def test_a_terminal_without_all_letters_shows_question_marks(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with cli.errors_as_sentences():
+        print("± std")
+    assert raw.getvalue() == b"? std\n"
+
+
+def test_output_that_the_shell_has_closed_is_no_reason_to_stop(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with cli.errors_as_sentences():
+        print("x", flush=True)
+        sys.stderr.write("y")
+
+
+def test_a_platform_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    with pytest.raises(SystemExit, match="^error: JAX_PLATFORMS=tpu: JAX finds no such device here"):
+        with cli.errors_as_sentences():
+            raise RuntimeError("Unable to initialize backend 'tpu':\nINTERNAL")
+    with pytest.raises(RuntimeError), cli.errors_as_sentences():
+        raise RuntimeError("another one")
+
+
+@pytest.mark.parametrize("name, value", [("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise")])
+def test_settings_of_the_shell_that_other_programs_need_are_put_right(name, value, capsys):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        devices.set_up_jax(compile_cache=False)
+        assert getattr(jax.config, name) == devices.NEEDED[name]
+        assert capsys.readouterr().err.startswith(f"{name.upper()}={value} is not for this program")
+    finally:
+        jax.config.update(name, before)
+
+
+def test_without_any_home_there_is_no_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        devices.use_compile_cache(True)
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_replay_that_memory_does_not_hold_is_refused_with_a_size_that_fits():
+    make = partial(jnp.zeros, (10**9, 10**6))
+    with pytest.raises(UserError, match=r"^--buffer-size 1000000000 takes .* enough for --buffer-size \d+$"):
+        devices.check_memory(make, 10**9, 10**9)
+
+
+def test_a_run_that_can_learn_nothing_says_so(capsys):
+    args = tdmpc2_jax.Args(task="cartpole-swingup", total_timesteps=1000)
+    spec = task_spec(args.task)
+    cli.check_replay(args, spec, 500)
+    assert "nothing will be learned: --total-timesteps 1000 ends within the 500 random" in capsys.readouterr().err
+    cli.check_replay(dataclasses.replace(args, total_timesteps=1002), spec, 500)
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="end after 2 decisions, before --horizon 3"):
+        cli.check_replay(args, spec._replace(episode_length=2), 500)
+
+
+def test_a_tracker_without_an_account_is_refused_before_anything_starts(monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("def login():\n    raise ValueError('No API key\\nconfigured')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    args = dataclasses.replace(tdmpc2_jax.Args(), track=True)
+    agent = tdmpc2_jax.with_model_size(args.agent)
+    with pytest.raises(UserError, match="^--track: No API key"):
+        cli.check_bounds(dataclasses.replace(args, agent=agent))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cli.check_bounds(dataclasses.replace(args, agent=agent))
+
+
+def test_a_film_goes_where_it_can_be_written_or_is_refused_before_the_episodes(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "args.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert film_path(str(run / "checkpoints" / "100")) == run / "videos" / "evaluate.mp4"
+    assert str(film_path("agents/walker.pt", "dog-run")) == "agents/walker-evaluate-dog-run.mp4"
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) == str(tmp_path))
+    assert str(film_path(str(run))) == "evaluate.mp4"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="neither .* nor the current folder can be written"):
+        film_path(str(run))

@@ -178,7 +178,7 @@ def test_what_cannot_be_quantised_is_refused_in_one_sentence(golden, many, one, 
     assert "holds no TD-MPC2 agent that sees states: it is one of pixels" in refused(golden("rgb.pt"))
     assert "exists: choose another --output" in refused(many, "--output", small)
     assert ".pt is the ending of PyTorch's files" in refused(many, "--output", "a.pt")
-    assert "--output must be a file in a folder that exists" in refused(many, "--output", "no/a")
+    assert "--output must be a file in a folder that exists and can be written" in refused(many, "--output", "no/a")
     assert "knows other tasks than --tasks names" in refused(many, "--tasks", "pendulum-swingup,cartpole-balance")
     assert "knows other tasks than --tasks names" in refused(one, "--tasks", "walker-walk")
     shutil.copy(small, tmp_path / "cut")

@@ -1,29 +1,35 @@
 """The folder of a run: who may train in it, what a start that is refused leaves, and signals that end a run."""
 
+import contextlib
 import fcntl
+import json
 import os
+import resource
+import shutil
 import signal
 
 import numpy as np
 import pytest
 from helpers import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tdmpc2_support.envs.tasks import task_spec
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.run import folder as module
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, started_with
-from tdmpc2_support.run.logging import Logger
+from tdmpc2_support.run.logging import Logger, append
 from tdmpc2_support.run.reports import Evaluation
 
 SETTINGS = {"task": "x", "lr": 1.0, "seed": 1, "total_timesteps": 10, "resume": False}
 
 
 def begun(path, **changed):
-    """A folder in which a run has begun, and ended."""
-    with RunFolder(path, SETTINGS | changed) as folder:
+    """A folder of a run that has ended, with a checkpoint."""
+    with RunFolder(path, SETTINGS | changed) as folder, Checkpoints(folder, "x") as checkpoints:
         folder.begin()
+        checkpoints.save(1, {"decisions": 1})
     return path
 
 
@@ -48,22 +54,61 @@ def test_a_resumed_run_may_differ_in_what_does_not_define_it(tmp_path):
     start(path, resume=True, total_timesteps=20, eval_freq=3, save_episodes="data")
 
 
-@pytest.mark.parametrize("content", ["", '{"lr": 1.0, ', "[]"])
+@pytest.mark.parametrize("content", ["", '{"lr": 1.0, ', "[]", "{}", '{"lr": null}', "\xff\x00", None])
 def test_a_damaged_record_of_arguments_is_taken_from_the_newest_checkpoint(tmp_path, content):
     path = begun(tmp_path / "run")
-    (path / "args.json").write_text(content)
-    with pytest.raises(UserError, match="args.json cannot be read, nor a checkpoint"):
-        start(path, resume=True)
-    with Checkpoints(RunFolder(path, SETTINGS), "x") as checkpoints:
-        checkpoints.save(1, {"decisions": 1})
+    (path / "args.json").unlink()
+    if content is not None:
+        (path / "args.json").write_text(content, "latin-1")
     assert started_with(path)["lr"] == 1.0
     start(path, resume=True)
     with pytest.raises(UserError, match="--lr 1.0"):
         start(path, resume=True, lr=2.0)
+    with RunFolder(path, SETTINGS | {"resume": True}) as folder:
+        folder.begin()
+    assert json.loads((path / "args.json").read_text())["lr"] == 1.0, "it is made again"
+    shutil.rmtree(path / "checkpoints")
+    (path / "args.json").write_text("")
+    with pytest.raises(UserError, match="args.json cannot be read, nor a checkpoint"):
+        started_with(path)
 
 
 def test_a_run_of_before_windows_were_drawn_by_episodes_draws_them_as_it_did(tmp_path):
     assert started_with(begun(tmp_path / "run"))["sample"] == "windows"
+
+
+def test_a_run_that_fails_before_it_has_learned_leaves_nothing(tmp_path):
+    path = tmp_path / "task" / "name" / "1"
+    for learned in (False, True):
+        with pytest.raises(UserError, match="^x$"), RunFolder(path, SETTINGS) as folder:
+            folder.begin()
+            logger = Logger(folder, ("step", "reward"))
+            with logger:
+                logger.begin("title", "head", {}, 0, 100, {"seconds": 0.0, "evaluated": -1})
+                if learned:
+                    logger.log_losses(10, {"loss": 1.0})
+                raise UserError("x")
+        assert [*tmp_path.iterdir()] == ([tmp_path / "task"] if learned else [])
+    assert {"args.json", "eval.csv"} < {file.name for file in path.iterdir()}
+
+
+def test_a_folder_of_a_start_that_was_killed_before_it_did_anything_takes_the_next(tmp_path):
+    for rows in ("", "0,1.0\n"):
+        path = tmp_path / "task" / "name" / "1"
+        path.mkdir(parents=True)
+        (path / "args.json").write_text(json.dumps(SETTINGS))
+        (path / "eval.csv").write_text(f"step,reward\n{rows}")
+        with pytest.raises(UserError, match="holds a run") if rows else contextlib.nullcontext():
+            start(path)
+
+
+def test_a_resumed_run_without_a_checkpoint_says_that_it_begins_and_where_others_are(tmp_path, capsys):
+    begun(tmp_path / "name" / "2")
+    start(tmp_path / "name" / "1", resume=True)
+    said = capsys.readouterr().err
+    assert f"finds no checkpoint in {tmp_path}/name/1: a new run begins; there is {tmp_path}/name/2" in said
+    start(tmp_path / "name" / "2", resume=True)
+    assert not capsys.readouterr().err
 
 
 def test_a_start_that_ends_before_the_run_begins_leaves_nothing(tmp_path):
@@ -102,17 +147,33 @@ def test_a_lock_whose_file_was_removed_before_it_was_taken_is_taken_anew(tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------------ Signals
-def test_any_number_of_terminations_ask_for_one_end_in_order():
-    before = signal.getsignal(signal.SIGTERM)
+NAMES = ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_terminations_ask_for_one_end_in_order(name):
+    first = getattr(signal, name)
+    before = signal.getsignal(first)
     with Signals() as signals:
         assert not signals
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        for number in (first, first, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        assert signals and signals.received == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert signals and signals.received == first
+    assert signal.getsignal(first) == before
     with pytest.raises(SystemExit) as stop:
         signals.exit_if_received("simulator step 7")
-    assert stop.value.code == 128 + signal.SIGTERM
+    assert stop.value.code == 128 + first
+
+
+def test_under_nohup_the_end_of_the_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_only_a_second_ctrl_c_a_second_later_does_not_wait(monkeypatch):
@@ -163,12 +224,78 @@ def test_arguments_stand_beside_the_curves_and_what_is_logged_is_on_the_disk_at_
         assert "|lr|1.0|" in text.tensor_proto.string_val[0].decode()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize("separator, end", [(";", "\n"), ("\t", "\n"), (",", "\r\n")])
+def test_a_curve_that_a_spreadsheet_has_written_goes_on_as_ours(tmp_path, separator, end):
+    path = begun(tmp_path / "run")
+    rows = [["step", "reward"], ["0", "1.5"], ["10", "2.5"], ["20", "3.5"]]
+    if separator == ";":
+        rows = [[value.replace(".", ",") for value in row] for row in rows]
+    (path / "eval.csv").write_bytes(b"\xef\xbb\xbf" + "".join(separator.join(row) + end for row in rows).encode())
+    with logger_at(path, 20, 10):
+        pass
+    assert (path / "eval.csv").read_bytes() == b"step,reward\n0,1.5\n10,2.5\n"
+    assert not [*path.glob("damaged*")]
+
+
+@pytest.mark.parametrize("content", ["x\x00\xff\nstep\n", "a,b\n1,2\n", "step,reward\n0,1.0\nhello\n", "step;x\n0;1\n"])
+def test_a_curve_that_is_damaged_is_kept_as_a_copy_and_begun_again(tmp_path, content, capsys):
+    path = begun(tmp_path / "run")
+    (path / "eval.csv").write_text(content, "latin-1")
+    with logger_at(path, 20, 10):
+        pass
+    (copy,) = path.glob("damaged-*-eval.csv")
+    assert copy.read_text("latin-1") == content and copy.name in capsys.readouterr().out
+    kept = "0,1.0\n" if "hello" in content else ""
+    assert (path / "eval.csv").read_text() == f"step,reward\n{kept}"
+
+
+full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+RESULT = Evaluation(np.ones(2), np.ones(2), [])
+
+
+@full_device
 def test_a_disk_that_is_full_is_one_sentence(tmp_path):
     path = begun(tmp_path / "run")
-    result = Evaluation(np.ones(2), np.ones(2), [])
     with logger_at(path, 0, -1) as logger:
         (path / "eval.csv").unlink()
         (path / "eval.csv").symlink_to("/dev/full")
-        with pytest.raises(UserError, match="run cannot be written: No space left on device"):
-            logger.record_returns(10, task_spec("walker-walk"), result)
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
+            logger.record_returns(10, task_spec("walker-walk"), RESULT)
+
+
+@full_device
+@pytest.mark.parametrize("file", ["eval.csv", "events.out.tfevents", "film"])
+def test_a_curve_that_cannot_be_written_ends_the_run_in_order_and_is_made_again(tmp_path, file, monkeypatch):
+    path = begun(tmp_path / "run")
+    count = {"seconds": 0.0, "evaluated": 0}
+    with Signals() as signals, Logger(RunFolder(path, SETTINGS), ("step", "reward"), signals=signals) as logger:
+        logger.begin("title", "head", {}, 0, 100, count)
+        result = RESULT
+        if file == "eval.csv":
+            (path / file).unlink()
+            (path / file).symlink_to("/dev/full")
+        elif file == "film":
+            result = Evaluation(np.ones(2), np.ones(2), [np.zeros((4, 4, 3), np.uint8)])
+            (path / "videos").write_text("no folder")
+        else:
+            monkeypatch.setattr(logger._events, "_file", open("/dev/full", "wb"))
+            monkeypatch.setattr(logger._events, "_writer", RecordWriter(logger._events._file))
+        count["evaluated"] = 10
+        logger.record_returns(10, task_spec("walker-walk"), result)
+        assert signals and count["evaluated"] == (0 if file == "eval.csv" else 10)
+    with pytest.raises(UserError, match="cannot be written: .*; the run is saved at simulator step 10, --resume"):
+        signals.exit_if_received("simulator step 10")
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "table").write_text("a\n")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            append(tmp_path / "table", "b,c,d\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "table").read_text() == "a\n"

@@ -125,7 +125,7 @@ def test_a_ctrl_c_before_the_run_has_begun_is_one_sentence(start, tmp_path):
     assert child.returncode == 130 and "--resume" in err and "Traceback" not in err
 
 
-SIGNALS = [(signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM), (signal.SIGINT,)]
+SIGNALS = [(signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM), (signal.SIGINT,)]
 
 
 @pytest.mark.parametrize("numbers", SIGNALS, ids=lambda numbers: "-".join(number.name for number in numbers))
@@ -198,7 +198,7 @@ def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_ch
     workers = children(child.pid)
     os.kill(workers[0], signal.SIGKILL)
     _, err = child.communicate(timeout=60)
-    assert child.returncode not in (0, -9) and "Traceback" in err
+    assert child.returncode not in (0, -9) and "Traceback" not in err
     sentence = err.strip().splitlines()[-1]
     assert "strange_envs:Point-v0" in sentence and f"(process {workers[0]}) was killed by signal 9" in sentence
     assert gone(workers)

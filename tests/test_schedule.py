@@ -31,9 +31,14 @@ def test_updates_follow_the_decisions_after_as_many_at_once_as_there_were_random
 
 
 def test_learning_waits_for_the_first_window():
-    assert updates_due(200, 0, 100, 1.0, 1, windows=0) == 0
-    assert updates_due(200, 0, 100, 1.0, 1, windows=1) == 200
+    assert updates_due(150, 0, 100, 1.0, 1, windows=0) == 0
+    assert updates_due(150, 0, 100, 1.0, 1, windows=1) == 150
     assert updates_due(200, 150, 100, 1.0, 1, windows=0) == 50, "it is not asked for any more"
+
+
+def test_a_run_whose_episodes_are_all_shorter_than_a_window_is_stopped_early():
+    with pytest.raises(UserError, match="in 200 decisions there is nothing to learn from: all episodes are shorter"):
+        updates_due(200, 0, 100, 1.0, 1, windows=0)
 
 
 def test_a_replay_that_has_lost_all_windows_is_told_from_one_that_had_none_yet():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
+import sys
 import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -331,4 +332,11 @@ class EpisodeWriter:
                 break
             except FileExistsError:  # another run has taken the number meanwhile
                 continue
+            except OSError as error:
+                print(
+                    f"{len(self._finished)} episodes cannot be written to {self._folder} ({error.strerror}): they stay "
+                    "in memory until the next checkpoint",
+                    file=sys.stderr,
+                )
+                return
         self._finished = []

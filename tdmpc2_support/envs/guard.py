@@ -397,7 +397,8 @@ def refusal(task: str, method: str, came: str, expected: str) -> UserError:
 @functools.cache
 def say(sentence: str) -> None:
     """Prints a sentence to the user, once."""
-    print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # of a worker, whose terminal may be gone
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def close_quietly(task: str, close: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -261,7 +262,7 @@ def _canonical(task: str) -> str:
 
 def _suite_id(name: str) -> str | None:
     """`quadruped-run` → `dm_control/quadruped-run-v0`: a task of dm_control's suite that is not in the table."""
-    if not re.fullmatch("[a-z-]+-[a-z-]+", name) or name.startswith("mw-"):
+    if not re.fullmatch("[a-z-]+-[a-z0-9-]+", name) or name.startswith("mw-") or re.search(r"-v\d+$", name):
         return None
     import_simulator("DMControl")
     import shimmy  # noqa: F401  registers the dm_control/ ids
@@ -280,17 +281,50 @@ def gym_spec(task: str) -> Any:
         import_simulator("DMControl")
         import shimmy  # noqa: F401  registers the dm_control/ ids
     module, _, env_id = task.rpartition(":")
+    if module:
+        import_module_of(task, module)
     try:
-        if module:
-            importlib.import_module(module)
         return gym.spec(env_id)
-    except (ImportError, TypeError, ValueError) as error:  # the latter two: no name of a module
-        raise UserError(f"task {task!r} cannot be imported: {error}") from error
     except gym.error.Error:
-        names = [*TASKS, *gym.registry]
-        near = difflib.get_close_matches(task, names, n=3) or difflib.get_close_matches(_canonical(task), names, n=3)
-        hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
-        raise UserError(f"unknown task {task!r}; {hint}python envs.py lists all tasks") from None
+        raise UserError(f"unknown task {task!r}; {hint_for(task)}python envs.py lists all tasks") from None
+
+
+def import_module_of(task: str, module: str) -> None:
+    """Imports the module that registers a task: one that is installed or lies beside the script or, which Python does
+    not look at when a script is started by its path, in the current folder."""
+    here = os.getcwd()
+    if here not in sys.path:  # worker processes get the path, and what the module imports may lie there, too
+        sys.path.append(here)
+    try:
+        importlib.import_module(module.removesuffix(".py"))
+    except Exception as error:  # whatever somebody's module raises
+        raise UserError(f"task {task!r} cannot be imported: {reason_of(error)}") from error
+
+
+# Packages that register their ids when they are imported, and how some of these begin
+PACKAGES_OF_IDS = {
+    "gymnasium_robotics": "Fetch|HandReach|HandManipulate|AdroitHand|PointMaze|AntMaze|FrankaKitchen",
+    "panda_gym": "Panda",
+    "highway_env": "highway|merge|roundabout|parking|intersection|racetrack",
+    "mo_gymnasium": "mo-",
+    "safety_gymnasium": "Safety",
+    "ogbench": "pointmaze|antmaze|humanoidmaze|antsoccer|cube-|scene-|puzzle-|powderworld",
+}
+
+
+def hint_for(task: str) -> str:
+    """What may have been meant by an id that is not known, as a part of a sentence."""
+    if re.fullmatch(r"mt\d+", task):
+        return f"that is a set of tasks, for tdmpc2_jax_mt.py --tasks {task}; "
+    for module, begins in PACKAGES_OF_IDS.items():
+        if re.match(begins, task):
+            return f"if it is one of {module}, name that, too: {module}:{task}; "
+    names = [*TASKS, *gym.registry]
+    without_version = re.sub(r"-v\d+$", "", _canonical(task))
+    if f"mw-{without_version}" in TASKS:
+        return f"did you mean 'mw-{without_version}'? "
+    near = difflib.get_close_matches(task, names, n=3) or difflib.get_close_matches(_canonical(task), names, n=3)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 
 
 def import_simulator(domain: str) -> None:

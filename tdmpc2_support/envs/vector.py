@@ -195,8 +195,9 @@ class WorkerVectorEnv(TaskVectorEnv):
 
     def _start(self, shared: int, job: tuple) -> None:
         ours, theirs = Pipe()
-        # Ctrl-C and a batch system's SIGTERM reach the whole process group; it is the parent that decides on the end.
-        code = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN); import sys; "
+        # Ctrl-C, the end of a terminal and what batch systems send reach all processes; the parent decides on the end.
+        code = "import signal as s; names = 'SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2'.split(); "
+        code += "[s.signal(getattr(s, name), s.SIG_IGN) for name in names]; import sys; "
         code += "sys.path.insert(0, sys.argv[1]); from tdmpc2_support.envs import vector as v; "
         code += "v._work(*map(int, sys.argv[2:]))"
         here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -226,7 +227,8 @@ class WorkerVectorEnv(TaskVectorEnv):
         except (EOFError, OSError):
             code = self.processes[worker].wait()
             reason = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            answer, value = "failed", f"environment worker {worker} (process {self.processes[worker].pid}) {reason}"
+            name = f"environment worker {worker} (process {self.processes[worker].pid})"
+            raise UserError(f"task {self._task!r}: {name} {reason}") from None
         if answer == "done":
             return value
         raise UserError(value) if answer == "user error" else RuntimeError(f"task {self._task!r}: {value}")

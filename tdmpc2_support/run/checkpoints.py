@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -21,10 +22,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from tdmpc2_support.devices import shapes_on
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.errors import UserError, writing
 
 if TYPE_CHECKING:
     from tdmpc2_support.run.folder import RunFolder
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs at length what it raises, too
 
@@ -115,7 +119,9 @@ class Checkpoints:
         """
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-            self._manager = ocp.CheckpointManager((self.folder / "checkpoints").absolute(), options=options)
+            folder = (self.folder / "checkpoints").absolute()
+            with writing(folder):
+                self._manager = ocp.CheckpointManager(folder, options=options)
         meta = {"script": self.script, "args": self.settings, "count": count} | (meta or {})
         write_checkpoint(self._manager, step, meta, **items)
 
@@ -167,7 +173,8 @@ def write_checkpoint(manager: ocp.CheckpointManager, step: int, meta: dict[str, 
     """Writes pytrees of arrays as the checkpoint of a step. It is there when it is complete; older ones go after that.
 
     Raises:
-        UserError: the disk is full; what was written of it is removed, and the checkpoints before it are kept.
+        UserError: the disk is full, or cannot be written to; what was written of it is removed, and the checkpoints
+            before it are kept.
     """
     meta = meta | {"checksums": checksums(items)}
     meta["checksum"] = _text_sum(meta)
@@ -175,15 +182,19 @@ def write_checkpoint(manager: ocp.CheckpointManager, step: int, meta: dict[str, 
     try:
         manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saved), force=True)
     except Exception as error:  # Orbax wraps what its storage library says, as a text only
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not any(word in str(error) for word in ("No space left", "quota exceeded", "File too large")):
+        number = getattr(error, "errno", None)
+        found = [code for code in UNWRITABLE if code == number or os.strerror(code) in str(error)]
+        if not found and number is None:
             raise
         folder = Path(manager.directory)
         for remains in folder.glob(f"{step}*"):
             shutil.rmtree(remains, ignore_errors=True)
         kept = complete_checkpoints(folder.parent)
         kept = f"{kept[0]} is kept" if kept else "there was none before"
-        raise UserError(f"no space is left for a checkpoint at step {step}: its remains are removed, {kept}") from error
+        problem = f"a checkpoint at step {step} cannot be written ({os.strerror(found[0] if found else number)})"
+        if {*found} & {*FULL}:
+            problem = f"no space is left for a checkpoint at step {step}"
+        raise UserError(f"{problem}: its remains are removed, {kept}") from error
 
 
 def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict[str, Any]:

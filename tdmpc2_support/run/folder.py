@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,11 +25,13 @@ import numpy as np
 from tdmpc2_support.agents.pretrained import read_record
 from tdmpc2_support.cli import MAY_CHANGE, as_flag, saved_fields
 from tdmpc2_support.devices import any_process
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.errors import UserError, writing
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
+from tdmpc2_support.run.reports import film_path
 
 BEFORE = {"sample": "windows", "obs": "rgb", "state_keys": None}  # what was fixed before it became an argument
+WRITTEN = "args.json eval.csv .wandb_run_id events.out.tfevents.* videos wandb checkpoints".split()  # in the folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 
 
@@ -55,7 +58,7 @@ class RunFolder:
         self.may_change = may_change
         self._lock: TextIO | None = None
         self._refused = False  # by a live run: the folder is left as it is
-        self._begun = False
+        self.learned = False  # set when there is something to keep without a checkpoint: curves of learning
 
     def __enter__(self) -> "RunFolder":
         if not self.primary:
@@ -65,27 +68,36 @@ class RunFolder:
             self._take_lock()
             self._check()
         except OSError as error:
-            self._clean_up()
+            self._clean_up(failed=not self.holds_run)
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
         except UserError:
-            self._clean_up()
+            self._clean_up(failed=not self.holds_run)
             raise
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        self._clean_up()
+        saved = bool(complete_checkpoints(self.path))
+        if self.primary and saved and isinstance(value, UserError) and "checkpoint" not in str(value):
+            print(f"{self.path} stops here; its last checkpoint is kept", file=sys.stderr)
+        self._clean_up(failed=not saved and not self.learned and (kind is not None or not self.holds_run))
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run has begun here, in this process or in another one before."""
-        files = (self.path / name for name in ("args.json", "eval.csv"))
-        return any(path.exists() for path in files) or bool(complete_checkpoints(self.path))
+        """Whether a run that got anywhere is here: with a checkpoint, or a row in its curve."""
+        if complete_checkpoints(self.path):
+            return True
+        try:
+            return len((self.path / "eval.csv").read_bytes().splitlines()) > 1
+        except FileNotFoundError:
+            return False
+        except OSError:  # whatever it is, it is not to be written over
+            return True
 
     def begin(self) -> None:
-        """From here on the folder holds a run: writes args.json."""
-        self._begun = True
+        """From here on the folder is a run's: writes args.json."""
         if self.primary:
-            write_atomically(self.path / "args.json", json.dumps(self.settings, indent=2))
+            with writing(self.path):
+                write_atomically(self.path / "args.json", json.dumps(self.settings, indent=2))
 
     def _take_lock(self) -> None:
         """Opens `.lock` and locks it until the process ends, however it does."""
@@ -108,9 +120,12 @@ class RunFolder:
             self._lock.close()  # between opening and locking, a start that was refused has removed the file
 
     def _check(self) -> None:
+        resume = self.settings.get("resume")
+        if resume and not complete_checkpoints(self.path):
+            print(f"--resume finds no checkpoint in {self.path}: a new run begins{self._others()}", file=sys.stderr)
         if not self.holds_run:
             return
-        if not self.settings.get("resume"):
+        if not resume:
             raise UserError(f"{self.path} holds a run; go on with --resume, or choose another --exp-name or --seed")
         before = started_with(self.path)
         fixed = {name: value for name, value in self.settings.items() if name not in self.may_change}
@@ -119,32 +134,47 @@ class RunFolder:
             flags = ", ".join(as_flag(name, before[name]) for name in changed)
             raise UserError(f"--resume continues a run as it was started: {flags}")
 
-    def _clean_up(self) -> None:
-        """Releases the lock. A start that was refused leaves nothing behind: neither its lock nor empty folders."""
-        if self.primary and not self._begun and not self._refused and self.path.exists() and not self.holds_run:
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is locked: see _take_lock
+    def _others(self) -> str:
+        """Runs of other seeds or names that may have been meant, as the end of a sentence."""
+        runs = {
+            path.parent for path in self.path.parent.parent.glob("*/*/checkpoints") if complete_checkpoints(path.parent)
+        }
+        shown = ", ".join(map(str, sorted(runs)[:3]))
+        return f"; there is {shown}{', …' if len(runs) > 3 else ''}" if runs else ""
+
+    def _clean_up(self, failed: bool) -> None:
+        """Releases the lock. A start that failed before it learned leaves nothing behind: no files of its own, neither
+        its lock nor empty folders."""
+        if self.primary and failed and not self._refused and self.path.is_dir():
             with contextlib.suppress(OSError):  # the first folder that is not empty
-                for folder in (self.path / "checkpoints", self.path, *self.path.parents[:2]):
-                    if folder.exists():
-                        folder.rmdir()
+                for pattern in WRITTEN:
+                    for path in self.path.glob(pattern):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                (self.path / ".lock").unlink(missing_ok=True)  # while it is locked: see _take_lock
+                for folder in (self.path, *self.path.parents[:2]):
+                    folder.rmdir()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
 
 def started_with(folder: Path) -> dict[str, Any]:
-    """The settings of a run: those of args.json or, if that file is damaged or gone, of the newest checkpoint.
+    """The settings of a run: those of args.json, but what defines the agent as the newest checkpoint has it, and all of
+    them if that file is damaged or gone.
 
     Raises:
         UserError: neither can be read.
     """
+    record: Any = None
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads((folder / "args.json").read_text())
-        if isinstance(record, dict):
-            return BEFORE | record
+        record = json.loads((folder / "args.json").read_text("utf-8-sig"))
+    record = record if isinstance(record, dict) else {}
     for checkpoint in complete_checkpoints(folder):
         with contextlib.suppress(UserError):
-            return BEFORE | read_meta(checkpoint)["args"]
+            saved = read_meta(checkpoint)["args"]
+            return BEFORE | record | {k: v for k, v in saved.items() if k not in MAY_CHANGE or k not in record}
+    if record:
+        return BEFORE | record
     raise UserError(
         f"{folder}/args.json cannot be read, nor a checkpoint: the run cannot be continued as it was started"
     )
@@ -184,31 +214,43 @@ def recorded_settings(
 
 def _recorded(args: Any, run_folder: Callable[[Any], Path], scripts: tuple[str, ...]) -> dict[str, Any]:
     if args.evaluate:
+        if args.capture_video:
+            film_path(args.checkpoint)  # refused here rather than after all episodes
         return read_record(args.checkpoint, *scripts)["args"]
     if args.resume:
         folder = RunFolder(run_folder(args), {})
-        if folder.holds_run:
+        record = {}
+        with contextlib.ExitStack() as stack:
+            if not folder.holds_run:  # at most one that has only begun
+                stack.enter_context(contextlib.suppress(UserError))
             record = started_with(folder.path)
-            return {name: value for name, value in record.items() if name not in ("resume", "runs_dir")}
+        return {name: value for name, value in record.items() if name not in ("resume", "runs_dir")}
     return {}
 
 
 class Signals:
-    """Notes the signals that ask a run to end, so that its loop can end in order: a context manager, true after one.
+    """Notes what asks a run to end, so that its loop can end in order: a context manager, true from then on.
 
-    SIGTERM and SIGUSR1 may come any number of times: schedulers send several. A second Ctrl-C, when a second has passed
-    since the first, does not wait any longer.
+    All signals but Ctrl-C may come any number of times: schedulers send several. A second Ctrl-C, when a second has
+    passed since the first, does not wait any longer. Under nohup the end of the terminal is no reason to stop.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    NUMBERS = (
+        *(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
+        signal.SIGHUP,  # the terminal is closed
+        signal.SIGXCPU,  # the limit of the processor's time is reached
+    )
 
     def __init__(self) -> None:
         self.received: int | None = None  # the first one's number
+        self.problem: UserError | None = None  # another reason to end
         self._interrupted: float | None = None  # when the first Ctrl-C came
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        for number in self.NUMBERS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
@@ -216,7 +258,11 @@ class Signals:
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
-        return self.received is not None
+        return self.received is not None or self.problem is not None
+
+    def stop(self, problem: UserError) -> None:
+        """Asks for the end in order for another reason, such as a curve that cannot be written."""
+        self.problem = self.problem or problem
 
     def in_any_process(self) -> bool:
         """Whether a signal has come to any of several processes, which all must ask at the same time; from then on this
@@ -238,7 +284,13 @@ class Signals:
 
     def exit_if_received(self, where: str, primary: bool = True) -> None:
         """Ends the process with the status that shells give to a signal, if one has come; says where the run stopped,
-        as "simulator step 1000"."""
+        as "simulator step 1000".
+
+        Raises:
+            UserError: there was another reason.
+        """
+        if self.problem is not None:
+            raise UserError(f"{self.problem}; the run is saved at {where}, --resume continues it") from self.problem
         if self.received is None:
             return
         if primary:

@@ -9,8 +9,9 @@ with Logger(folder, RETURNS_COLUMNS) as logger:
 """
 
 import contextlib
-import csv
+import errno
 import os
+import shutil
 import socket
 import sys
 import time
@@ -31,9 +32,9 @@ from tqdm import tqdm
 
 from tdmpc2_support.backend import graph_options
 from tdmpc2_support.envs.tasks import TaskSpec, task_spec
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.errors import UserError, one_line
 from tdmpc2_support.files import write_atomically
-from tdmpc2_support.run.folder import RunFolder, check_finite
+from tdmpc2_support.run.folder import RunFolder, Signals, check_finite
 from tdmpc2_support.run.reports import Evaluation, SetEvaluation, headline, summary
 from tdmpc2_support.run.video import side_by_side, write_video
 
@@ -47,9 +48,10 @@ class Logger:
         unit: what steps are called in sentences.
         label: what printed rows begin with, where several runs share a terminal.
         shown: whether there is a title and a progress bar; of several runs the first has them.
+        signals: what the loop asks whether it is to end: it is, with a checkpoint, once a file cannot be written.
 
     Raises:
-        UserError: a file cannot be written, in every method that writes.
+        UserError: a file cannot be written: in `begin`, and without signals in every method that writes.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Logger:
         unit: str = "simulator step",
         label: str = "",
         shown: bool = True,
+        signals: Signals | None = None,
     ):
+        self._run = folder
         self.folder = folder.path
         self.settings = folder.settings
         self.may_change = folder.may_change
@@ -68,10 +72,12 @@ class Logger:
         self.unit = unit
         self.label = label
         self.shown = shown and folder.primary
+        self.signals = signals
         self.logged = 0  # step at which losses were last logged
         self._stack = contextlib.ExitStack()
         self._events: EventFile | None = None
         self._wandb: Any = None
+        self._first_returns: list[float] = []
 
     def __enter__(self) -> "Logger":
         return self
@@ -79,7 +85,8 @@ class Logger:
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self._stack.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            with self._wandb_trouble():
+                self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def begin(self, title: str, table_head: str, params: Any, step: int, total: int, count: dict[str, Any]) -> None:
         """Opens the curves, prints title and head of the table, and shows a progress bar (on a terminal). Points and
@@ -96,8 +103,10 @@ class Logger:
         self._total = total
         self._tick = time.time()
         self._began = time.time() - count["seconds"]
+        self._count = count
+        self._evaluated = count["evaluated"]  # the last evaluation that is in eval.csv
         if self.primary:
-            with self._unwritable():
+            with self._unwritable(beginning=True):
                 self._drop_rows_after(count["evaluated"])
                 self._events = self._stack.enter_context(EventFile(self.folder))
                 self._events.restart_at(step + 1 if step else 0)
@@ -162,7 +171,8 @@ class Logger:
         with self._unwritable():
             self._events.add_scalars(scalars, step)
         if self._wandb is not None:
-            self._wandb.log({name: float(value) for name, value in scalars.items()} | {"global_step": step})
+            with self._wandb_trouble():
+                self._wandb.log({name: float(value) for name, value in scalars.items()} | {"global_step": step})
 
     def log_episodes(self, step: int, done: np.ndarray, infos: dict[str, Any]) -> None:
         """Adds points for the episodes that have just ended, as `RecordEpisodeStatistics` describes them."""
@@ -171,6 +181,16 @@ class Logger:
             length = infos["episode"]["l"][i]
             self.log(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
             self._bar.set_postfix_str(f"return {episode_return:.1f}", refresh=False)
+            self._note_tiny(abs(float(episode_return)))
+
+    def _note_tiny(self, episode_return: float) -> None:
+        """Says so if the first ten episodes have returns, but hardly any."""
+        if len(self._first_returns) >= 10:
+            return
+        self._first_returns.append(episode_return)
+        if len(self._first_returns) == 10 and 0 < max(self._first_returns) < 1e-3:
+            largest = max(self._first_returns)
+            self._bar.write(f"returns so far are at most {largest:.1g}, too little to be learned: scale the rewards")
 
     def log_losses(self, step: int, info: dict[str, Any], speed: str = "charts/SPS") -> None:
         """Adds points for the losses (on the device until here) and for steps per second of learning."""
@@ -179,6 +199,7 @@ class Logger:
         scalars = {f"losses/{name}": value for name, value in values.items()}
         scalars[speed] = (step - self.logged) / max(time.time() - self._tick, 1e-9)
         self.log(step, scalars)
+        self._run.learned = self._run.learned or bool(values)
         self.logged = step
         self._tick = time.time()
 
@@ -225,27 +246,33 @@ class Logger:
     ) -> None:
         self._bar.write(self.label + line)
         sys.stdout.flush()
+        self._count["evaluated"] = self._evaluated  # an evaluation that is not written is made again
         with self._unwritable():
-            with (self.folder / "eval.csv").open("a") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            self.log(step, scalars)
-            if not frames:
-                return
-            path = self.folder / "videos" / f"step-{step:09d}.mp4"
+            append(self.folder / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+            self._count["evaluated"] = self._evaluated = step
+        self.log(step, scalars)
+        if not frames:
+            return
+        path = self.folder / "videos" / f"step-{step:09d}.mp4"
+        with self._unwritable():
             write_video(path, frames, fps)
-        if self._wandb is not None:
+        if self._wandb is not None and path.exists():
             import wandb
 
-            self._wandb.log({"eval/video": wandb.Video(str(path)), "global_step": step})
+            with self._wandb_trouble():
+                self._wandb.log({"eval/video": wandb.Video(str(path)), "global_step": step})
 
     def _drop_rows_after(self, last: int) -> None:
-        """Drops the rows of eval.csv after this step, and half written ones."""
+        """Drops the rows of eval.csv after this step, and half written ones; keeps a copy if others cannot be read."""
         path = self.folder / "eval.csv"
-        rows = []
+        rows: list[dict[str, str]] = []
         if path.exists():
-            with path.open() as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
-        rows = [row for row in rows if int(row[self.columns[0]]) <= last]
+            rows, whole = read_rows(path, self.columns)
+            if not whole:
+                copy = self.folder / f"damaged-{int(time.time())}-eval.csv"
+                shutil.copyfile(path, copy)
+                print(f"{path} has rows or columns that are not of a run; as it was, it is kept as {copy.name}")
+        rows = [row for row in rows if int(float(row[self.columns[0]])) <= last]
         lines = [self.columns, *([row[name] for name in self.columns] for row in rows)]
         write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
 
@@ -254,22 +281,82 @@ class Logger:
         import wandb
 
         path = self.folder / ".wandb_run_id"
-        if not path.exists():
+        if not path.exists() or not path.read_text(errors="replace").isalnum():
             write_atomically(path, uuid.uuid4().hex)
         names = {"project": self.settings["wandb_project_name"], "entity": self.settings["wandb_entity"]}
         name = "__".join(self.folder.parts[-3:])
-        self._wandb = wandb.init(
-            **names, name=name, id=path.read_text(), config=self.settings, resume="allow", dir=self.folder
-        )
+        try:
+            self._wandb = wandb.init(
+                **names, name=name, id=path.read_text(), config=self.settings, resume="allow", dir=self.folder
+            )
+        except wandb.Error as error:
+            raise UserError(f"--track: Weights & Biases says: {one_line(error)}") from error
         self._wandb.define_metric("*", step_metric="global_step")
 
     @contextlib.contextmanager
-    def _unwritable(self) -> Iterator[None]:
-        """Turns what the system says of a file that cannot be written into a sentence."""
+    def _wandb_trouble(self) -> Iterator[None]:
+        """No fault of a tracker somewhere else ends a run, whose curves are here, too."""
+        try:
+            yield
+        except Exception as error:
+            self._wandb = None
+            print(f"Weights & Biases gets no more of this run: {one_line(error)}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _unwritable(self, beginning: bool = False) -> Iterator[None]:
+        """Turns what the system says of a file that cannot be written into a sentence, and into an end in order."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}") from error
+            problem = UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}")
+            if beginning or self.signals is None:
+                raise problem from error
+            self.signals.stop(problem)
+
+
+def append(path: Path, text: str) -> None:
+    """Adds a text to a file, all of it or nothing."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        data = text.encode()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> tuple[list[dict[str, str]], bool]:
+    """The rows of a table that a run has written and others perhaps edited since, with whatever separators; and whether
+    all of it could be read. A last row that was cut off counts as one that was not written."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    if not lines:
+        return [], True
+    names, separator = [], ","
+    for separator in (",", ";", "\t"):
+        names = [name.strip(' "').lower() for name in lines[0].split(separator)]
+        if {*columns} <= {*names}:
+            break
+    rows = []
+    for line in lines[1:]:
+        values = [value.strip(' "') for value in line.split(separator)]
+        if separator != ",":
+            values = [value.replace(",", ".") for value in values]  # such a program writes numbers so, too
+        row = dict(zip(names, values, strict=False))
+        if len(values) == len(names) and {*columns} <= {*row} and is_step(row[columns[0]]):
+            rows.append(row)
+    filled = [line for line in lines[1:] if line.strip(separator + " ")]
+    return rows, len(rows) == len(filled) and len(names) == len(columns)
+
+
+def is_step(text: str) -> bool:
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False
 
 
 class EventFile:
@@ -286,7 +373,8 @@ class EventFile:
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was said when it was added
+            self._file.close()
 
     def restart_at(self, step: int) -> None:
         """Points of earlier files from this step on are no longer shown."""

@@ -9,15 +9,12 @@ write_tables(args, [table])
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tdmpc2_support.data.recorded import print_measures
 from tdmpc2_support.envs.tasks import task_spec
-from tdmpc2_support.files import write_atomically
-from tdmpc2_support.run.reports import Evaluation, report_video
+from tdmpc2_support.run.reports import Evaluation, report_video, write_results
 
 HOW = ("planner", "scorer", "rollouts")
 
@@ -86,6 +83,6 @@ def write_tables(args: Any, tables: Sequence[PlannerTable]) -> None:
     if args.json:
         results = contents[0] if len(contents) == 1 else {"tasks": contents}
         results = {"checkpoint": args.checkpoint, "seed": args.seed} | results
-        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+        write_results(args.json, results)
     for table in tables:
         table.write_film()

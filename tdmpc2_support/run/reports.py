@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tdmpc2_support.envs.tasks import DOMAINS, TaskSpec, task_spec
+from tdmpc2_support.errors import UserError, writing
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.video import side_by_side, write_video
 
@@ -75,8 +77,14 @@ def report_returns(args: Any, spec: TaskSpec, result: Evaluation) -> None:
         results |= {"returns": returns.tolist(), "successes": successes.tolist()}
         results |= {"mean": returns.mean(), "std": returns.std()}
         results["success_rate"] = successes.mean() if spec.success else None
-        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+        write_results(args.json, results)
     report_video(args.checkpoint, result.frames, result.fps)
+
+
+def write_results(path: str, results: dict[str, Any]) -> None:
+    """Writes --json."""
+    with writing(path):
+        write_atomically(Path(path), json.dumps(results, indent=2) + "\n")
 
 
 def report_video(checkpoint: str, frames: list[np.ndarray], fps: int, task: str = "") -> None:
@@ -84,12 +92,28 @@ def report_video(checkpoint: str, frames: list[np.ndarray], fps: int, task: str 
     `task` is for its name, where each of several has one."""
     if not frames:
         return
+    film = film_path(checkpoint, task)
+    with writing(film):
+        write_video(film, frames, fps)
+    print(f"film: {film}")
+
+
+def film_path(checkpoint: str, task: str = "") -> Path:
+    """Where the film of --evaluate goes: into the folder of the run, beside the .pt or, where neither can be written,
+    into the current folder.
+
+    Raises:
+        UserError: that cannot be written, either.
+    """
     path = Path(checkpoint)  # a file, a run's folder, its checkpoints/ or one of these
     runs = [folder for folder in (path, *path.parents) if (folder / "args.json").exists()]
     name = f"evaluate-{task}.mp4" if task else "evaluate.mp4"
     film = runs[0] / "videos" / name if runs else path.parent / f"{path.stem}-{name}"
-    write_video(film, frames, fps)
-    print(f"film: {film}")
+    for place in (film, Path(film.name)):
+        folder = next(parent for parent in place.absolute().parents if parent.is_dir())
+        if os.access(folder, os.W_OK):
+            return place
+    raise UserError(f"--capture-video: neither {film.parent} nor the current folder can be written")
 
 
 # ----------------------------------------------------------------------------------------------------- Several tasks
@@ -136,4 +160,4 @@ def report_scores(args: Any, result: SetEvaluation) -> None:
     report_video(args.checkpoint, result.frames, result.fps)
     if args.json:
         results |= {"checkpoint": args.checkpoint, "mpc": args.agent.mpc, "seed": args.seed}
-        write_atomically(Path(args.json), json.dumps(results, indent=2) + "\n")
+        write_results(args.json, results)

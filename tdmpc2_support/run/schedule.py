@@ -43,6 +43,9 @@ def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst
     from there on utd for every decision. A run with updates behind it has a window to learn from; before the first one
     it is asked for, since all episodes until then may have been shorter than a window.
 
+    Raises:
+        UserError: they were for 200 decisions: later ones will not be longer, where nothing is learned.
+
     Args:
         decisions: made so far, in all environments.
         updates: made so far.
@@ -51,7 +54,12 @@ def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst
         burst: updates of one dispatch.
         windows: number of windows in the replay; on the device, and only read before the first update.
     """
-    if decisions < seed_steps or (updates == 0 and not windows):
+    if decisions < seed_steps:
+        return 0
+    if updates == 0 and not windows:
+        if decisions >= 200:
+            short = "all episodes are shorter than a training window (--horizon decisions)"
+            raise UserError(f"in {decisions} decisions there is nothing to learn from: {short}")
         return 0
     total = int(seed_steps + (decisions - seed_steps) * utd)
     return (total - updates) // burst

@@ -1,22 +1,44 @@
 """Films of evaluations."""
 
 import contextlib
+import errno
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 
+from tdmpc2_support.files import new_file
+
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
-    """Writes uint8 frames [height, width, 3] as an MP4; heights and widths become even, as H.264 wants them."""
+    """Writes uint8 frames [height, width, 3] as an MP4, whole or not at all; heights and widths become even, as H.264
+    wants them.
+
+    imageio_ffmpeg has a function for this, which forks a process that has JAX's threads: that may hang, and says so.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = frames[0].shape[1::-1]
-    video = imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2, ffmpeg_log_level="error")
-    with contextlib.closing(video):
-        video.send(None)
-        for frame in frames:
-            video.send(np.ascontiguousarray(frame))
+    height, width = frames[0].shape[:2]
+    taken = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+    made = f"-an -pix_fmt yuv420p -crf 25 -vf scale={width + width % 2}:{height + height % 2} -f mp4 -y".split()
+    with new_file(path) as temporary:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *taken, *made, str(temporary)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # a Ctrl-C is not for it
+            with contextlib.suppress(BrokenPipeError):  # its exit status and last words tell more
+                for frame in frames:
+                    process.stdin.write(np.ascontiguousarray(frame))
+            _, said = process.communicate()
+        if process.returncode:
+            lines = said.decode(errors="replace").split("\n")
+            full = "No space left" in said.decode(errors="replace")
+            reason = "No space left on device" if full else f"ffmpeg says: {lines[0]}"
+            raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(path))
 
 
 def thumbnails(pictures: Sequence[np.ndarray | None], number: int, width: int = 768) -> list[np.ndarray]:
