@@ -1004,7 +1004,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.refuse_moved(argv, ("--quantize", "--output", "--keep-target-q"), DEPLOY)
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.set_folder, SCRIPTS, ()))
         check_args(args)
-        set_up_jax(args.compile_cache)
+        set_up_jax(args.compile_cache, args.distributed)
         if args.distributed:
             devices.start_distributed(args.coordinator, args.num_processes, args.process_id)
         if args.evaluate:

@@ -200,12 +200,6 @@ def errors_as_sentences() -> Iterator[None]:
             yield
     except UserError as error:
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if "nable to initialize backend" not in reason:
-            raise
-        named = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if "JAX_PLATFORMS" in os.environ else ""
-        sys.exit(f"error: {named}JAX finds no such device here ({one_line(reason)})")
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last whole checkpoint with --resume, if it has one", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdmpc2_support.backend import graph_options
-from tdmpc2_support.errors import UserError
+from tdmpc2_support.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -36,15 +36,27 @@ NEEDED = {
 }
 
 
-def set_up_jax(compile_cache: bool) -> None:
+def set_up_jax(compile_cache: bool, distributed: bool = False) -> None:
     """Sets JAX to what the programs here are written for, with a sentence where the shell has something else, and keeps
-    compiled programs if that is wanted."""
+    compiled programs if that is wanted.
+
+    Raises:
+        UserError: there is no device. If this process is to join others, that must come before such a look.
+    """
     for name, value in NEEDED.items():
         found = getattr(jax.config, name)
         if found not in (None, value):
             jax.config.update(name, value)
             print(f"{name.upper()}={found} is not for this program, which sets it to {value}", file=sys.stderr)
     use_compile_cache(compile_cache)
+    if distributed:
+        return
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # of a platform that is not there; the former without a word
+        reason = one_line(" ".join(str(error).split()) or "it is not installed")
+        named = os.environ.get("JAX_PLATFORMS")
+        raise UserError(f"JAX finds no device here (JAX_PLATFORMS={named}): {reason}") from error
 
 
 def use_compile_cache(wanted: bool) -> None:

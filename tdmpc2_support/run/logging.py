@@ -184,12 +184,16 @@ class Logger:
             self._note_tiny(abs(float(episode_return)))
 
     def _note_tiny(self, episode_return: float) -> None:
-        """Says so if the first ten episodes have returns, but hardly any."""
+        """Says so if the returns of the first ten episodes can teach nothing."""
         if len(self._first_returns) >= 10:
             return
         self._first_returns.append(episode_return)
-        if len(self._first_returns) == 10 and 0 < max(self._first_returns) < 1e-3:
-            largest = max(self._first_returns)
+        if len(self._first_returns) < 10:
+            return
+        largest = max(self._first_returns)
+        if largest == min(self._first_returns):
+            self._bar.write(f"the first ten episodes have the same return, {largest:.4g}: nothing to learn from so far")
+        elif largest < 1e-3:
             self._bar.write(f"returns so far are at most {largest:.1g}, too little to be learned: scale the rewards")
 
     def log_losses(self, step: int, info: dict[str, Any], speed: str = "charts/SPS") -> None:
