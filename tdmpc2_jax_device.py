@@ -28,7 +28,7 @@ from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
 from tdmpc2_support.bounds import Count, Name
 from tdmpc2_support.cli import FromTask
-from tdmpc2_support.devices import available_bytes, bytes_of, committed, keep_freed_memory, shapes_on, use_compile_cache
+from tdmpc2_support.devices import available_bytes, bytes_of, committed, keep_freed_memory, set_up_jax, shapes_on
 from tdmpc2_support.envs.jax_env import Episode, JaxEnv, open_jax
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.run.checkpoints import Checkpoints
@@ -371,7 +371,7 @@ def run(args: Args) -> None:
     physics = "jax" if args.physics == "auto" and args.num_seeds > 1 else args.physics
     env = open_jax(args.task, physics)
     spec = env.spec
-    cli.check_replay(args, seed_steps_of(args, spec))
+    cli.check_replay(args, spec, seed_steps_of(args, spec))
     agent = td.for_task(args.agent, args.task, env)
     check_memory(args, agent, env)
     signals = Signals()
@@ -382,7 +382,8 @@ def run(args: Args) -> None:
             folder = stack.enter_context(RunFolder(cli.run_folder(own), cli.settings(own)))
             checkpoints = stack.enter_context(Checkpoints(folder, SCRIPT))
             label = f"seed {seed}: " if args.num_seeds > 1 else ""
-            logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS, label=label, shown=seed == args.seed))
+            logger = Logger(folder, RETURNS_COLUMNS, label=label, shown=seed == args.seed, signals=signals)
+            stack.enter_context(logger)
             count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
             files.append(RunFiles(seed, folder, checkpoints, logger, count))
         eval_envs = None
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.require(args.num_seeds == 1 or not args.track, "--track goes with --num-seeds 1: one run in a process")
         if args.capture_video:
             environments.check_rendering(args.task)
-        use_compile_cache(args.compile_cache)
+        set_up_jax(args.compile_cache)
         if args.evaluate:
             td.evaluate_checkpoint(args)
         else:
