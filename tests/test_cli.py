@@ -114,7 +114,7 @@ def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):
         assert "in use by a live run" in refused(*CARTPOLE, "--runs-dir", tmp_path)
     record = {**settings(td.Args(task="cartpole-balance")), "batch_size": 128}
     (folder / "args.json").write_text(json.dumps(record))
-    (folder / "eval.csv").write_text("step,reward,success,seed\n")
+    (folder / "eval.csv").write_text("step,reward,success,seed\n0,1.0,0.0,1\n")
     assert "--resume" in refused(*CARTPOLE, "--runs-dir", tmp_path)
     changed = refused(*CARTPOLE, "--runs-dir", tmp_path, "--resume", "--no-mpc", "--enc-dim", 64)
     assert "as it was started: without --enc-dim, --mpc" in changed, "what is not said is as it was"
