@@ -260,6 +260,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(refused, files, flags, wor
     assert all(word in sentence for word in words), sentence
 
 
+@pytest.mark.slow
 def test_tasks_without_episodes_and_worlds_of_one_task_are_refused(refused, files, golden, tmp_path):
     data, tasks = files[2:4], files[4:]
     assert "--task-dim" in refused("--world-model", golden("multitask.pt"), *data, *tasks)

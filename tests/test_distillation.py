@@ -187,6 +187,7 @@ def test_a_run_with_a_teacher_says_what_it_takes_and_logs_the_distance(whole):
     assert values["total"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_that_was_killed_ends_bit_for_bit_where_it_would_have(
     start, script, flags, whole, tmp_path
 ):

@@ -157,7 +157,7 @@ def test_any_number_of_terminations_ask_for_one_end_in_order(name):
     with Signals() as signals:
         assert not signals
         for number in (first, first, signal.SIGUSR1, signal.SIGTERM):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         assert signals and signals.received == first
     assert signal.getsignal(first) == before
     with pytest.raises(SystemExit) as stop:
@@ -169,7 +169,7 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert not signals
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -182,11 +182,11 @@ def test_only_a_second_ctrl_c_a_second_later_does_not_wait(monkeypatch):
     with Signals() as signals:
         for seconds in (0.0, 0.4, 0.5):  # a hand that trembles, or a terminal that sends it to a whole group
             now[0] += seconds
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT
         now[0] += 0.2
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_without_a_signal_nothing_ends():

@@ -227,6 +227,7 @@ def test_a_joint_run_goes_on_with_its_replay_and_all_that_it_has_learned(finishe
     assert [step for step, _ in curve(folder)] == ["0", "300"]
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_networks_bit_for_bit(finished, tmp_path):
     diffusion.main([*JOINT, "--runs-dir", str(tmp_path)])
     same(*(read_joint(complete_checkpoints(folder)[0]) for folder in (finished, tmp_path / NAME)))

@@ -103,6 +103,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(here, fl
     assert [step for step, _ in read_scalars(folder, "losses/total_loss")] == list(range(1, 61)), "none twice"
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_run_with_a_checkpoint_of_the_last_update(start, flags, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     child = start(*flags, "--num-updates", 1_000_000, name="tdmpc2_jax_mt.py")
@@ -130,6 +131,7 @@ def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(sta
         np.testing.assert_allclose(values[:20], losses_of(whole[0])[tag][:20], rtol=1e-4, atol=1e-6, err_msg=tag)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_until_a_signal_comes_to_either(start, flags, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -257,6 +259,7 @@ def made(monkeypatch):
     return vectors
 
 
+@pytest.mark.slow
 def test_as_many_tasks_as_fit_into_memory_are_evaluated_at_a_time_in_the_same_environments(
     whole, made, tmp_path, monkeypatch
 ):
@@ -331,6 +334,7 @@ def test_no_random_key_is_used_twice(data_dir):
             assert jax.eval_shape(acting, source.shapes()).shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_video_of_an_evaluation_is_written(whole, capsys):
     try:
         envs.check_rendering("cartpole-balance")
@@ -360,6 +364,7 @@ def test_collected_episodes_come_from_the_online_script(here, tmp_path):
     np.testing.assert_allclose(read["reward"].sum(), returns[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir, tmp_path):
     agent = dataclasses.replace(BY_POLICY, **SIZES, batch_size=16, task_dim=8)
     args = mt.Args(tasks=",".join(TASKS), data_dir=str(data_dir), runs_dir=str(tmp_path), num_updates=1, agent=agent)

@@ -642,6 +642,7 @@ def test_a_file_that_is_damaged_anywhere_is_noticed_when_it_is_checked(tmp_path)
             check_pt(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_two_thousand_mutated_files_are_read_or_refused_and_nothing_else_happens():
     """What `benchmarks/fuzz_pt.py` does at length."""
     total = fuzz_pt.fuzz(seed=0, first=0, count=2000)

@@ -186,6 +186,7 @@ def learner():
     return agent, rgb.fresh_state(agent, random_streams(1))["train"], replay
 
 
+@pytest.mark.slow
 def test_batches_from_the_machines_memory_are_learned_from_as_those_of_the_device(learner):
     agent, state, replay = learner
 
@@ -243,6 +244,7 @@ def test_acting_and_learning_shift_what_they_encode(learner):
     assert (means[0] != means[2]).any()
 
 
+@pytest.mark.slow
 def test_the_model_learns_to_tell_rewards_from_pictures(learner):
     agent, state, replay = learner
     state = jax.tree.map(jnp.copy, state)
@@ -353,12 +355,14 @@ def test_a_run_sees_pictures_and_parts_of_the_state(here, tmp_path):
 def test_a_run_of_pixels_alone_is_not_resumed_with_states(refused, tmp_path):
     folder = tmp_path / "runs" / "strange_envs:PixelsAndNumbers-v0" / "tdmpc2_jax_rgb" / "1"
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text("{}")  # as written before there was a choice
-    sentence = refused(*BESIDE, "--resume", "--runs-dir", tmp_path / "runs")
+    (folder / "eval.csv").write_text("step,reward,success,seed\n0,1,0,1\n")
+    (folder / "args.json").write_text('{"buffer_size": 3000}')  # as written before there was a choice
+    sentence = refused(*BESIDE, "--buffer-size", 3000, "--resume", "--runs-dir", tmp_path / "runs")
     assert "--resume continues a run as it was started" in sentence and "--obs rgb" in sentence
 
 
 # --------------------------------------------------------------------------------------------------------------- Runs
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, here, tmp_path):
     folder, flags = tmp_path / "runs" / FOLDER, (*PIXELS, "--total-timesteps", 200, "--no-mpc", "--resume")
     child = start(*flags, name=NAME)
@@ -381,6 +385,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(start, here, tmp_path
     assert len(json.loads((tmp_path / "result.json").read_text())["returns"]) == 2 and out.count("episode ") == 2
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_bit_for_bit(here, tmp_path):
     def run(name):
         status, _, err = here(*PIXELS, "--total-timesteps", 150, "--no-mpc", "--exp-name", name, name=NAME)
@@ -443,6 +448,7 @@ rgb.main()
 """
 
 
+@pytest.mark.slow
 def test_a_replay_lies_on_another_device_than_the_one_that_learns_and_is_resumed_on_that(script, here, tmp_path):
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     flags = (*SMALL[NAME], *PIXELS, "--no-mpc", "--resume")
@@ -455,6 +461,7 @@ def test_a_replay_lies_on_another_device_than_the_one_that_learns_and_is_resumed
     assert count_of(folder)["updates"] == 199 and read_curve(folder)[0] == [0, 100, 150, 170, 200]
 
 
+@pytest.mark.slow
 def test_a_simulator_is_learned_from(here, tmp_path):
     try:
         envs.check_rendering("mw-reach", "rgb", None)

@@ -18,10 +18,11 @@ import envs
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
-BOTH = pytest.mark.parametrize("name", ["tdmpc2_jax", "tdmpc_jax"])  # for what a script's own loop can do wrong
+FIRST_VERSION = pytest.param("tdmpc_jax", marks=pytest.mark.slow)
+BOTH = pytest.mark.parametrize("name", ["tdmpc2_jax", FIRST_VERSION])  # for what a script's own loop can do wrong
 
 
-@pytest.fixture(scope="module", params=["tdmpc2_jax", "tdmpc_jax"])  # for what a script's own loop can do wrong
+@pytest.fixture(scope="module", params=["tdmpc2_jax", FIRST_VERSION])  # for what a script's own loop can do wrong
 def finished(request, tmp_path_factory):
     """Name of a script, folder of a run of 300 steps that it made as a process of its own, and what that printed."""
     name, runs = request.param, tmp_path_factory.mktemp("finished")
@@ -172,7 +173,9 @@ def check_that_it_evaluates(here, folder):
     assert status == 0 and "return" in out, err
 
 
-@pytest.mark.parametrize("num_envs", [1, 8])  # 8 are stepped by workers, where there are cores for them
+@pytest.mark.parametrize(
+    "num_envs", [1, pytest.param(8, marks=pytest.mark.slow)]
+)  # 8 are stepped by workers, where there are cores for them
 def test_an_environment_that_raises_ends_the_run_with_its_traceback(here, tmp_path, num_envs):
     flags = ("--task", "strange_envs:Raising-v0", "--num-envs", num_envs, "--checkpoint-freq", 20 * num_envs)
     status, _, err = here(*flags, "--eval-freq", 10_000)
@@ -222,6 +225,7 @@ def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, here, tmp_pa
     check_that_it_evaluates(here, folder)
 
 
+@pytest.mark.slow
 def test_the_success_rate_is_the_headline_of_tasks_that_have_one(here, tmp_path):
     flags = ("--task", "mw-reach", "--total-timesteps", 200, "--eval-freq", 10_000, "--seed-steps", 200)
     status, out, err = here(*flags, "--eval-episodes", 1)

@@ -353,6 +353,7 @@ def test_a_task_has_the_originals_settings(task, repeat, latent_dim, iterations,
     assert td.with_task_defaults(given) == given
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_simulator_whatever_the_repeat(here, tmp_path):
     flags = "--task cartpole-swingup --total-timesteps 2000 --eval-freq 1000 --save-episodes data".split()
     status, out, err = here(*flags, name="tdmpc_jax.py")
