@@ -92,10 +92,25 @@ def test_a_run_that_fails_before_it_has_learned_leaves_nothing(tmp_path):
     assert {"args.json", "eval.csv"} < {file.name for file in path.iterdir()}
 
 
+def test_a_failed_start_leaves_the_curves_and_films_that_it_has_found(tmp_path):
+    """Those of a run that was killed before its first checkpoint."""
+    path = tmp_path / "run"
+    (path / "videos").mkdir(parents=True)
+    found = path / "videos" / "step-000000000.mp4", path / "events.out.tfevents.1.x", path / "eval.csv"
+    for file in found:
+        file.write_text("step,reward\n0,1.0\n")
+    (path / "args.json").write_text(json.dumps(SETTINGS))
+    with pytest.raises(UserError, match="after it began"), RunFolder(path, SETTINGS | {"resume": True}) as folder:
+        folder.begin()
+        (path / "events.out.tfevents.2.x").touch()
+        raise UserError("after it began")
+    assert all(file.exists() for file in found) and not (path / "events.out.tfevents.2.x").exists()
+
+
 def test_a_folder_of_a_start_that_was_killed_before_it_did_anything_takes_the_next(tmp_path):
     for rows in ("", "0,1.0\n"):
         path = tmp_path / "task" / "name" / "1"
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         (path / "args.json").write_text(json.dumps(SETTINGS))
         (path / "eval.csv").write_text(f"step,reward\n{rows}")
         with pytest.raises(UserError, match="holds a run") if rows else contextlib.nullcontext():

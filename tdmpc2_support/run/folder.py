@@ -58,6 +58,7 @@ class RunFolder:
         self.may_change = may_change
         self._lock: TextIO | None = None
         self._refused = False  # by a live run: the folder is left as it is
+        self._found: set[Path] = set()  # what lay there before
         self.learned = False  # set when there is something to keep without a checkpoint: curves of learning
 
     def __enter__(self) -> "RunFolder":
@@ -65,6 +66,7 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._found = set(self.path.iterdir())
             self._take_lock()
             self._check()
         except OSError as error:
@@ -144,11 +146,11 @@ class RunFolder:
 
     def _clean_up(self, failed: bool) -> None:
         """Releases the lock. A start that failed before it learned leaves nothing behind: no files of its own, neither
-        its lock nor empty folders."""
+        its lock nor empty folders. What it has found stays."""
         if self.primary and failed and not self._refused and self.path.is_dir():
             with contextlib.suppress(OSError):  # the first folder that is not empty
                 for pattern in WRITTEN:
-                    for path in self.path.glob(pattern):
+                    for path in {*self.path.glob(pattern)} - self._found:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 (self.path / ".lock").unlink(missing_ok=True)  # while it is locked: see _take_lock
                 for folder in (self.path, *self.path.parents[:2]):
