@@ -26,6 +26,7 @@ import envs as environments
 import tdmpc2_jax as td
 from tdmpc2_support import cli
 from tdmpc2_support.agents.pretrained import load_agent
+from tdmpc2_support.backend import jit_with_graphs
 from tdmpc2_support.bounds import Count, Name
 from tdmpc2_support.cli import FromTask
 from tdmpc2_support.devices import available_bytes, bytes_of, committed, keep_freed_memory, set_up_jax, shapes_on
@@ -166,7 +167,7 @@ def one_round(agent: td.Agent, env: JaxEnv, schedule: Schedule, axis, run: Run, 
     return Run(train, act_key, run.env_key, replay, episodes, prev_mean, decisions), record
 
 
-@partial(jax.jit, static_argnames=("agent", "env", "schedule"), donate_argnames="runs")
+@partial(jit_with_graphs, static_argnames=("agent", "env", "schedule"), donate_argnames="runs")
 def advance(agent: td.Agent, env: JaxEnv, schedule: Schedule, runs: Run, rounds, random_rounds) -> tuple[Run, Record]:
     """`rounds` rounds of all runs [S] in one dispatch; in the first `random_rounds` of them no run needs a plan. Both
     are arguments of the compiled program: it serves dispatches of any length, whose bounds change no number."""

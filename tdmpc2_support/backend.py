@@ -80,14 +80,18 @@ def graph_options() -> dict[str, Any]:
 
 def jit_with_graphs(function: Callable, **options: Any) -> Callable:
     """jax.jit with these options and with `graph_options`, which are looked for at the first call: importing a script
-    asks for no device. JAX takes such options for the outermost function only: what it returns is called by no other
-    function that is compiled."""
+    asks for no device. JAX takes such options for the outermost function only: called by another one that is compiled,
+    it has none."""
 
     @functools.cache
-    def jitted() -> Any:
-        return jax.jit(function, compiler_options=graph_options(), **options)
+    def jitted(outermost: bool) -> Any:
+        return jax.jit(function, compiler_options=graph_options() if outermost else None, **options)
 
-    call: Any = functools.wraps(function)(lambda *args, **kwargs: jitted()(*args, **kwargs))
-    call.trace = lambda *args, **kwargs: jitted().trace(*args, **kwargs)
-    call.lower = lambda *args, **kwargs: jitted().lower(*args, **kwargs)
-    return call
+    def call(*args: Any, **kwargs: Any) -> Any:
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        return jitted(not traced)(*args, **kwargs)
+
+    wrapped: Any = functools.wraps(function)(call)
+    wrapped.trace = lambda *args, **kwargs: jitted(True).trace(*args, **kwargs)
+    wrapped.lower = lambda *args, **kwargs: jitted(True).lower(*args, **kwargs)
+    return wrapped

@@ -144,6 +144,17 @@ def test_a_function_with_graphs_is_compiled_at_its_first_call_and_once(on_a_gpu)
     assert scaled.trace(jnp.ones(3), by=2).out_info.shape == (3,)
 
 
+def test_a_function_with_graphs_is_part_of_one_that_calls_it(on_a_gpu):
+    @partial(jit_with_graphs, static_argnames="by")
+    def scaled(x, by: int):
+        return x * by
+
+    assert (jax.jit(lambda x: scaled(x, by=2) + 1)(jnp.ones(3)) == 3).all()
+    assert (jax.lax.fori_loop(0, 2, lambda i, x: scaled(x, by=3), jnp.ones(3)) == 9).all()
+    assert jax.eval_shape(lambda x: scaled(x, by=2), jnp.ones(3)).shape == (3,)
+    assert (scaled(jnp.ones(3), by=2) == 2).all()
+
+
 def test_programs_launch_no_more_kernels_than_recorded(tmp_path):
     """Those of the 5M model, compiled for a GPU that is not there; more than 3% more are refused."""
     pytest.importorskip("jax_plugins.xla_cuda12", reason="needs pip install -e .[gpu-aot]")
