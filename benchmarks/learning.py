@@ -8,7 +8,8 @@ A run is a process of its script with --resume, so that the same command goes on
 output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU every run has a core of its own and computes with one thread. On an
 accelerator one run has all of it, or --jobs share it: four processes together did 1.5 times what one did on an H200,
 and 2.9 times under NVIDIA's MPS. Curves (step,reward,success,seed; one seed below the other) are collected every minute
-into benchmarks/results/curves.
+into benchmarks/results/curves; seeds that stand there already and have no folder here stay, so that the curves of
+several machines add up.
 """
 
 import csv
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,15 +39,18 @@ class Row(NamedTuple):
 
 
 SMALL = "--model-size 1 --batch-size 128 --num-samples 128 --num-elites 32 --eval-episodes 5 --eval-freq 10000"
+TERMINATING = "--num-envs 4 --utd 0.25"  # an update for each decision of all four together
 SUITES = {
     # A 1M model, half of the paper's batch, a quarter of its samples and half of its elites
     "cpu": (
         f"{SMALL} --total-timesteps 100000 --checkpoint-freq 5000",
         [
-            Row(task, label="batch_128")
-            for task in ("cartpole-swingup", "walker-walk", "reacher-easy", "cheetah-run", "mw-window-close")
-        ]
-        + [Row("Hopper-v5", label="batch_128", flags="--num-envs 4 --utd 0.25")],
+            *(Row(task, (1, 2, 3), label="batch_128") for task in ("cartpole-swingup", "walker-walk", "finger-spin")),
+            Row("Hopper-v5", (1, 2), TERMINATING, label="batch_128"),
+            Row("Walker2d-v5", (1,), TERMINATING, label="batch_128"),
+            *(Row(task, label="batch_128") for task in ("mw-window-close", "pendulum-swingup")),
+            *(Row(task, label="batch_128") for task in ("reacher-easy", "cheetah-run")),
+        ],
     ),
     "gpu": (
         "--total-timesteps 1000000 --eval-freq 50000",
@@ -102,21 +107,37 @@ def start(args: Args, row: Row, seed: int, flags: str, core: int | None) -> subp
         return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def curve_of(args: Args, row: Row) -> Path:
+    return args.curves / (row.task + (f"__{row.label}" if row.label else "") + ".csv")
+
+
 def collect(args: Args, rows: list[Row]) -> None:
-    """Joins the seeds' eval.csv files of every row that has any."""
+    """Writes the curve of every row that has runs here: their eval.csv files, seed by seed. Seeds that the curve has
+    already and that have no run here stay."""
     for row in rows:
-        lines = []
+        found = {}
         for seed in row.seeds:
             path = folder_of(args, row, seed) / "eval.csv"
-            if path.exists():
-                with path.open(newline="") as file:
-                    lines += list(csv.reader(file))[1:]
-        if lines:
-            args.curves.mkdir(parents=True, exist_ok=True)
-            path = args.curves / (row.task + (f"__{row.label}" if row.label else "") + ".csv")
-            with path.with_suffix(".tmp").open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([["step", "reward", "success", "seed"], *lines])
-            path.with_suffix(".tmp").replace(path)
+            if path.exists() and (lines := read_rows(path)):
+                found[str(seed)] = lines
+        if not found:
+            continue
+        path = curve_of(args, row)
+        seeds = defaultdict(list)
+        for line in read_rows(path) if path.exists() else []:
+            seeds[line[-1]].append(line)
+        seeds |= found
+        lines = [line for seed in sorted(seeds, key=int) for line in seeds[seed]]
+        args.curves.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".tmp").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([["step", "reward", "success", "seed"], *lines])
+        path.with_suffix(".tmp").replace(path)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Rows of a curve, without its head."""
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]
 
 
 def work(args: Args, flags: str, rows: list[Row], cores: list[int | None]) -> list[str]:

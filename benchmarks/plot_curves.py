@@ -1,12 +1,13 @@
 """Draws the learning curves in benchmarks/results/curves, one panel per task (another where it is learned from pixels),
-beside published ones if they are given.
+beside published ones if they are given, and prints them as a table.
 
     python benchmarks/plot_curves.py
     python benchmarks/plot_curves.py --reference scores.csv --first-reference scores_tdmpc1.csv --runs runs
 
 A curve is a run's eval.csv (step,reward,success,seed; several seeds one below the other), named TASK.csv or
 TASK__LABEL.csv; a LABEL that starts with pixels means tdmpc2_jax_rgb.py, one that starts with TD-MPC tdmpc_jax.py. The
-references are tables method,task,metric,step,mean,min,max,seeds.
+references are tables method,task,metric,step,mean,min,max,seeds. Of several seeds the thick line is the mean, the band
+goes from the lowest to the highest, at the steps that all of them reached; thin lines are the seeds.
 """
 
 import csv
@@ -96,10 +97,10 @@ def by_seed(rows: list[dict[str, str]], column: str) -> dict[str, tuple[np.ndarr
     return {s: (np.array(sorted(c)), np.array([c[step] for step in sorted(c)])) for s, c in seeds.items()}
 
 
-def mean_curve(seeds: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the seeds at the steps that all of them reached."""
+def shared_steps(seeds: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The steps [n] that all seeds reached, and their values there [seeds, n]."""
     steps = sorted(set.intersection(*(set(step.tolist()) for step, _ in seeds.values())))
-    return np.array(steps), np.mean([value[np.isin(step, steps)] for step, value in seeds.values()], axis=0)
+    return np.array(steps), np.stack([value[np.isin(step, steps)] for step, value in seeds.values()])
 
 
 def read_published(path: str, method: str) -> dict[str, tuple[str, Published]]:
@@ -164,17 +165,17 @@ def draw_panel(axes, title: str, curves, colours, published, first, episodes, pu
         )
     for label, rows in curves.items():
         seeds = by_seed(rows, metric)
-        for step, value in seeds.values() if len(seeds) > 1 else ():
-            axes.plot(step / 1e3, value, color=colours[label], linewidth=0.8, alpha=0.45)
+        step, values = shared_steps(seeds)
+        if len(seeds) > 1:
+            axes.fill_between(step / 1e3, values.min(0), values.max(0), color=colours[label], alpha=0.18, linewidth=0)
+            for seed_step, value in seeds.values():
+                axes.plot(seed_step / 1e3, value, color=colours[label], linewidth=0.8, alpha=0.45)
         if label.startswith("TD-MPC") and first and first[0] == metric:
             draw_published(axes, first[1], first[1].step <= end, "TD-MPC as published", colours[label])
         script = "tdmpc2_jax_rgb.py" if label.startswith("pixels") else "tdmpc2_jax.py"
         script = "tdmpc_jax.py" if label.startswith("TD-MPC") else script
-        name = ", ".join(filter(None, [script, label.removeprefix("pixels ").removeprefix("TD-MPC")])) + (
-            " (mean; thin: seeds)" if len(seeds) > 1 else ""
-        )
-        step, mean = mean_curve(seeds)
-        axes.plot(step / 1e3, mean, color=colours[label], linewidth=2.4, label=name, solid_capstyle="round")
+        name = ", ".join(filter(None, [script, label.removeprefix("pixels ").removeprefix("TD-MPC")]))
+        axes.plot(step / 1e3, values.mean(0), color=colours[label], linewidth=2.4, label=name, solid_capstyle="round")
     axes.set_title(title, loc="left")
     axes.set_xlim(0, end / 1e3)
     axes.locator_params(axis="x", nbins=6)
@@ -184,6 +185,29 @@ def draw_panel(axes, title: str, curves, colours, published, first, episodes, pu
     axes.set_ylim(min(0.0, 1.05 * low), 1.02 * max(top, high))
     axes.set_xlabel("thousand simulator steps")
     axes.set_ylabel("success rate" if metric == "success" else "return")
+
+
+def row_of_table(task: str, label: str, rows: list[dict[str, str]], published) -> str:
+    """A curve in one line: the last evaluation that all seeds reached, the mean of the last three, and what is published
+    at the first step from there on."""
+    metric, reference = published or ("success" if any(float(row["success"]) for row in rows) else "reward", None)
+    digits = 2 if metric == "success" else 0
+    seeds = by_seed(rows, metric)
+    step, values = shared_steps(seeds)
+
+    def spread(mean: float, low: float, high: float, count: int) -> str:
+        return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if count > 1 else "")
+
+    last, lately = values[:, -1], values[:, -3:].mean(1)
+    cells = [task, label, str(len(seeds)), f"{step[-1]:,.0f}"]
+    cells += [spread(found.mean(), found.min(), found.max(), len(seeds)) for found in (last, lately)]
+    beside = ""
+    if reference is not None and (behind := np.flatnonzero(reference.step >= step[-1])).size:
+        i = behind[0]
+        beside = spread(reference.mean[i], reference.low[i], reference.high[i], reference.seeds)
+        beside += f" at {reference.step[i]:,.0f}"
+    metric = "success" if metric == "success" else "return"
+    return "| " + " | ".join([*cells[:4], f"{metric} {cells[4]}", cells[5], beside]) + " |"
 
 
 def main(args: Args) -> None:
@@ -197,6 +221,7 @@ def main(args: Args) -> None:
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     columns = min(args.columns, len(curves))
     rows = math.ceil(len(curves) / columns)
+    lines = ["| task | settings | seeds | steps | ours | mean of the last three | published |", "|---" * 7 + "|"]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             rows, columns, figsize=(max(4.2 * columns, 6), 3.1 * rows + 0.5), squeeze=False, layout="constrained"
@@ -208,6 +233,9 @@ def main(args: Args) -> None:
             if not beside and task in published[False]:  # never published from pixels
                 beside = published[False][task][0], None
             draw_panel(axes, title, curve, colours, beside, first.get(task), episodes, args.method_name)
+            for label, curve_rows in curve.items():
+                other = first.get(task) if label.startswith("TD-MPC") else beside
+                lines.append(row_of_table(task, label, curve_rows, other))
         for axes in panels.flat[len(curves) :]:
             axes.remove()
         legend = {}
@@ -218,7 +246,7 @@ def main(args: Args) -> None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output, dpi=150)
         plt.close(figure)
-    print(args.output)
+    print(f"{args.output}\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

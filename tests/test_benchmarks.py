@@ -119,7 +119,7 @@ def test_memory_growth_is_judged_from_the_first_reading_with_a_full_buffer():
         memory.growth_when_full(rows, buffer_size=90)
 
 
-def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_path):
+def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_path, capsys):
     plot_curves = pytest.importorskip("benchmarks.plot_curves")
     (tmp_path / "curves").mkdir()
     head = "step,reward,success,seed\n"
@@ -135,11 +135,14 @@ def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_p
     panels = {panel: list(labels) for panel, labels in plot_curves.by_panel(curves).items()}
     pixels = {("walker-walk", True): ["pixels 5M"]}
     assert panels == {("mw-push", False): [""], ("walker-walk", False): ["", "5M"]} | pixels
-    steps, mean = plot_curves.mean_curve(plot_curves.by_seed(curves["walker-walk"][""], "reward"))
-    assert steps.tolist() == [0, 500] and mean.tolist() == [2, 6]  # 900 was reached by one seed only
+    steps, values = plot_curves.shared_steps(plot_curves.by_seed(curves["walker-walk"][""], "reward"))
+    assert steps.tolist() == [0, 500] and values.tolist() == [[1, 3], [3, 9]]  # 900 was reached by one seed only
     picture, reference = tmp_path / "curves.png", str(tmp_path / "scores.csv")
     plot_curves.main(plot_curves.Args(str(tmp_path / "curves"), str(picture), reference))
     assert picture.stat().st_size > 10_000
+    table = capsys.readouterr().out
+    assert "| walker-walk |  | 2 | 500 | return 6 (3 to 9) | 4 (2 to 6) | 960 (950 to 970) at 1,000 |" in table
+    assert "| mw-push |  | 1 | 500 | success 1.00 | 0.50 |  |" in table
 
 
 def test_environments_are_stepped_with_and_without_workers_and_beside_dm_controls(tmp_path, monkeypatch, capsys):
@@ -195,6 +198,20 @@ def test_a_suites_curves_are_those_of_its_runs_one_seed_below_the_other(tmp_path
     curve = args.curves / "walker-walk__twice.csv"
     assert curve.read_text() == "step,reward,success,seed\n0,1.5,0.0,1\n0,2.5,0.0,2\n"
     assert list(args.curves.iterdir()) == [curve], "what has not begun has no curve"
+
+
+def test_curves_of_several_machines_add_up(tmp_path):
+    args = learning.Args("cpu", folder=tmp_path / "runs", curves=tmp_path)
+    row = learning.Row("walker-walk", (1, 2, 3))
+    curve = tmp_path / "walker-walk.csv"
+    curve.write_text("step,reward,success,seed\n0,1.5,0.0,1\n0,9.5,0.0,2\n500,9.5,0.0,2\n0,4.5,0.0,10\n")
+    for seed in (2, 3):
+        learning.folder_of(args, row, seed).mkdir(parents=True)
+    (learning.folder_of(args, row, 2) / "eval.csv").write_text("step,reward,success,seed\n0,2.5,0.0,2\n")
+    (learning.folder_of(args, row, 3) / "eval.csv").write_text("step,reward,success,seed\n")  # just begun
+    for _ in range(2):
+        learning.collect(args, [row])
+        assert curve.read_text() == "step,reward,success,seed\n0,1.5,0.0,1\n0,2.5,0.0,2\n0,4.5,0.0,10\n"
 
 
 def test_runs_of_other_settings_have_folders_of_their_own():
