@@ -188,7 +188,7 @@ def draw_panel(axes, title: str, curves, colours, published, first, episodes, pu
 
 
 def row_of_table(task: str, label: str, rows: list[dict[str, str]], published) -> str:
-    """A curve in one line: the last evaluation that all seeds reached, the mean of the last three, and what is published
+    """A curve in one line: the last evaluation that all seeds reached, the mean of the last three, what is published
     at the first step from there on."""
     metric, reference = published or ("success" if any(float(row["success"]) for row in rows) else "reward", None)
     digits = 2 if metric == "success" else 0
