@@ -5,11 +5,6 @@
 
 Every part is a command of tdmpc2_jax_diffusion.py, printed before it runs; a part that has been finished is not run
 again. All act in the same episodes.
-
-    python benchmarks/diffusion.py --checkpoint ... --folder diffusion --parts "" --speed speed.json
-
-times plans for one environment, and an update of the three networks, as benchmarks/speed.py does: in turn with a 2048^3
-product, beside the matrix products of each alone.
 """
 
 import contextlib
@@ -18,7 +13,6 @@ import json
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tdmpc2_jax as td
 import tdmpc2_jax_diffusion as diffusion
-from benchmarks.speed import UNIT, count_products, interleave, products_alone, square_product, total_gflop
 from tdmpc2_support.cli import with_settings
 from tdmpc2_support.data.recorded import spread_out, windows_at
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_meta
@@ -67,8 +60,6 @@ class Args:
     """of the episodes"""
     add: tuple[str, ...] = ()
     """results of --evaluate --json of runs that have learned otherwise, to be kept beside these: NAME=FILE"""
-    speed: str | None = None
-    """time plans and an update, and write the figures to this file"""
 
 
 def evaluation(args: Args, part: str) -> dict:
@@ -106,57 +97,6 @@ def imagined(checkpoint: str, number: int) -> dict[str, tuple[np.ndarray, np.nda
         rewards = np.asarray(td.two_hot_inv(agent, logits))
         decoded[name] = rewards, np.asarray(diffusion.value(agent, planner.world, zs))
     return decoded
-
-
-VARIANTS = {  # plans to be timed
-    "ssr, model on d": {"rollouts": "onestep"},
-    "ssr, model on p_d, 1 step": {"dynamics_steps": 1},
-    "ssr, model on p_d, 2 steps": {"dynamics_steps": 2},
-    "ssr, model on p_d, 10 steps": {"dynamics_steps": 10},
-    "ssr, J on p_d": {"scorer": "J"},
-    "ssr_mppi, model on p_d": {"planner": "ssr_mppi"},
-    "mppi": {"planner": "mppi"},
-}
-
-
-def speed(checkpoint: str) -> list[dict]:
-    """Of each plan and of an update: milliseconds, units of a 2048^3 product, GFLOP, share of the unit's rate, and the
-    share of the time that the products alone take."""
-    agent, planner, state, data = load(checkpoint)
-    obs, best = jnp.ones((1, agent.obs_dim)), jnp.zeros((1, agent.future, agent.action_dim))
-    inputs = planner, obs, best, jnp.zeros(1, bool), jax.random.key(0)
-    functions, products = {"unit": square_product(UNIT, "float32")}, {}
-    for name, fields in VARIANTS.items():
-        row = dataclasses.replace(agent, **fields)
-        products[name] = count_products(diffusion.act.trace(row, *inputs, explore=False).jaxpr)
-        functions[name] = partial(diffusion.act, row, *inputs, explore=False)
-    latest = jax.tree.map(jnp.copy, state)  # the update consumes it
-
-    def update():
-        nonlocal latest
-        latest, info = diffusion.train(agent, latest, planner.world, data, num_updates=1)
-        return info
-
-    products["update"] = count_products(diffusion.train.trace(agent, state, planner.world, data, num_updates=1).jaxpr)
-    functions["update"] = update
-    functions |= {f"{name}, alone": products_alone(counted) for name, counted in products.items()}
-    times = interleave(functions, 20, limit_s=90)
-    rate = 2 * UNIT**3 / 1e6 / np.median(times["unit"])  # GFLOP/s
-    rows = []
-    for name, counted in products.items():
-        ms, gflop = float(np.median(times[name])), total_gflop(counted)
-        row = {
-            "what": name,
-            "ms": ms,
-            "units": float(np.median(times[name] / times["unit"])),
-            "gflop": gflop,
-            "share_of_peak": gflop / ms * 1e3 / rate,
-            "products_share": float(np.median(times[f"{name}, alone"] / times[name])),
-        }
-        rows.append(row)
-        print("{what:<30}{ms:>8.2f} ms {units:>8.3f} units {gflop:>8.3f} GFLOP".format(**row), end="  ")
-        print("{share_of_peak:.1%} of peak, products alone {products_share:.0%}".format(**row), flush=True)
-    return rows
 
 
 def draw(results: dict, decoded: dict, path: str) -> None:
@@ -204,8 +144,6 @@ def main(args: Args) -> None:
     results |= {"learned_otherwise": {k: json.loads(Path(f).read_text()) for k, f in (x.split("=") for x in args.add)}}
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
-    if args.speed:
-        Path(args.speed).write_text(json.dumps(speed(args.checkpoint), indent=1) + "\n")
     if args.picture:
         draw(results, imagined(args.checkpoint, 3), args.picture)
 

@@ -1,16 +1,12 @@
-"""Distillation on a CPU: do students with a teacher predict rewards better, and what does a teacher cost?
+"""Distillation on a CPU: do students with a teacher predict rewards better?
 
     python benchmarks/distillation.py --folder FOLDER --json benchmarks/results/distillation.json
-    python benchmarks/distillation.py --folder FOLDER --cost --rounds 8 --json benchmarks/results/distillation_cost.json
 
 The experiment: episodes of a few tasks by smooth random actions, an agent that learns from them (the teacher), and
 students of a quarter of its size that learn from the same episodes for as many updates with and without it. Judged on
 episodes that nobody has learned from: the root mean square error of the reward that a student expects of an entry, in
 its own latent state. Every stage is a command of the script, printed before it runs; one that is finished is not run
 again.
-
---cost: the time of an update of the 1M model with mt30's sizes, with and without a teacher of --teacher-size million
-random parameters, side by side; its bytes, and the GFLOP of the matrix products in both traced programs.
 """
 
 import csv
@@ -20,22 +16,17 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs as environments
 import tdmpc2_jax_mt as mt
 from benchmarks.multitask import call
-from benchmarks.speed import count_products, interleave, total_gflop
-from tdmpc2_support.data.device_data import batch_shapes
-from tdmpc2_support.devices import global_arrays, replicated
-from tdmpc2_support.run.schedule import random_streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +56,6 @@ class Args:
         "--eval-episodes 5"
     )
     """further arguments of all runs"""
-    cost: bool = False
-    """measure what a teacher costs, and nothing else"""
-    teacher_size: Literal[1, 5, 19, 48, 317] = 317
-    """with --cost: millions of parameters of the teacher"""
-    batch_size: int = 256
-    """with --cost: windows of an update"""
-    rounds: int = 5
-    """with --cost: updates of each kind, in turns"""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """with --cost: type of the matrix products, and of the teacher's kernels"""
 
 
 def collect(folder: Path, task: str, episodes: int, seed: int) -> None:
@@ -144,52 +125,11 @@ def experiment(args: Args) -> dict[str, Any]:
     return results
 
 
-def cost(args: Args, interleave=interleave) -> dict[str, Any]:
-    """Updates a second and GFLOP with and without a teacher of random parameters."""
-    tasks, mesh = environments.TASK_SETS["mt30"], Mesh(np.array(jax.devices()[:1]), "devices")
-    student = mt.Agent(model_size=1, batch_size=args.batch_size, compute_dtype=args.compute_dtype)
-    student = mt.for_tasks(student, tasks)
-    large = mt.for_tasks(mt.Agent(model_size=args.teacher_size, compute_dtype=args.compute_dtype), tasks)
-    shapes = jax.eval_shape(lambda: mt.init_params(large, jax.random.key(0)))
-    shapes, rng = {name: shapes[name] for name in ("encoder", "reward", "task_emb")}, np.random.default_rng(0)
-    params = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
-    kernels = jax.tree.map(lambda x: np.asarray(x, args.compute_dtype if x.ndim == 2 else x.dtype), params)
-    params = kernels | {"task_emb": params["task_emb"]}  # as `make_teacher` keeps them
-    teacher = jax.tree_util.Partial(partial(mt.predict_reward, large), params)
-    constants = global_arrays(mt.make_tasks(student, tasks), replicated(mesh))
-    shapes = batch_shapes(student.obs_dim, student.action_dim, student.batch_size, student.horizon, mesh)
-    batch = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes)
-    steps, rows = {}, {}
-    for name, asked in (("without", None), ("with", teacher)):
-        program, places = mt.compile_train(mt.Args(agent=student), student, mesh, constants, shapes, asked)
-        places = jax.tree.map(lambda x: x.sharding, places)
-        state = jax.jit(lambda: mt.fresh_state(student, random_streams(1)), out_shardings=places)()
-        traced = jax.make_jaxpr(partial(mt.train, student, mesh))(constants, state, batch, asked)
-        rows[name] = {"gflop": total_gflop(count_products(traced.jaxpr))}
-        held = [state]
-
-        def step(program=program, held=held):
-            held[0], info = program(held[0], batch)
-            return info["total_loss"]
-
-        steps[name] = step
-    for name, times in interleave(steps, args.rounds).items():
-        rows[name] |= {"ms": float(np.median(times)), "updates_per_s": 1e3 / float(np.median(times))}
-    count = sum(x.size for x in jax.tree.leaves(params))
-    results = {"teacher_numbers": count, "float32_gb": 4 * count / 1e9, "bfloat16_gb": 2 * count / 1e9, "updates": rows}
-    print(f"teacher of {args.teacher_size}M: {count} numbers, {4 * count / 1e9:.2f} GB, half of it in bfloat16")
-    for name, row in rows.items():
-        print(
-            f"{name:<8} a teacher: {row['ms']:>8.1f} ms, {row['updates_per_s']:.2f} updates/s, {row['gflop']:.1f} GFLOP"
-        )
-    return results
-
-
 def main(args: Args) -> None:
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     results = {"arguments": dataclasses.asdict(args) | {"folder": None, "json": None}, "cpu_cores": os.cpu_count()}
     results |= {"device": jax.devices()[0].device_kind, "jax_version": jax.__version__}
-    results |= cost(args) if args.cost else experiment(args)
+    results |= experiment(args)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 

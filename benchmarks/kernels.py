@@ -37,12 +37,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "-1"  # whole stacks, or libraries' frames push out the script's
 
 import jax
-import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 
 ROOT = Path(__file__).resolve().parent.parent
-OBS, ACTION = 24, 6  # walker-walk's sizes
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.programs import PROGRAMS  # noqa: E402
+
 H200 = """
 platform_name: "CUDA"  device_description_str: "NVIDIA H200"
 runtime_version { major: 13 }  dnn_version_info { major: 9 minor: 10 }
@@ -58,7 +60,7 @@ gpu_device_info {
 """  # versions from 12.3 on, or XLA leaves loops and products out of CUDA graphs
 NO_LAUNCH = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "opt-barrier", "iota"}
 FIGURES = ("launches", "chain", "products", "graphs", "outside", "temporary_mb")
-NAMES = Literal["tdmpc2_jax", "tdmpc2_jax_rgb", "tdmpc2_jax_mt", "tdmpc_jax", "tdmpc2_jax_diffusion"]
+NAMES = Literal[tuple(PROGRAMS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,90 +74,6 @@ class Args:
     compare: Path | None = None  # another checkout, whose figures stand in front of this one's
     lines: int = 0  # how many lines of the script are listed for each program, those with most launches first
     json: str | None = None  # write the figures to this file
-
-
-# ------------------------------------------------------------------------------------------------------- The programs
-def learning_and_acting(td, agent, call: str, place, obs, limits=()):
-    """`train` or `act` of a script that learns online, traced for shapes that `place` puts on the described device."""
-    n = len(obs)
-
-    def inputs():
-        state = td.fresh_state(agent, td.random_streams(0))["train"]
-        if call == "update":
-            return state, td.init_replay(agent, 100_000, 1)
-        mean = jnp.zeros((n, agent.horizon, agent.action_dim))
-        return state.params, obs, mean, jnp.zeros(n, bool), *limits, jax.random.key(0)
-
-    if call == "update":
-        return td.train.trace(agent, *place(inputs), num_updates=1)
-    return td.act.trace(agent, *place(inputs), explore=True)
-
-
-def online(td, call: str, place, n: int, **fields):
-    agent = td.with_model_size(td.Agent(obs_dim=OBS, action_dim=ACTION, **fields))
-    return learning_and_acting(td, agent, call, place, jnp.zeros((n, OBS)))
-
-
-def pixels(td, call: str, place, n: int, **fields):
-    agent = td.with_model_size(td.Agent(action_dim=ACTION, **fields))
-    return learning_and_acting(td, agent, call, place, jnp.zeros((n, 64, 64, 9), jnp.uint8))
-
-
-def first_version(td, call: str, place, n: int, model_size: int, **fields):
-    """It has one size."""
-    agent = td.with_task_defaults(td.Args()).agent
-    agent = dataclasses.replace(agent, obs_dim=OBS, action_dim=ACTION, **fields)
-    limits = td.Schedule(jnp.full(n, agent.horizon), jnp.zeros(()))
-    return learning_and_acting(td, agent, call, place, jnp.zeros((n, OBS)), (limits,))
-
-
-def multitask(mt, call: str, place, n: int, **fields):
-    """With the tasks of mt30, on a batch that lies on the device."""
-    names = mt.environments.TASK_SETS["mt30"]
-    agent = mt.for_tasks(mt.Agent(**fields), names)
-    H, B, A = agent.horizon, agent.batch_size, agent.action_dim
-
-    def inputs():
-        tasks = mt.make_tasks(agent, names)
-        state = mt.fresh_state(agent, mt.random_streams(0))
-        if call == "plan":
-            acting = jnp.zeros((n, agent.obs_dim)), jnp.zeros(n, int), jnp.zeros((n, H, A)), jnp.zeros(n, bool)
-            return tasks, state.params, *acting, jax.random.key(0)
-        obs, action, reward = jnp.zeros((H + 1, B, agent.obs_dim)), jnp.zeros((H, B, A)), jnp.zeros((H, B))
-        return tasks, state, {"obs": obs, "action": action, "reward": reward, "task": jnp.zeros(B, int)}
-
-    if call == "plan":
-        return mt.act.trace(agent, *place(inputs), explore=True)
-    shapes = place(inputs)
-    mesh = jax.sharding.Mesh([*jax.tree.leaves(shapes)[0].sharding.device_set], "devices")
-    return jax.jit(partial(mt.train, agent, mesh), donate_argnums=1).trace(*shapes)
-
-
-def diffusion(script, call: str, place, n: int, **fields):
-    """Updates of the three networks, and plans by them."""
-    agent = script.td.with_model_size(script.Agent(obs_dim=OBS, action_dim=ACTION, **fields))
-
-    def inputs():
-        learner = script.fresh_learner(agent, 0)
-        world = script.world_of(agent, learner["train"])
-        if call == "plan":
-            acting = jnp.zeros((n, OBS)), jnp.zeros((n, agent.future, ACTION)), jnp.zeros(n, bool)
-            return script.planner_of(learner["state"], world), *acting, jax.random.key(0)
-        entries = jnp.zeros((5000, agent.latent_dim)), jnp.zeros((5000, ACTION)), jnp.zeros(5000)
-        return learner["state"], world, script.Recorded(*entries, *jnp.zeros((3, 5000), int))
-
-    if call == "update":
-        return script.train.trace(agent, *place(inputs), num_updates=1)
-    return script.act.trace(agent, *place(inputs), explore=True)
-
-
-SCRIPTS = {
-    "tdmpc2_jax": online,
-    "tdmpc2_jax_rgb": pixels,
-    "tdmpc2_jax_mt": multitask,
-    "tdmpc_jax": first_version,
-    "tdmpc2_jax_diffusion": diffusion,
-}
 
 
 # ------------------------------------------------------------------------------------------- What was compiled to
@@ -274,7 +192,9 @@ def figures(folder: Path, script: str, call: str, size: int, n: int, fields: dic
     if Path(module.__file__).parent != folder:
         raise RuntimeError(f"{folder} was asked for, {module.__file__} was imported")
     with mock.patch("jax.default_backend", lambda: "gpu"), tempfile.TemporaryDirectory() as dumped:
-        traced = SCRIPTS[script](module, call, place, n, model_size=size, **fields)
+        more = {"device": topology.devices[0]} if script == "tdmpc2_jax_mt" else {}
+        program = PROGRAMS[script](module, call, n, 100_000, model_size=size, **fields, **more)
+        traced = program.trace(*place(program.inputs))
         dump = {"xla_dump_to": dumped, "xla_dump_hlo_as_text": True, "xla_gpu_autotune_level": 0}
         compiled = traced.lower().compile(compiler_options=dump | options)
         thunks = next(Path(dumped).glob("*.thunk_sequence_after_thunk_passes.txt")).read_text()

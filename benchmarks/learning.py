@@ -3,6 +3,7 @@
     python benchmarks/learning.py cpu                             # what is new begins, what was killed goes on
     python benchmarks/learning.py cpu --jobs 0                    # only collects and draws
     python benchmarks/learning.py gpu --reference scores.csv      # the paper's settings, published curves beside ours
+    python benchmarks/learning.py gpu --slurm gpu.sh --sbatch gpus=1 time=12:00:00 && sbatch gpu.sh
 
 A run is a process of its script with --resume, so that the same command goes on after Ctrl-C, kill -9 or a reboot; its
 output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU every run has a core of its own and computes with one thread. On an
@@ -10,11 +11,15 @@ accelerator one run has all of it, or --jobs share it: four processes together d
 and 2.9 times under NVIDIA's MPS. Curves (step,reward,success,seed; one seed below the other) are collected every minute
 into benchmarks/results/curves; seeds that stand there already and have no folder here stay, so that the curves of
 several machines add up.
+
+--slurm starts nothing: it writes a job array for a cluster, one run an element, which goes on by itself after its time
+was over or it was preempted; --jobs 0 collects its curves, at any time. See docs/cluster.md.
 """
 
 import csv
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,6 +82,8 @@ class Args:
     curves: Path = HERE / "results" / "curves"  # folder of the collected curves
     picture: Path = HERE / "results" / "curves.png"  # where they are drawn
     reference: Path | None = None  # table of published curves, drawn beside ours
+    slurm: Path | None = None  # write a job array to this file, and do nothing else; of it --jobs run at a time
+    sbatch: tuple[str, ...] = ()  # further options of that array, as gpus=1 time=12:00:00
 
 
 def name_of(row: Row) -> str:
@@ -88,23 +95,86 @@ def folder_of(args: Args, row: Row, seed: int) -> Path:
     return args.folder / row.task / name_of(row) / str(seed)
 
 
-def start(args: Args, row: Row, seed: int, flags: str, core: int | None) -> subprocess.Popen:
-    """Starts or resumes one run, on one core or on the accelerator that JAX finds."""
-    folder = folder_of(args, row, seed)
+def command_of(args: Args, row: Row, seed: int, flags: str) -> list[str]:
+    """Starts or resumes one run."""
     command = [sys.executable, str(HERE.parent / f"{row.script}.py"), "--task", row.task, "--seed", str(seed)]
     command += ["--exp-name", name_of(row), "--runs-dir", str(args.folder), "--resume"]
-    command += [*flags.split(), *row.flags.split()]
+    return [*command, *flags.split(), *row.flags.split()]
+
+
+def log_of(args: Args, row: Row, seed: int) -> Path:
+    """File for the output of a run, whose folder is made here."""
+    log = folder_of(args, row, seed).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log
+
+
+ONE_CORE = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
+SHARED_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # it may have to share
+
+
+def start(args: Args, row: Row, seed: int, flags: str, core: int | None) -> subprocess.Popen:
+    """Starts or resumes one run, on one core or on the accelerator that JAX finds."""
+    command = command_of(args, row, seed, flags)
     env = dict(os.environ)
     if core is not None:
-        env |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
+        env |= ONE_CORE
         command = ["taskset", "-c", str(core), *command]
     else:
-        env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # it may have to share
-    log = folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+        env |= SHARED_GPU
     print("begins:", " ".join(command), flush=True)
-    with log.open("ab") as out:
+    with log_of(args, row, seed).open("ab") as out:
         return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+ARRAY = """\
+#!/bin/bash
+# {title}: {number} runs, written by benchmarks/learning.py
+#SBATCH --job-name={title}
+#SBATCH --array=0-{last}{at_once}
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output={folder}/{title}-%a.out
+{options}
+runs=(
+{runs}
+)
+if [ -n "$SLURM_JOB_GPUS" ]; then
+  export {gpu}
+elif [ "${{SLURM_CPUS_PER_TASK:-1}}" = 1 ]; then
+  export {cpu}
+fi
+eval "srun --ntasks=1 ${{runs[$SLURM_ARRAY_TASK_ID]}}"
+status=$?
+if [ $status = 138 ]; then # 128 + USR1: its time was nearly over, and it has written a checkpoint
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+"""
+
+
+def write_array(args: Args, flags: str, rows: list[Row]) -> None:
+    """Writes a job array for SLURM, one run an element: what is killed is started again and goes on."""
+    args = dataclasses.replace(args, folder=args.folder.absolute())
+    runs = []
+    for row in rows:
+        for seed in row.seeds:
+            words = shlex.join(command_of(args, row, seed, flags))
+            runs.append(shlex.quote(f"{words} >> {shlex.quote(str(log_of(args, row, seed)))} 2>&1"))
+    text = ARRAY.format(
+        title=args.suite,
+        number=len(runs),
+        last=len(runs) - 1,
+        at_once=f"%{args.jobs}" if args.jobs else "",
+        folder=args.folder,
+        options="".join(f"#SBATCH --{option}\n" for option in args.sbatch),
+        runs="\n".join(runs),
+        cpu=" ".join(f"{name}={value}" for name, value in ONE_CORE.items()),
+        gpu=" ".join(f"{name}={value}" for name, value in SHARED_GPU.items()),
+    )
+    args.slurm.write_text(text)
+    print(f"{args.slurm} has {len(runs)} runs: sbatch {args.slurm}")
 
 
 def curve_of(args: Args, row: Row) -> Path:
@@ -154,7 +224,7 @@ def work(args: Args, flags: str, rows: list[Row], cores: list[int | None]) -> li
             for place, (row, seed, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[place]
-                    log = folder_of(args, row, seed).with_suffix(".log")
+                    log = log_of(args, row, seed)
                     if process.returncode:
                         failed.append(f"{row.task}, seed {seed}: exit status {process.returncode}, see {log}")
             if time.monotonic() - collected > 60:
@@ -174,6 +244,9 @@ def main(args: Args) -> None:
         names = ", ".join(row.task for row in rows)
         sys.exit(f"error: suite {args.suite} has no {', '.join(sorted(unknown))}: it has {names}")
     rows = [row for row in rows if not args.tasks or row.task in args.tasks]
+    if args.slurm:
+        write_array(args, flags, rows)
+        return
     asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # apart: it would take a GPU's memory
     on_cpu = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip() == "cpu"
     cores = sorted(os.sched_getaffinity(0)) if on_cpu else [None] * (1 if args.jobs is None else args.jobs)

@@ -1,38 +1,48 @@
-"""Speed of tdmpc2_jax.py: how long an update and a plan take, how much they compute, and what the rest is bound by.
+"""What a script's updates and plans cost on this machine, part by part, and what bounds them.
 
-    python benchmarks/speed.py                                             # the 5M model on walker-walk's sizes
-    python benchmarks/speed.py --json speed.json
-    python benchmarks/speed.py --task dog-run --model-size 5 48 --num-envs 1 8 32 --compute-dtype float32 bfloat16
+    python benchmarks/speed.py tdmpc2_jax                                                  # the 5M model on walker-walk
+    python benchmarks/speed.py tdmpc2_jax --task dog-run --model-size 5 48 --num-envs 1 8 32 --compute-dtype bfloat16
+    python benchmarks/speed.py tdmpc2_jax tdmpc2_jax_rgb tdmpc_jax --parts calls loop --together       # on a GPU: minutes
 
-An update is `tdmpc2_jax.train(num_updates=1)`, a plan is `tdmpc2_jax.act`, both as the training loop calls them. They
-are timed in turn with a 2048^3 float32 product, the `unit`, which tells how fast the machine was at the time. Neither
-milliseconds nor units compare between machines (interleaved.py compares programs on one). All figures are medians of
-`--repeats` rounds (fewer where they would take more than a minute), units and shares medians of each round's ratio.
+| part | of | what is measured |
+|---|---|---|
+| calls | all but _device | an update and a plan, as the training loop calls them; a `step` is what both cost for all environments |
+| loop | tdmpc2_jax, _device | decisions a second with environments really stepped, in the order of the training loop; the one in JAX with everything in one program, for one run and for --num-seeds side by side, on pendulums that cost nothing |
+| encoder | _rgb | stacks encoded as the script does it, and by XLA's convolutions in either layout, all at once or eight at a time |
+| pictures | _rgb | decisions a second seen as states, as pictures, and without shadows and reflections; values that these change |
+| replay | _rgb, tdmpc_jax | a step written, a batch drawn; of the first version's tree for --entries, `flat` by a running sum over all instead |
+| horizons | tdmpc_jax | plans for --horizons by its one program, and `apart` by programs that are compiled for one horizon |
+| tiers | _mt | batches and updates a second from disk (cold: the system was told to forget the files), memory and device |
+| planning | _mt | one call for environments of all 30 tasks beside one call for each |
+| teacher | _mt | an update with and without a teacher of --teacher-size million random parameters |
+| plans | _diffusion | the ways to plan, for one environment |
 
-GFLOP are those of the matrix products in the traced program. `products` is the share of the time that the same
-products take alone, on the same shapes, back to back; `draws` that of the random numbers alone; `rest` is what is left:
-elementwise work, memory traffic, dispatch. `peak` is the rate of a large product in the type of --compute-dtype
-(the unit on a CPU, 8192^3 elsewhere). `step` is what one step of all environments costs at one update per decision;
-`in the loop` are decisions per second with the task's environments really stepped, in the order of the training loop.
-What tdmpc2_jax_mt.py costs is measured by speed_multitask.py.
-"""
+What the columns mean stands in timing.py. Neither milliseconds nor units compare between machines: interleaved.py
+compares programs on one. Every row is measured in a process of its own without a compile cache, so that memory and
+compile times are its own. With --together all of them compile side by side and are timed one at a time.
+"""  # noqa: E501
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import resource
 import sys
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # rows share the device
 
 import jax
 import jax.numpy as jnp
@@ -40,327 +50,571 @@ import numpy as np
 import tyro
 
 import envs as environments
-import tdmpc2_jax as td
-from tdmpc2_support.cli import settings
+from benchmarks.programs import ACTION, OBS, PROGRAMS, Program, filled_replay, filled_tree
+from benchmarks.timing import Call, count_products, measure, per_second, table, total_gflop
+from tdmpc2_support.devices import committed, global_arrays, replicated
 from tdmpc2_support.run.schedule import random_streams
 
-UNIT = 2048  # side of the float32 product in which times are quoted
+DEVICE = "tdmpc2_jax_device"
+NAMES = (*PROGRAMS, DEVICE)
+HIDDEN = (
+    "script",
+    "unit_ms",
+    "peak_gflops_per_s",
+    "rounds",
+    "parameters",
+    "peak_device_mb",
+    "device",
+)  # of the table, not of the file
+MT30 = environments.TASK_SETS["mt30"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    task: str = "walker-walk"
-    """task whose sizes are measured, and whose environments the loop steps"""
-    model_size: tuple[Literal[1, 5, 19, 48, 317], ...] = (5,)
-    """millions of parameters, one or several"""
-    num_envs: tuple[int, ...] = (1,)
-    """environments planned for at once, one or several numbers"""
-    compute_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """type of the inputs of matrix products, one or both"""
-    obs_dim: int | None = None
-    """observation size, if not the task's (there is no loop then)"""
-    action_dim: int | None = None
-    """action size, if not the task's (there is no loop then)"""
-    horizon: int = 3
-    """steps of a plan and of a training window"""
-    batch_size: int = 256
-    """windows per update"""
-    num_samples: int = 512
-    """action sequences per iteration of the planner"""
-    repeats: int = 20
-    """rounds of measurement, at most"""
-    json: str | None = None
-    """write the figures to this file"""
+    scripts: tyro.conf.Positional[tuple[Literal[NAMES], ...]]
+    parts: tuple[str, ...] = ()  # only these of the table above
+    model_size: tuple[Literal[1, 5, 19, 48, 317], ...] = (5,)  # millions of parameters, one or several
+    num_envs: tuple[int, ...] = (1,)  # environments planned for at once, one or several numbers
+    compute_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)  # of matrix products, one or both
+    fields: tuple[str, ...] = ()  # further settings of the agent NAME=VALUE, as batch_size=128
+    task: str = "walker-walk"  # of tdmpc2_jax: task whose sizes are measured, and that the loop steps
+    repeats: int = 20  # rounds of measurement, at most
+    limit_s: float = 60  # seconds after which no further round begins, but for the first three
+    seconds: float = 5  # for each rate: of the loop, of pictures, of tiers
+    cpu_time: bool = False  # what the process computes instead of the clock's time: on a shared machine, one thread
+    shares: bool = True  # also time the products and the draws of every call alone
+    together: bool = False  # compile all rows side by side
+    turns: int = 1  # how often all of it is measured
+    tasks: tuple[str, ...] = ("walker-walk", "reacher-easy", "finger-spin", "mw-reach")  # pictures: of which
+    horizons: tuple[int, ...] = (1, 2, 3, 4, 5)  # horizons
+    entries: tuple[int, ...] = (10_000, 100_000, 1_000_000)  # replay: sizes of the first version's
+    num_seeds: int = 3  # loop: runs side by side
+    dataset_gb: float = 4.0  # tiers: size of the synthetic dataset
+    data_dir: str | None = None  # tiers: where it is written and removed again, the disk under test
+    storage_dtype: Literal["files", "float16"] = "files"  # tiers: of the numbers in device memory
+    readers: int = 4  # tiers: threads that read ahead
+    teacher_size: Literal[1, 5, 19, 48, 317] = 317  # teacher: millions of parameters
+    json: str | None = None  # write the figures to this file
 
 
-# ------------------------------------------------------------------------------------------------- What is computed
-class Product(NamedTuple):
-    """A matrix product of the traced program."""
+@dataclasses.dataclass
+class Setting:
+    """What is measured in one process."""
 
-    lhs: tuple[int, ...]
-    rhs: tuple[int, ...]
-    lhs_dtype: str
-    rhs_dtype: str
-    out_dtype: str
-    dimension_numbers: tuple  # as of jax.lax.dot_general: ((contracted of lhs, of rhs), (batch of lhs, of rhs))
+    args: Args
+    script: str
+    model_size: int
+    num_envs: int
+    compute_dtype: str
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """Settings of the agent from --fields."""
+        return {name: json.loads(value) for name, _, value in (text.partition("=") for text in self.args.fields)}
 
-def count_products(jaxpr) -> Counter[Product]:
-    """Every matrix product in a jaxpr with the number of times that it is executed: a scan's body counts once per
-    iteration (the cost analysis of XLA counts it once)."""
-    products = Counter()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (a, b), out = (v.aval for v in eqn.invars), eqn.outvars[0].aval
-            dtypes = a.dtype.name, b.dtype.name, out.dtype.name
-            products[Product(a.shape, b.shape, *dtypes, eqn.params["dimension_numbers"])] += 1
-            continue
-        values = itertools.chain(*(v if isinstance(v, (tuple, list)) else (v,) for v in eqn.params.values()))
-        for inner in (getattr(v, "jaxpr", v) for v in values):
-            counted = count_products(inner) if hasattr(inner, "eqns") else Counter()
-            if counted and eqn.primitive.name in ("while", "cond"):
-                raise ValueError(f"cannot tell how often the products in a {eqn.primitive.name} are executed")
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            products.update({product: n * times for product, n in counted.items()})
-    return products
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All settings of the agent."""
+        return {"model_size": self.model_size, "compute_dtype": self.compute_dtype} | self.own
 
+    @functools.cached_property
+    def module(self):
+        return importlib.import_module(self.script)
 
-def flop(product: Product) -> int:
-    """Floating-point operations of one product: a multiplication and an addition per pair."""
-    (contracted, _), (batch, _) = product.dimension_numbers
-    shared = math.prod(product.lhs[i] for i in (*contracted, *batch))
-    return 2 * math.prod(product.lhs) * math.prod(product.rhs) // shared
+    def program(self, call: str, n: int = 1, **fields) -> Program:
+        return PROGRAMS[self.script](self.module, call, n, 10_000, **self.fields | fields | self.own)
+
+    def measure(self, calls: dict[str, Call], turn, **options) -> list[dict[str, Any]]:
+        args = self.args
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        common = {"clock": clock, "shares": args.shares, "dtype": self.compute_dtype, "turn": turn}
+        return measure(calls, args.repeats, args.limit_s, **common | options)
 
 
-def total_gflop(products: Counter[Product]) -> float:
-    return sum(flop(product) * n for product, n in products.items()) / 1e9
+# -------------------------------------------------------------------------------------------------------- Every script
+def call_of(program: Program, draws: Callable[[], Any] | None = None, countable: bool = True) -> Call:
+    """A plan, or updates one after the other: what an update consumes is replaced by what it returns in its place."""
+    inputs = list(committed(jax.jit(program.inputs)()))
+    traced = program.trace(*inputs) if countable else None
+    start = program.state_at
+
+    def update():
+        *new, info = program(*inputs)
+        inputs[start : start + len(new)] = new
+        return info
+
+    return Call(partial(program, *inputs) if start is None else update, traced, draws)
 
 
-def products_alone(products: Counter[Product]) -> Callable[[], Any]:
-    """A function that executes these products back to back, on random operands, and nothing else."""
-
-    rng = np.random.default_rng(0)
-
-    def operand(shape: tuple[int, ...], dtype: str) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)))
-
-    def repeat(product: Product, times: int, lhs, rhs):
-        def once(_, carry):
-            lhs, rhs, _ = carry
-            out = jax.lax.dot_general(lhs, rhs, product.dimension_numbers, preferred_element_type=product.out_dtype)
-            # one element of the next operand comes from this product: else XLA would compute the product only once
-            return lhs.at[(0,) * lhs.ndim].set(out[(0,) * out.ndim].astype(lhs.dtype)), rhs, out
-
-        out = jax.eval_shape(lambda: once(0, (lhs, rhs, None))[2])
-        return jax.lax.fori_loop(0, times, once, (lhs, rhs, jnp.zeros(out.shape, out.dtype)))[2]
-
-    @jax.jit
-    def execute(inputs):
-        return [repeat(p, n, *pair) for (p, n), pair in zip(products.items(), inputs, strict=True)]
-
-    inputs = [(operand(p.lhs, p.lhs_dtype), operand(p.rhs, p.rhs_dtype)) for p in products]
-    return lambda: execute(inputs)
-
-
-# ------------------------------------------------------------------------------------------------------ Measurement
-def interleave(
-    functions: dict[str, Callable[[], Any]], repeats: int, limit_s: float = 60, clock: Callable = time.perf_counter
-) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds] by `clock` of each function, called in turn, after a warm-up round. There are `repeats`
-    rounds, on a slow machine as many as fit into limit_s, but three at least."""
-    times, begin = {name: [] for name in functions}, time.perf_counter()
-    for i in range(repeats + 1):
-        if i > 3 and time.perf_counter() - begin > limit_s:
-            break
-        for name, function in functions.items():
-            start = clock()
-            jax.block_until_ready(function())
-            times[name].append((clock() - start) * 1e3)
-    return {name: np.array(ms[1:]) for name, ms in times.items()}
-
-
-def filled_replay(agent: td.Agent, n: int, steps: int = 100) -> td.Replay:
-    """A replay of n environments with `steps` random entries each."""
-    rng = np.random.default_rng(0)
-    replay = td.init_replay(agent, 10_000, n)
-    for i in range(steps):
-        obs = rng.standard_normal((n, agent.obs_dim)).astype(np.float32)
-        action = rng.uniform(-1, 1, (n, agent.action_dim)).astype(np.float32)
-        step = td.Step(obs, action, rng.random(n, np.float32), terminated=np.zeros(n, bool), first=np.full(n, i == 0))
-        replay = td.add(agent, replay, step)
-    return replay
-
-
-def loop_decisions_per_s(agent: td.Agent, n: int, state, envs, seconds: float):
-    """Acts, learns (one update per decision) and steps the environments, in the order of the training loop. Returns
-    decisions per second and the learning state."""
-    key, replay = jax.random.key(0), filled_replay(agent, n)
-    obs, _ = envs.reset(seed=0)
-    prev_mean, done = jnp.zeros((n, agent.horizon, agent.action_dim)), np.zeros(n, bool)
-    step = td.Step(obs, np.zeros((n, agent.action_dim), np.float32), np.zeros(n, np.float32), done, ~done)
-    warmup, steps, start = 3, 0, math.inf
-    while steps < warmup + 5 or time.perf_counter() - start < seconds:
-        if steps == warmup:
-            jax.block_until_ready(state)
-            start = time.perf_counter()
-        replay, action, prev_mean, key = td.add_and_act(agent, state.params, replay, step, prev_mean, key, random=False)
-        state, _ = td.train(agent, state, replay, num_updates=n)
-        obs, reward, terminated, truncated, _ = envs.step(np.asarray(action))
-        step = td.Step(obs, action, reward.astype(np.float32), terminated, first=done)
-        done = terminated | truncated
-        steps += 1
-    jax.block_until_ready((state, replay))
-    return n * (steps - warmup) / (time.perf_counter() - start), state
-
-
-def first_call_s(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
-def memory_mb() -> dict[str, float | None]:
-    """Highest use so far of this process's memory, and of the accelerator's if there is one."""
-    device = jax.devices()[0].memory_stats() or {}
-    return {
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "peak_device_mb": device["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in device else None,
-    }
-
-
-def measure(
-    args: td.Args, obs_dim: int | None, action_dim: int | None, repeats: int, loop_s: float = 5
-) -> dict[str, Any]:
-    """All figures of one configuration; sizes that are None are the task's. The loop is run for loop_s seconds."""
-    n, key = args.num_envs, jax.random.key(1)
-    with closing(environments.make_envs(args.task, n, seed=0)) as envs:
-        agent = td.for_task(args.agent, args.task, envs)
-        sizes = {"obs_dim": obs_dim or agent.obs_dim, "action_dim": action_dim or agent.action_dim}
-        agent = dataclasses.replace(agent, **sizes)
-        state, replay = td.fresh_state(agent, random_streams(0))["train"], filled_replay(agent, n)
-        obs = np.random.default_rng(1).standard_normal((n, agent.obs_dim)).astype(np.float32)
-        prev_mean, first = jnp.zeros((n, agent.horizon, agent.action_dim)), np.zeros(n, bool)
-
-        def update():
-            nonlocal state  # the one passed in is consumed
-            state, info = td.train(agent, state, replay, num_updates=1)
-            return state, info
-
-        def plan():
-            return td.act(agent, state.params, obs, prev_mean, first, key, explore=True)
-
-        first_call = {"update": first_call_s(update), "plan": first_call_s(plan)}
-        loop = None
-        if obs_dim is None and action_dim is None:
-            loop, state = loop_decisions_per_s(agent, n, state, envs, loop_s)
-        memory = memory_mb()  # before the products below take theirs
-
-    traced_update = td.train.trace(agent, state, replay, num_updates=1)
-    traced_plan = td.act.trace(agent, state.params, obs, prev_mean, first, key, explore=True)
-    products = {"update": count_products(traced_update.jaxpr), "plan": count_products(traced_plan.jaxpr)}
-    update_noise = jax.jit(partial(td.update_noise, agent))
-    plan_noise = jax.jit(partial(td.plan_noise, agent, n=n))
+def calls(setting: Setting, turn) -> list[dict[str, Any]]:
+    """An update, a plan for all environments, and a step of all of them with one update each."""
+    n = setting.num_envs
+    of_task = {}
+    if setting.script == "tdmpc2_jax":
+        with contextlib.closing(environments.make_envs(setting.args.task, 1)) as envs:
+            of_task = {"obs_dim": envs.single_observation_space.shape[0]}
+            of_task["action_dim"] = envs.single_action_space.shape[0]
+        of_task["can_terminate"] = environments.task_spec(setting.args.task).can_terminate
+    update, plan = setting.program("update", n, **of_task), setting.program("plan", n, **of_task)
+    state = jax.eval_shape(update.inputs)[update.state_at]
+    parameters = sum(x.size for x in jax.tree.leaves(getattr(state, "params", state)))
     timed = {
-        "unit": square_product(UNIT, "float32"),
-        "update": update,
-        "plan": plan,
-        "update_products": products_alone(products["update"]),
-        "plan_products": products_alone(products["plan"]),
-        "update_draws": lambda: update_noise(key),
-        "plan_draws": lambda: plan_noise(key),
+        "update": call_of(update, draws_of(setting, "update_noise", update)),
+        # the first version's plan is a loop whose length only the device knows: `horizons` counts its products
+        "plan": call_of(plan, draws_of(setting, "plan_noise", plan, n=n), setting.script != "tdmpc_jax"),
     }
-    peak_side = UNIT if jax.default_backend() == "cpu" else 8192
-    if (peak_side, agent.compute_dtype) != (UNIT, "float32"):
-        timed["peak"] = square_product(peak_side, agent.compute_dtype)
-    times = interleave(timed, repeats)
-    gflop = {name: total_gflop(counted) for name, counted in products.items()}
-    peak = 2 * peak_side**3 / 1e6 / float(np.median(times.get("peak", times["unit"])))
-    names = ("model_size", "num_envs", "compute_dtype", "horizon", "batch_size", "num_samples")
+    rows = setting.measure(timed, turn, in_a_row="update")
+    step = {"call": "step"} | {k: n * rows[0][k] + rows[1][k] for k in ("ms", "units", "gflop") if k in rows[1]}
+    if "gflop" in step:
+        step["gflops_per_s"] = step["gflop"] / step["ms"] * 1e3
+        step["of_peak"] = step["gflops_per_s"] / rows[0]["peak_gflops_per_s"]
+    step["decisions_per_s"] = 1e3 * n / step["ms"]
+    return [row | {"parameters": parameters} for row in (*rows, step)]
+
+
+def draws_of(setting: Setting, name: str, program: Program, **options) -> Callable[[], Any] | None:
+    """A function that makes a program's random numbers, where its script has one."""
+    noise = getattr(setting.module, name, None)
+    return noise and partial(jax.jit(partial(noise, program.agent, **options)), jax.random.key(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- The loop
+def loop(setting: Setting, turn) -> list[dict[str, Any]]:
+    """The training loop, with nothing logged."""
+    args, n = setting.args, setting.num_envs
+    import tdmpc2_jax as td
+
+    agent = td.Agent(**setting.fields)
+    rows = []
+    if setting.script == DEVICE:
+        rows += [compiled(td, agent, n, seeds, args.seconds, turn) for seeds in {1, args.num_seeds}]
+    task = "Pendulum-v1" if setting.script == DEVICE else args.task
+    with contextlib.closing(environments.make_envs(task, n, seed=0)) as envs:
+        rows.insert(0, step_by_step(td, td.for_task(agent, task, envs), envs, args.seconds, turn))
+    return rows
+
+
+def rate(advance: Callable[[], Any], decisions: int, seconds: float, turn) -> dict[str, float]:
+    """Decisions a second, and the milliseconds that this process computes for one; `advance` makes `decisions`."""
+    with turn:
+        cpu, start, calls = time.process_time(), time.perf_counter(), 0
+        while calls < 2 or time.perf_counter() - start < seconds:
+            advance()
+            calls += 1
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - start
+    return {"decisions_per_s": calls * decisions / wall, "cpu_ms": 1e3 * cpu / (calls * decisions)}
+
+
+def step_by_step(td, agent, envs, seconds: float, turn) -> dict[str, Any]:
+    """The loop of tdmpc2_jax.py with one update per decision."""
+    n = envs.num_envs
+    learner = committed(td.fresh_state(agent, random_streams(0)))
+    state, key = learner["train"], learner["act_key"]
+    replay = committed(filled_replay(td, agent, 10_000, n))
+    mean = committed(jnp.zeros((n, agent.horizon, agent.action_dim)))
+    obs, _ = envs.reset(seed=0)
+    done = np.zeros(n, bool)
+    entry = td.Step(obs, np.zeros((n, agent.action_dim), np.float32), np.zeros(n, np.float32), done, ~done)
+
+    def advance():
+        nonlocal state, key, replay, mean, entry, done
+        for _ in range(10):
+            replay, action, mean, key = td.add_and_act(agent, state.params, replay, entry, mean, key, random=False)
+            state, _ = td.train(agent, state, replay, num_updates=n)
+            obs, reward, terminated, truncated, _ = envs.step(np.asarray(action))
+            entry = td.Step(obs, action, reward.astype(np.float32), terminated, first=done)
+            done = terminated | truncated
+        jax.block_until_ready(state)
+
+    advance()
+    return {"call": "loop step by step", "runs": 1} | rate(advance, 10 * n, seconds, turn)
+
+
+def compiled(td, agent, n: int, seeds: int, seconds: float, turn) -> dict[str, Any]:
+    """The loop of tdmpc2_jax_device.py: everything in one program, for runs side by side."""
+    import tdmpc2_jax_device as script
+
+    env = script.open_jax("gymnax/Pendulum-v1")
+    agent = td.for_task(agent, env.spec.name, env)
+    runs = [script.fresh_run(agent, env, 2000, n, script.random_streams(seed)) for seed in range(seeds)]
+    runs = script.committed(script.side_by_side(runs))
+    schedule = script.Schedule(0, 10 * n, Fraction(1))
+
+    def advance():
+        nonlocal runs
+        runs, record = script.advance(agent, env, schedule, runs, 10, 0)
+        jax.block_until_ready(record)
+
+    advance()
+    advance()
+    return {"call": "loop compiled", "runs": seeds} | rate(advance, 10 * n * seeds, seconds, turn)
+
+
+# ------------------------------------------------------------------------------------------------------------- Pixels
+def pictures(setting: Setting, turn) -> list[dict[str, Any]]:
+    """Decisions a second with each kind of observation, and the share of values that shadows and reflections change."""
+    ways = {"state": {}, "pictures": {"obs": "rgb"}, "no shadows": {"obs": "rgb", "shadows": False}}
+    rows = []
+    for task in setting.args.tasks:
+        row, seen = {"call": task}, {}
+        for name, options in ways.items():
+            with contextlib.closing(environments.make_env(task, seed=0, **options)) as env:
+                seen[name], _ = env.reset()
+                rng = np.random.default_rng(0)
+
+                def step(env=env, rng=rng):
+                    *_, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+                    if truncated:
+                        env.reset()
+
+                row[name] = rate(step, 1, setting.args.seconds, turn)["decisions_per_s"]
+        rows.append(row | {"changed": float((seen["pictures"] != seen["no shadows"]).mean())})
+    return rows
+
+
+LAYERS = ((7, 29), (5, 13), (3, 6), (3, 4))  # of the encoder: size of the kernel, height of what comes out
+
+
+def encoder_gflop(channels: int, forward: int, backward: int) -> float:
+    """Of the convolutions in encoding so many stacks and, for so many of them, the gradients (of the pictures none)."""
+    sizes = [9, channels, channels, channels]
+    layers = [2 * k * k * c * channels * o * o / 1e9 for (k, o), c in zip(LAYERS, sizes, strict=True)]
+    return sum(layers) * (forward + 2 * backward) - layers[0] * backward
+
+
+def channels_last(x, kernel, stride):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
+
+
+def channels_first(x, kernel, stride):
+    x, kernel, layout = jnp.moveaxis(x, -1, 1), jnp.transpose(kernel, (3, 2, 0, 1)), ("NCHW", "OIHW", "NCHW")
+    y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
+    return jnp.moveaxis(y, 1, -1)
+
+
+def encoder(setting: Setting, turn) -> list[dict[str, Any]]:
+    """A batch of stacks encoded in each way, and gradients of it."""
+    rgb = setting.module
+    agent = setting.program("update").agent
+    B, channels = agent.batch_size, rgb.networks(agent).encoder.channels
+    params = rgb.fresh_state(agent, random_streams(0))["train"].params["encoder"]
+    stacks = jax.random.bits(jax.random.key(0), (B, 64, 64, 9), "uint8")
+    shift = rgb.draw_shifts(jax.random.key(1), B)
+
+    def encode(p, convolve, at_once):
+        def one(stack_and_shift):
+            return rgb.networks(agent).encoder.apply(p, rgb.shift_stack(*stack_and_shift)[None])[0]
+
+        with mock.patch.object(rgb, "convolve", convolve):
+            flat = stacks, shift
+            return jax.lax.map(one, flat, batch_size=at_once) if at_once else jax.vmap(one)(flat)
+
+    ways = {"ours": lambda p: rgb.encode(agent, p, stacks, shift)}
+    for name, convolve in (("NHWC", channels_last), ("NCHW", channels_first)):
+        ways[name] = partial(encode, convolve=convolve, at_once=0)
+        ways[f"{name} by 8"] = partial(encode, convolve=convolve, at_once=8)
+    timed = {}
+    for name, way in ways.items():
+        gradient = jax.grad(lambda p, way=way: (way(p) ** 2).sum())
+        for kind, function in (("forward", way), ("gradient", gradient)):
+            gflop = encoder_gflop(channels, B, B * (kind == "gradient"))
+            timed[f"{name} {kind}"] = Call(partial(jax.jit(function), params), gflop=gflop, beside=f"ours {kind}")
+    return setting.measure(timed, turn)
+
+
+# ------------------------------------------------------------------------------------------------------------- Replays
+def replay(setting: Setting, turn) -> list[dict[str, Any]]:
+    """Steps written and batches drawn, of the first version in replays of several sizes."""
+    td = setting.module
+    agent = setting.program("update").agent
+    rows = []
+    for entries in setting.args.entries if setting.script == "tdmpc_jax" else (10_000,):
+        key = jax.random.key(0)
+        if setting.script == "tdmpc_jax":
+            full = jax.jit(partial(filled_tree, td, agent, entries))()
+            timed = tree_calls(td, full, entries, key)
+            obs = np.zeros((1, OBS), np.float32)
+        else:
+            full = jax.jit(partial(filled_replay, td, agent, entries, 1, entries))()
+            draw = jax.jit(td.sample, static_argnums=0)
+            timed = {"draw": Call(partial(draw, agent, jax.tree.map(jnp.copy, full), key))}
+            obs = np.zeros((1, 64, 64, 3), np.uint8)
+        no = np.zeros(1, bool)
+        step = td.Step(obs, np.zeros((1, ACTION), np.float32), np.ones(1, np.float32), no, no)
+        size = sum(x.nbytes for x in jax.tree.leaves(full))
+
+        def add(held=[full], step=step):  # noqa: B006
+            held[0] = td.add(agent, held[0], step)
+            return held[0]
+
+        options = {"repeats": 50 * setting.args.repeats, "limit_s": setting.args.limit_s / 4, "shares": False}
+        found = dataclasses.replace(setting, args=dataclasses.replace(setting.args, **options))
+        for row in found.measure(timed | {"add": Call(add)}, turn):
+            rows.append({"entries": entries, "bytes_per_entry": size / entries} | row)
+    return rows
+
+
+def tree_calls(td, full, entries: int, key) -> dict[str, Call]:
+    """What the first version does with its tree of priorities for 512 windows; `flat` by a running sum over all."""
+
+    def draw_flat(values, key, batch_size):
+        sums = jnp.cumsum(values)
+        return jnp.searchsorted(sums, jax.random.uniform(key, batch_size) * sums[-1], side="right")
+
+    tree = jax.tree.map(jnp.copy, full.tree)
+    draw, draw_flat = jax.jit(td.draw, static_argnums=2), jax.jit(draw_flat, static_argnums=2)
+    set_priorities = jax.jit(td.set_priorities, donate_argnums=0)
+    drawn = draw(tree, key, 512)
+    held = [jax.tree.map(jnp.copy, tree)]
+
+    def write():
+        held[0] = set_priorities(held[0], drawn, jnp.ones(512))
+        return held[0]
+
+    values = tree[0].ravel()[:entries]
     return {
-        **{name: settings(args)[name] for name in names},
-        **sizes,
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        **figures(n, times, gflop, first_call, peak),
-        "loop_decisions_per_s": loop, **memory, "rounds": len(times["unit"]),
-        "device": jax.devices()[0].device_kind, "cpu_cores": os.cpu_count(), "load_average": os.getloadavg()[0],
-        "jax_version": jax.__version__,
-    }  # fmt: skip
-
-
-def square_product(side: int, dtype: str) -> Callable[[], jax.Array]:
-    matrix, square = jax.random.normal(jax.random.key(0), (side, side), dtype), jax.jit(lambda a: a @ a)
-    return lambda: square(matrix)
-
-
-def figures(num_envs: int, times, gflop, first_call, peak: float) -> dict[str, float]:
-    """The figures that follow from the times (milliseconds per round): medians, and medians of a round's ratios."""
-
-    def median(values) -> float:
-        return float(np.median(values))
-
-    row = {"unit_ms": median(times["unit"]), "peak_gflops_per_s": peak}
-    for part in ("update", "plan"):
-        ms = median(times[part])
-        shares = {k: median(times[f"{part}_{k}"] / times[part]) for k in ("products", "draws")}
-        row |= {
-            f"{part}_ms": ms,
-            f"{part}_units": median(times[part] / times["unit"]),
-            f"{part}_gflop": gflop[part],
-            f"{part}_gflops_per_s": gflop[part] / ms * 1e3,
-            f"{part}_share_of_peak": gflop[part] / ms * 1e3 / peak,
-            f"{part}_products_ms": median(times[f"{part}_products"]),
-            f"{part}_draws_ms": median(times[f"{part}_draws"]),
-            f"{part}_products_share": shares["products"],
-            f"{part}_draws_share": shares["draws"],
-            f"{part}_rest_share": 1 - sum(shares.values()),
-            f"{part}_compile_s": max(0.0, first_call[part] - ms / 1e3),
-        }
-    step = {k: num_envs * row[f"update_{k}"] + row[f"plan_{k}"] for k in ("ms", "gflop", "products_ms", "draws_ms")}
-    return row | {
-        "step_ms": step["ms"],
-        "step_gflop": step["gflop"],
-        "step_gflops_per_s": step["gflop"] / step["ms"] * 1e3,
-        "share_of_peak": step["gflop"] / step["ms"] * 1e3 / peak,
-        "products_share": step["products_ms"] / step["ms"],
-        "draws_share": step["draws_ms"] / step["ms"],
-        "compile_s": row["update_compile_s"] + row["plan_compile_s"],
-        "decisions_per_s": 1e3 * num_envs / step["ms"],
+        "draw": Call(partial(draw, tree, key, 512)),
+        "flat": Call(partial(draw_flat, values, key, 512)),
+        "set": Call(write),
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- Report
-def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as one Markdown table, three lines per configuration: update, plan, step of all environments."""
-    head = ["model", "envs", "type", "", "ms", "units", "GFLOP", "GFLOP/s", "of peak", "products", "draws", "rest"]
-    head += ["compile s", "decisions/s", "in the loop", "peak RSS MB"]
-    lines = [head]
-    for r in rows:
-        for part in ("update", "plan"):
-            lines.append(
-                [f"{r['model_size']}M", str(r["num_envs"]), r["compute_dtype"], part]
-                + [f"{r[f'{part}_{k}']:.{d}f}" for k, d in (("ms", 1), ("units", 2), ("gflop", 1), ("gflops_per_s", 0))]
-                + [f"{r[f'{part}_{k}']:.0%}" for k in ("share_of_peak", "products_share", "draws_share", "rest_share")]
-                + [f"{r[f'{part}_compile_s']:.1f}", "", "", ""]
-            )
-        loop = r["loop_decisions_per_s"]
-        shares = r["share_of_peak"], r["products_share"], r["draws_share"], 1 - r["products_share"] - r["draws_share"]
-        lines.append(
-            ["", "", "", "step", f"{r['step_ms']:.1f}", f"{r['step_ms'] / r['unit_ms']:.2f}", f"{r['step_gflop']:.1f}"]
-            + [f"{r['step_gflops_per_s']:.0f}", *(f"{share:.0%}" for share in shares), f"{r['compile_s']:.1f}"]
-            + [f"{r['decisions_per_s']:.2f}", "" if loop is None else f"{loop:.2f}", f"{r['peak_rss_mb']:.0f}"]
+# ---------------------------------------------------------------------------------------------------- The first version
+def apart(td, horizon: int):
+    """`estimate_value` of a program that knows its horizon; a drop-in."""
+
+    def estimate_value(agent, params, z, actions, unused_horizon, eps):
+        model = td.networks(agent)
+        value = 0.0
+        for t in range(horizon):
+            value = value + agent.discount**t * model.reward.apply(params["reward"], z, actions[t])[..., 0]
+            z = model.dynamics.apply(params["dynamics"], z, actions[t])
+        action = td.policy(agent, params["pi"], z, eps).action
+        q = td.q_values(agent, params["q"], z, action).min(0)
+        return jnp.nan_to_num(value + agent.discount**horizon * q, nan=0.0)
+
+    return estimate_value
+
+
+def horizons(setting: Setting, turn) -> list[dict[str, Any]]:
+    """Plans by the script's program, whose loop is as long as the device says, and by one that is written out."""
+    td = setting.module
+    timed = {}
+    for h in setting.args.horizons:
+        program = setting.program("plan")
+        inputs = list(committed(jax.jit(program.inputs)()))
+        inputs[4] = inputs[4]._replace(horizon=jnp.full(1, h, jnp.int32))
+        own = jax.jit(partial(td.act.__wrapped__, program.agent, explore=True))
+        with mock.patch.object(td, "estimate_value", apart(td, h)):
+            traced = own.trace(*inputs)
+            written_out = traced.lower().compile()
+        timed[f"plan {h} apart"] = Call(partial(written_out, *inputs), traced)
+        gflop = total_gflop(count_products(traced.jaxpr))
+        timed[f"plan {h}"] = Call(partial(program, *inputs), gflop=gflop, beside=f"plan {h} apart")
+    return setting.measure(timed, turn)
+
+
+# ----------------------------------------------------------------------------------------------------------- Many tasks
+def write_dataset(folder: Path, gigabytes: float) -> None:
+    """Random episodes of mt30 in files of at most 1 GB."""
+    obs_size, action_size = environments.set_sizes(MT30)
+    episodes, rng = int(gigabytes * 1e9 / (501 * (4 * (obs_size + action_size + 1) + 8))), np.random.default_rng(0)
+    for i, count in enumerate(np.diff(np.r_[0 : episodes : int(np.ceil(gigabytes)) * 1j + 1j].astype(int))):
+        arrays = {
+            "obs": rng.standard_normal((count, 501, obs_size), np.float32),
+            "action": rng.uniform(-1, 1, (count, 501, action_size)).astype(np.float32),
+            "reward": rng.uniform(0, 2, (count, 501)).astype(np.float32),
+            "task": np.repeat(np.arange(count)[:, None] % len(MT30), 501, 1),
+        }
+        environments.save_tensordict(folder / f"chunk_{i}.pt", arrays)
+
+
+def anonymous_mb() -> float:
+    """Memory of this process that no file stands behind."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+
+def forget_files() -> bool:
+    """Tells the system to drop what it has cached of files; False where it does not let us."""
+    try:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return True
+    except OSError:
+        return False
+
+
+def tiers(setting: Setting, turn) -> list[dict[str, Any]]:
+    """What each tier gives alone, updates that are fed by it, and this process's memory that no file stands behind."""
+    rows = []
+    with turn, tempfile.TemporaryDirectory(dir=setting.args.data_dir) as folder:
+        write_dataset(Path(folder), setting.args.dataset_gb)
+        start_mb = anonymous_mb()
+        disk = environments.load_dataset("mt30", folder)
+        for tier in ("disk, cold", "disk", "host", "device"):
+            if tier == "disk, cold" and not forget_files():
+                continue
+            alone, fed = rates_of_tier(setting, disk, tier.split(",")[0])
+            memory = {"anonymous_mb": anonymous_mb(), "grown_mb": anonymous_mb() - start_mb}
+            rows.append({"call": tier, "batches_per_s": alone, "updates_per_s": fed} | memory)
+    return rows
+
+
+def rates_of_tier(setting: Setting, disk, tier: str) -> tuple[float, float]:
+    """Batches a second, and updates a second that are fed by them."""
+    from tdmpc2_support.data.device_data import Source
+
+    mt, args = setting.module, setting.args
+    agent = mt.for_tasks(mt.Agent(**setting.fields), MT30)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
+    source = Source(disk, tier, args.storage_dtype, mesh, agent.batch_size, agent.horizon)
+    update = fed_update(mt, agent, mesh, source.shapes())
+    source.load()
+    batches = source.batches(seed=1, first=0, readers=args.readers)
+    if tier == "device":
+        draw, keys = jax.jit(mt.sample, static_argnums=0), map(jax.random.key, itertools.count())
+        alone = per_second(lambda: draw(agent, next(batches), next(keys)), args.seconds)
+    else:
+        alone = per_second(lambda: next(batches), args.seconds)
+    fed = per_second(lambda: update(next(batches)), args.seconds)
+    batches.close()
+    return alone, fed
+
+
+def fed_update(mt, agent, mesh, shapes, teacher=None) -> Callable[[Any], Any]:
+    """One update after the other on what it is given, compiled and placed as the script does it."""
+    constants = global_arrays(mt.make_tasks(agent, MT30), replicated(mesh))
+    program, places = mt.compile_train(mt.Args(agent=agent), agent, mesh, constants, shapes, teacher)
+    places = jax.tree.map(lambda x: x.sharding, places)
+    state = jax.jit(lambda: mt.fresh_state(agent, random_streams(1)), out_shardings=places)()
+
+    def update(batch):
+        nonlocal state
+        state, info = program(state, batch)
+        return info["total_loss"]
+
+    return update
+
+
+def planning(setting: Setting, turn) -> list[dict[str, Any]]:
+    """One call for 30 environments beside 30 calls for one."""
+    batched, single = setting.program("plan", len(MT30)), setting.program("plan")
+    inputs, one = (committed(jax.jit(program.inputs)()) for program in (batched, single))
+    timed = {"batched": Call(lambda: batched(*inputs)[0])}
+    timed["one by one"] = Call(lambda: [np.asarray(single(*one)[0]) for _ in MT30], beside="batched")
+    return setting.measure(timed, turn, shares=False)
+
+
+def teacher(setting: Setting, turn) -> list[dict[str, Any]]:
+    """An update with and without a teacher of random parameters, which is as the script keeps it."""
+    from tdmpc2_support.data.device_data import batch_shapes
+
+    mt = setting.module
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")
+    student = mt.for_tasks(mt.Agent(**setting.fields), MT30)
+    dtype = student.compute_dtype
+    large = mt.for_tasks(mt.Agent(model_size=setting.args.teacher_size, compute_dtype=dtype), MT30)
+    shapes = jax.eval_shape(lambda: mt.init_params(large, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = {name: shapes[name] for name in ("encoder", "reward", "task_emb")}
+    params = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), params)
+    kernels = jax.tree.map(lambda x: np.asarray(x, dtype if x.ndim == 2 else x.dtype), params)
+    kernels["task_emb"] = params["task_emb"]
+    asked = jax.tree_util.Partial(partial(mt.predict_reward, large), kernels)
+    constants = global_arrays(mt.make_tasks(student, MT30), replicated(mesh))
+    shapes = batch_shapes(student.obs_dim, student.action_dim, student.batch_size, student.horizon, mesh)
+    batch = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes)
+    state = jax.eval_shape(lambda: mt.fresh_state(student, random_streams(1)))
+    timed = {}
+    for name, chosen in (("update without", None), ("update with", asked)):
+        traced = jax.jit(partial(mt.train, student, mesh)).trace(constants, state, batch, chosen)
+        update = partial(fed_update(mt, student, mesh, shapes, chosen), batch)
+        timed[name] = Call(update, traced, beside="update without")
+    numbers = sum(x.size for x in jax.tree.leaves(params))
+    return [row | {"teacher_numbers": numbers} for row in setting.measure(timed, turn, shares=False)]
+
+
+# ------------------------------------------------------------------------------------------------------------ Diffusion
+PLANS = {
+    "ssr, model on d": {"rollouts": "onestep"},
+    "ssr, model on p_d, 1 step": {"dynamics_steps": 1},
+    "ssr, model on p_d, 2 steps": {"dynamics_steps": 2},
+    "ssr, model on p_d, 10 steps": {"dynamics_steps": 10},
+    "ssr, J on p_d": {"scorer": "J"},
+    "ssr_mppi, model on p_d": {"planner": "ssr_mppi"},
+    "mppi": {"planner": "mppi"},
+}
+
+
+def plans(setting: Setting, turn) -> list[dict[str, Any]]:
+    """Ways to plan for one environment."""
+    timed = {name: call_of(setting.program("plan", **fields)) for name, fields in PLANS.items()}
+    return setting.measure(timed, turn)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Table
+PARTS = {
+    "tdmpc2_jax": (calls, loop),
+    "tdmpc2_jax_rgb": (pictures, replay, encoder, calls),
+    "tdmpc2_jax_mt": (tiers, calls, planning, teacher),  # tiers first: memory of later measurements is not given back
+    "tdmpc_jax": (calls, horizons, replay),
+    "tdmpc2_jax_diffusion": (calls, plans),
+    DEVICE: (loop,),
+}
+ONE_SETTING = (pictures, replay, tiers, planning, teacher, horizons, plans, encoder)  # whatever --num-envs says
+
+
+def settings_of(args: Args) -> list[tuple[Callable, Setting]]:
+    """What is to be measured, a process each."""
+    asked = set(args.parts)
+    there = {part.__name__ for script in args.scripts for part in PARTS[script]}
+    if unknown := asked - there:
+        sys.exit(
+            f"error: {', '.join(sorted(unknown))}: parts of {', '.join(args.scripts)} are {', '.join(sorted(there))}"
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rule = ["-" * (w + 1) + ":" for w in widths]
-    text = ["|" + "|".join(f" {c:>{w}} " for c, w in zip(line, widths, strict=True)) + "|" for line in lines]
-    return "\n".join([text[0], "|" + "|".join(rule) + "|", *text[1:]])
+    rows = []
+    for script in args.scripts:
+        sizes = args.model_size[:1] if script == "tdmpc_jax" else args.model_size  # it has one
+        for part in PARTS[script]:
+            if asked and part.__name__ not in asked:
+                continue
+            envs = args.num_envs[:1] if part in ONE_SETTING else args.num_envs
+            for size, n, dtype in itertools.product(sizes, envs, args.compute_dtype):
+                if part in (pictures, tiers) and (size, dtype) != (sizes[0], args.compute_dtype[0]):
+                    continue
+                rows.append((part, Setting(args, script, size, n, dtype)))
+    return rows
 
 
-def as_json(rows: list[dict[str, Any]]) -> str:
-    """All rows under `rows`; the figures of a single configuration stand at the top too."""
-    return json.dumps((rows[0] if len(rows) == 1 else {}) | {"rows": rows}, indent=2) + "\n"
+def in_a_process(part: Callable, setting: Setting, turn) -> list[dict[str, Any]]:
+    head = {name: getattr(setting, name) for name in ("script", "model_size", "num_envs", "compute_dtype")}
+    return [head | row | {"device": jax.devices()[0].device_kind} for row in part(setting, turn)]
 
 
 def main(args: Args) -> None:
-    sizes = {name: getattr(args, name) for name in ("horizon", "batch_size", "num_samples")}
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    rows = []
-    for size, n, dtype in itertools.product(args.model_size, args.num_envs, args.compute_dtype):
-        print(f"measuring {size}M, {n} environment(s), {dtype}", file=sys.stderr, flush=True)
-        agent = td.Agent(model_size=size, compute_dtype=dtype, **sizes)
-        config = td.Args(task=args.task, agent=agent, num_envs=n)
-        # a process each and no cache, so that compile times and peak memory are the configuration's own
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            rows.append(process.submit(measure, config, args.obs_dim, args.action_dim, args.repeats).result())
-    first = rows[0]
-    print(f"{first['obs_dim']} observations, {first['action_dim']} actions, ", end="")
-    print(f"horizon {args.horizon}, batch {args.batch_size}, {args.num_samples} samples; ", end="")
-    print(f"JAX {first['jax_version']}, {first['device']}, {first['cpu_cores']} cores, ", end="")
-    print(f"load average {first['load_average']:.1f}")
-    print(f"unit (2048^3 float32 product) {first['unit_ms']:.2f} ms; ", end="")
-    print(f"peak in {first['compute_dtype']} {first['peak_gflops_per_s']:.0f} GFLOP/s\n")
-    print(table(rows))
-    if args.json:
-        Path(args.json).write_text(as_json(rows))
+    if args.cpu_time:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    asked = settings_of(args) * args.turns
+    workers = len(asked) if args.together else 1
+    context = multiprocessing.get_context("spawn")
+    results: dict[str, Any] = {"arguments": dataclasses.asdict(args), "cpu_cores": os.cpu_count()}
+    results |= {"load_average": os.getloadavg()[0], "jax_version": jax.__version__, "rows": []}
+    with context.Manager() as manager, ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as processes:
+        turn = manager.Lock()
+        futures = [processes.submit(in_a_process, part, setting, turn) for part, setting in asked]
+        for (part, setting), future in zip(asked, futures, strict=True):
+            try:
+                rows = future.result()
+            except Exception as error:  # the others' figures should not be lost
+                rows = [{"script": setting.script, "error": f"{type(error).__name__}: {error}"[:300]}]
+            results["rows"] += [{"part": part.__name__} | row for row in rows]
+            print(f"\n{setting.script}, {part.__name__}\n\n{table(rows, HIDDEN)}", flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    if any("error" in row for row in results["rows"]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

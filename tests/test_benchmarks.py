@@ -1,6 +1,6 @@
 """The benchmarks count what they claim to count and write what they promise; no timings are judged here."""
 
-import dataclasses
+import contextlib
 import json
 
 import jax
@@ -11,7 +11,7 @@ from helpers import ROOT
 
 import envs
 import tdmpc2_jax as td
-from benchmarks import distillation, environments, learning, multitask, speed, speed_multitask
+from benchmarks import distillation, environments, learning, multitask, speed, timing
 from tdmpc2_support.agents.pretrained import LoadedAgent
 from tdmpc2_support.run.schedule import random_streams
 
@@ -50,7 +50,7 @@ def test_products_of_an_update_agree_with_a_count_by_hand(traced):
     rollout = H * B * (3 * DYNAMICS - FROM_A)
     heads = (1 + q) * H * B * (3 * HEAD - FROM_A)
     policy = (H + 1) * B * (3 * PI - FROM_Z + 2 * (2 * HEAD - FROM_Z))
-    counted = speed.total_gflop(speed.count_products(traced[0])) * 1e9
+    counted = timing.total_gflop(timing.count_products(traced[0])) * 1e9
     assert counted == pytest.approx(2 * (target + encoder + rollout + heads + policy), rel=0.02)
 
 
@@ -58,7 +58,7 @@ def test_products_of_a_plan_agree_with_a_count_by_hand(traced):
     H, N, P = AGENT.horizon, AGENT.num_samples, AGENT.num_pi_trajs
     proposals = P * ((H - 1) * DYNAMICS + H * PI)
     iteration = N * (H * (DYNAMICS + HEAD) + PI + 2 * HEAD - FROM_Z)  # the first dynamics share their z among samples
-    counted = speed.total_gflop(speed.count_products(traced[1])) * 1e9
+    counted = timing.total_gflop(timing.count_products(traced[1])) * 1e9
     assert counted == pytest.approx(proposals + AGENT.iterations * iteration, rel=0.02)
 
 
@@ -67,7 +67,7 @@ def test_products_in_a_loop_of_unknown_length_are_refused():
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
 
     with pytest.raises(ValueError, match="while"):
-        speed.count_products(jax.make_jaxpr(loop)(jnp.eye(3)).jaxpr)
+        timing.count_products(jax.make_jaxpr(loop)(jnp.eye(3)).jaxpr)
 
 
 def test_products_alone_are_those_that_were_counted():
@@ -75,10 +75,10 @@ def test_products_alone_are_those_that_were_counted():
         y, _ = jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)
         return jnp.einsum("bij,bjk->bik", y[None], x[None])
 
-    products = speed.count_products(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr)
+    products = timing.count_products(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr)
     assert sorted(products.values()) == [1, 5]
-    assert speed.total_gflop(products) * 1e9 == 6 * 2 * 4**3
-    shapes = [out.shape for out in speed.products_alone(products)()]
+    assert timing.total_gflop(products) * 1e9 == 6 * 2 * 4**3
+    shapes = [out.shape for out in timing.products_alone(products)()]
     assert sorted(shapes) == [(1, 4, 4), (4, 4)]
 
 
@@ -90,25 +90,74 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+SIZES = "model_size=1 enc_dim=16 mlp_dim=16 latent_dim=16 num_enc_layers=1 num_q=2 iterations=1 num_samples=32"
+SIZES += " num_elites=4 num_pi_trajs=4 batch_size=8 horizon=2"
+
+
+def measured(script, *parts, fields=SIZES, **options):
+    """Rows of speed.py, measured for a moment in this process: only that all are there means anything."""
+    args = speed.Args(
+        (script,), parts, (1,), fields=tuple(fields.split()), repeats=1, limit_s=0.1, seconds=0.1, **options
+    )
+    rows = []
+    for part, setting in speed.settings_of(args):
+        rows += speed.in_a_process(part, setting, contextlib.nullcontext())
+    return {row["call"]: row for row in rows}
+
+
 @pytest.mark.slow
-def test_every_figure_is_measured_and_written(quick_compilation):
-    """On a small model and for a moment: the values mean nothing here, only that all are there."""
-    args = td.Args(agent=dataclasses.replace(AGENT, horizon=1))
-    row = speed.measure(args, None, None, repeats=1, loop_s=0.1)
-    written = json.loads(speed.as_json([row]))
-    assert written.pop("rows") == [written]
-    for part in ("update", "plan"):
-        for figure in ("ms", "units", "gflop", "gflops_per_s", "share_of_peak", "compile_s", "products_ms", "draws_ms"):
-            assert written[f"{part}_{figure}"] >= 0
-        assert written[f"{part}_gflop"] > 0 and written[f"{part}_ms"] > 0
-        shares = [written[f"{part}_{name}_share"] for name in ("products", "draws", "rest")]
-        assert sum(shares) == pytest.approx(1)
-    for figure in ("unit_ms", "decisions_per_s", "loop_decisions_per_s", "peak_gflops_per_s", "peak_rss_mb"):
-        assert written[figure] > 0
-    assert {"compile_s", "share_of_peak", "device", "jax_version", "load_average"} <= written.keys()
-    assert json.loads(speed.as_json([row, row])) == {"rows": [written, written]}
-    lines = speed.table([row, row]).splitlines()
-    assert len(lines) == 2 + 2 * 3 and len({line.count("|") for line in lines}) == 1
+def test_every_figure_is_measured(quick_compilation):
+    rows = measured("tdmpc2_jax", task="cartpole-swingup")
+    assert list(rows) == ["update", "plan", "step", "loop step by step"]
+    for call in ("update", "plan"):
+        for figure in ("ms", "units", "gflop", "gflops_per_s", "of_peak", "compile_s", "products", "draws"):
+            assert rows[call][figure] >= 0
+        assert rows[call]["gflop"] > 0 and rows[call]["ms"] > 0
+        assert sum(rows[call][share] for share in ("products", "draws", "rest")) == pytest.approx(1)
+        assert rows[call]["peak_rss_mb"] > 0 and rows[call]["unit_ms"] > 0
+    assert rows["update"]["in_a_row_ms"] > 0
+    assert rows["step"]["decisions_per_s"] > 0 and rows["loop step by step"]["decisions_per_s"] > 0
+
+
+TREE = "enc_dim=16 mlp_dim=16 latent_dim=16 iterations=1 num_samples=32 num_elites=4 num_pi_trajs=4 batch_size=8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, parts, fields, options, found",
+    [
+        ("tdmpc2_jax_rgb", ["replay", "calls"], SIZES, {}, {"draw", "add", "update"}),
+        ("tdmpc2_jax_rgb", ["pictures"], SIZES, {"tasks": ("cartpole-swingup",)}, {"cartpole-swingup"}),
+        ("tdmpc_jax", ["horizons"], TREE, {"horizons": (2,)}, {"plan 2", "plan 2 apart"}),
+        ("tdmpc_jax", ["replay"], TREE, {"entries": (1000,)}, {"draw", "flat", "set", "add"}),
+        (
+            "tdmpc2_jax_diffusion",
+            ["calls"],
+            f"{SIZES} width=16 future=4 diffusion_batch_size=8",
+            {},
+            {"update", "plan"},
+        ),
+        ("tdmpc2_jax_mt", ["calls", "planning"], f"{SIZES} task_dim=8", {}, {"update", "batched", "one by one"}),
+        ("tdmpc2_jax_mt", ["tiers"], f"{SIZES} task_dim=8", {"dataset_gb": 0.01}, {"disk", "host", "device"}),
+        ("tdmpc2_jax_mt", ["teacher"], f"{SIZES} task_dim=8", {"teacher_size": 1}, {"update with"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*of the 4 files of mt30")
+def test_every_part_of_every_script_is_measured(quick_compilation, script, parts, fields, options, found):
+    assert found <= set(measured(script, *parts, fields=fields, **options))
+
+
+def test_a_part_that_no_asked_script_has_is_refused():
+    with pytest.raises(SystemExit, match="error: tiers: parts of tdmpc2_jax are calls, loop"):
+        speed.settings_of(speed.Args(("tdmpc2_jax",), ("tiers",)))
+
+
+def test_a_table_has_a_column_for_every_figure_of_any_row():
+    lines = timing.table(
+        [{"call": "a", "ms": 1234.5}, {"call": "b", "share": 0.25, "unit_ms": 3}], ("unit_ms",)
+    ).splitlines()
+    assert lines[0].split() == "| call | ms | share |".split()
+    assert lines[2].split() == "| a | 1,234 | |".split() and len(set(map(len, lines))) == 1
 
 
 def test_memory_growth_is_judged_from_the_first_reading_with_a_full_buffer():
@@ -161,7 +210,7 @@ def test_environments_are_stepped_with_and_without_workers_and_beside_dm_control
 
 @pytest.mark.filterwarnings("ignore:.*of the 4 files of mt30")
 def test_the_synthetic_dataset_is_one_of_mt30_of_the_size_asked_for(tmp_path):
-    speed_multitask.write_dataset(tmp_path, 1.02e-2)
+    speed.write_dataset(tmp_path, 1.02e-2)
     data = envs.load_dataset("mt30", tmp_path)
     assert data.nbytes == pytest.approx(1.02e7, rel=0.01) and len(data.chunks) == 1
     assert set(data.read(0, data.num_entries)["task"]) == set(range(30))
@@ -169,14 +218,14 @@ def test_the_synthetic_dataset_is_one_of_mt30_of_the_size_asked_for(tmp_path):
 
 def test_rates_count_what_was_done_in_the_time(monkeypatch):
     clock = [100.0]  # each call takes a quarter of a second of it
-    monkeypatch.setattr(speed_multitask.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     calls = []
 
     def step():
         calls.append(1)
         clock[0] += 0.25
 
-    assert speed_multitask.per_second(step, 3) == 4
+    assert timing.per_second(step, 3) == 4
     assert len(calls) == 2 + 13, "two to warm up, then until the three seconds are over"
 
 

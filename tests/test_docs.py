@@ -75,6 +75,13 @@ def test_every_command_has_flags_of_its_program_only(page):
     assert not unknown
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.stem)
+def test_the_first_line_of_a_benchmark_says_what_it_answers(path):
+    """`--help` begins with it."""
+    first = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+    assert first.endswith((".", "?"))
+
+
 @each_page
 def test_every_flag_in_a_sentence_is_one_of_a_script(page):
     programs = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tdmpc2_jax as td
-from benchmarks.speed import count_products
+from benchmarks.timing import count_products
 from tdmpc2_support.run.schedule import random_streams
 
 SMALL = td.Agent(

@@ -13,10 +13,10 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import fuzz_pt
 import numpy as np
 import pytest
 
-from benchmarks import fuzz_pt
 from tdmpc2_support.data.pt import check_pt, load_pt, save_tensordict
 from tdmpc2_support.errors import UserError
 
@@ -644,7 +644,7 @@ def test_a_file_that_is_damaged_anywhere_is_noticed_when_it_is_checked(tmp_path)
 
 @pytest.mark.slow
 def test_two_thousand_mutated_files_are_read_or_refused_and_nothing_else_happens():
-    """What `benchmarks/fuzz_pt.py` does at length."""
+    """What `tests/fuzz_pt.py` does at length."""
     total = fuzz_pt.fuzz(seed=0, first=0, count=2000)
     assert not total.faults, total.faults
     assert sum(total.refused.values()) > 1000 and sum(total.read.values()) > 100

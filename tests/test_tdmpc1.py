@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 import envs
 import tdmpc_jax as td
-from benchmarks.speed_tdmpc1 import apart
+from benchmarks.speed import apart
 from tdmpc2_support.agents import pretrained
 from tdmpc2_support.run.schedule import random_streams
 
@@ -327,7 +327,7 @@ def test_the_loop_over_the_horizon_computes_what_is_written_out_step_by_step(sma
     loop = jax.jit(td.estimate_value, static_argnums=0)
     for horizon in (1, 3):
         inputs = params, jnp.ones((1, 8)), actions, jnp.int32(horizon), eps
-        written_out = jax.jit(apart(horizon), static_argnums=0)(agent, *inputs)
+        written_out = jax.jit(apart(td, horizon), static_argnums=0)(agent, *inputs)
         np.testing.assert_allclose(loop(agent, *inputs), written_out, rtol=1e-5)
 
 

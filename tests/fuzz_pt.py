@@ -1,7 +1,7 @@
-"""Mutated PyTorch files: `files.pt.load_pt` may read them or refuse them with one sentence, and nothing else.
+"""Mutated PyTorch files: `load_pt` may read them or refuse them with one sentence, and nothing else.
 
-    python benchmarks/fuzz_pt.py --json benchmarks/results/fuzz_pt.json
-    python benchmarks/fuzz_pt.py --seed 1 --count 10000
+    python tests/fuzz_pt.py --json benchmarks/results/fuzz_pt.json
+    python tests/fuzz_pt.py --seed 1 --count 10000
 
 Files are made of recorded ones and of small ones with every kind of tensor: flipped bits, cuts, zips whose headers lie,
 pickles with opcodes exchanged, positions that overflow, storages that are not there, and programs that were written to

@@ -1,0 +1,158 @@
+"""The programs that the scripts' training loops call: one table for what is timed, counted and compiled elsewhere.
+
+Every builder takes the module of its script, so that it serves other checkouts, too, and makes `update` (train, for one
+update) or `plan` (act, for n environments) at walker-walk's sizes; the multi-task script has the tasks of mt30.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+OBS, ACTION = 24, 6  # walker-walk's sizes
+
+
+class Program(NamedTuple):
+    """A jitted function, and how its arguments are made: on a device, or as shapes alone."""
+
+    jitted: Any
+    static: tuple
+    inputs: Callable[[], tuple]
+    options: dict[str, Any]
+    agent: Any
+    state_at: int | None = None  # where the learning state stands among the inputs of an update, which consumes it
+
+    def __call__(self, *inputs):
+        return self.jitted(*self.static, *inputs, **self.options)
+
+    def trace(self, *inputs):
+        return self.jitted.trace(*self.static, *inputs, **self.options)
+
+
+def filled_replay(td, agent, capacity: int, n: int, steps: int = 100):
+    """A replay of n environments with so many random steps of each."""
+
+    def write(replay, key):
+        if agent.obs_dim:
+            obs = jax.random.normal(key, (n, agent.obs_dim))
+        else:
+            obs = jax.random.bits(key, (n, 64, 64, 3), "uint8")
+        action = jax.random.uniform(key, (n, agent.action_dim), minval=-1)
+        no = jnp.zeros(n, bool)
+        step = td.Step(obs, action, jax.random.uniform(key, (n,)), terminated=no, first=no)
+        return td.add(agent, replay, step), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    return jax.lax.scan(write, td.init_replay(agent, capacity, n), keys)[0]
+
+
+def of_online_script(td, agent, call: str, replay, obs, limits=()) -> Program:
+    """`train` or `act` of a script that learns from a replay."""
+    n = len(obs)
+
+    def inputs():
+        state = td.fresh_state(agent, td.random_streams(0))["train"]
+        if call == "update":
+            return state, replay()
+        mean = jnp.zeros((n, agent.horizon, agent.action_dim))
+        return state.params, obs, mean, jnp.zeros(n, bool), *limits, jax.random.key(0)
+
+    if call == "update":
+        return Program(td.train, (agent,), inputs, {"num_updates": 1}, agent, state_at=0)
+    return Program(td.act, (agent,), inputs, {"explore": True}, agent)
+
+
+def online(td, call: str, n: int, capacity: int, obs_dim: int = OBS, action_dim: int = ACTION, **fields) -> Program:
+    agent = td.with_model_size(td.Agent(obs_dim=obs_dim, action_dim=action_dim, **fields))
+    replay = partial(filled_replay, td, agent, capacity, 1)
+    return of_online_script(td, agent, call, replay, jnp.ones((n, obs_dim)))
+
+
+def pixels(td, call: str, n: int, capacity: int, **fields) -> Program:
+    agent = td.with_model_size(td.Agent(action_dim=ACTION, **fields))
+    replay = partial(filled_replay, td, agent, capacity, 1)
+    return of_online_script(td, agent, call, replay, jnp.zeros((n, 64, 64, 9), jnp.uint8))
+
+
+def first_version(td, call: str, n: int, capacity: int, model_size: int = 0, **fields) -> Program:
+    """At the end of its schedules. It has one size."""
+    agent = td.with_task_defaults(td.Args()).agent
+    agent = dataclasses.replace(agent, obs_dim=OBS, action_dim=ACTION, **fields)
+    limits = td.Schedule(jnp.full(n, agent.horizon), jnp.full((), agent.min_std))
+    replay = partial(filled_tree, td, agent, capacity)
+    return of_online_script(td, agent, call, replay, jnp.ones((n, OBS)), (limits,))
+
+
+def filled_tree(td, agent, entries: int):
+    """The first version's replay full of random entries, all of them starts, with priorities between 1e-3 and 10."""
+    empty = td.init_replay(agent, entries, 1)
+    key = jax.random.key(0)
+    tree = []
+    below = 10 ** (0.6 * jax.random.uniform(key, (entries,), minval=-3, maxval=1))
+    for level in empty.tree:
+        values = jnp.zeros(level.size).at[: len(below)].set(below).reshape(level.shape)
+        tree.append(values)
+        below = values.sum(1)
+    return empty._replace(
+        obs=jax.random.normal(key, empty.obs.shape),
+        action=jax.random.uniform(key, empty.action.shape, minval=-1),
+        reward=jax.random.uniform(key, empty.reward.shape),
+        tree=tuple(tree),
+        size=jnp.int32(entries),
+        rows=jnp.int32(entries),
+    )
+
+
+def multitask(mt, call: str, n: int, capacity: int, device=None, **fields) -> Program:
+    """On a batch that lies on the device."""
+    names = mt.environments.TASK_SETS["mt30"]
+    agent = mt.for_tasks(mt.Agent(**fields), names)
+    H, B, A = agent.horizon, agent.batch_size, agent.action_dim
+
+    def inputs():
+        tasks = mt.make_tasks(agent, names)
+        state = mt.fresh_state(agent, mt.random_streams(0))
+        if call == "plan":
+            acting = jnp.zeros((n, agent.obs_dim)), jnp.arange(n) % len(names), jnp.zeros((n, H, A))
+            return tasks, state.params, *acting, jnp.zeros(n, bool), jax.random.key(0)
+        obs, action, reward = jnp.ones((H + 1, B, agent.obs_dim)), jnp.ones((H, B, A)), jnp.ones((H, B))
+        return tasks, state, {"obs": obs, "action": action, "reward": reward, "task": jnp.arange(B) % len(names)}
+
+    if call == "plan":
+        return Program(mt.act, (agent,), inputs, {"explore": True}, agent)
+    mesh = jax.sharding.Mesh([device or jax.devices()[0]], "devices")
+    return Program(jax.jit(partial(mt.train, agent, mesh), donate_argnums=1), (), inputs, {}, agent, state_at=1)
+
+
+def diffusion(script, call: str, n: int, capacity: int, **fields) -> Program:
+    """Updates of the three networks, and plans by them."""
+    agent = script.td.with_model_size(script.Agent(obs_dim=OBS, action_dim=ACTION, **fields))
+
+    def inputs():
+        learner = script.fresh_learner(agent, 0)
+        world = script.world_of(agent, learner["train"])
+        if call == "plan":
+            acting = jnp.ones((n, OBS)), jnp.zeros((n, agent.future, ACTION)), jnp.zeros(n, bool)
+            return script.planner_of(learner["state"], world), *acting, jax.random.key(0)
+        key = jax.random.key(0)
+        z = jax.nn.softmax(jax.random.normal(key, (5000, agent.latent_dim)))
+        action = jax.random.uniform(key, (5000, ACTION), minval=-1)
+        starts = jnp.arange(5000) % (5000 - agent.future)
+        entries = z, action, jnp.ones(5000), jnp.zeros(5000, int), starts, starts
+        return learner["state"], world, script.Recorded(*entries)
+
+    if call == "update":
+        return Program(script.train, (agent,), inputs, {"num_updates": 1}, agent, state_at=0)
+    return Program(script.act, (agent,), inputs, {"explore": True}, agent)
+
+
+PROGRAMS = {
+    "tdmpc2_jax": online,
+    "tdmpc2_jax_rgb": pixels,
+    "tdmpc2_jax_mt": multitask,
+    "tdmpc_jax": first_version,
+    "tdmpc2_jax_diffusion": diffusion,
+}
