@@ -6,8 +6,8 @@
 There is one panel per task, and another where it is learned from pixels. A curve is a run's eval.csv
 (step,reward,success,seed; several seeds one below the other), named TASK.csv or TASK__LABEL.csv; a LABEL that starts
 with pixels means tdmpc2_jax_rgb.py, one that starts with TD-MPC tdmpc_jax.py. The references are tables
-method,task,metric,step,mean,min,max,seeds. Of several seeds the thick line is the mean, the band goes from the lowest to
-the highest, at the steps that all of them reached; thin lines are the seeds.
+method,task,metric,step,mean,min,max,seeds. Of several seeds the thick line is the mean, the band goes from the lowest
+to the highest, at the steps that all of them reached; thin lines are the seeds.
 """
 
 import csv

@@ -72,6 +72,9 @@ def one_node(folder: Path):
         wait_for(lambda: "idle" in ask("sinfo", "-h", "-o", "%T"), folder)
         yield
     finally:
+        ask("scancel", "--user=root")
+        with contextlib.suppress(RuntimeError):
+            wait_for(lambda: not ask("squeue", "-h"), folder, 90)
         for process in reversed(processes):
             process.terminate()
         for process in processes:

@@ -25,8 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("slurmctld") or os.getuid() != 0, reason="no SLURM here, or not root"),
 ]
 ROW = learning.Row("pendulum-swingup", (1, 2, 3, 4))
-STEPS = list(range(0, 24_001, 2000))
-FLAGS = " ".join(SMALL["tdmpc2_jax.py"]) + " --total-timesteps 24000 --eval-freq 2000 --checkpoint-freq 1000"
+STEPS = list(range(0, 12_001, 2000))
+FLAGS = " ".join(SMALL["tdmpc2_jax.py"]) + " --total-timesteps 12000 --eval-freq 2000 --checkpoint-freq 1000"
 FLAGS += " --eval-episodes 1 --buffer-size 20000"
 
 
@@ -48,14 +48,16 @@ def test_an_array_has_four_whole_curves_after_a_requeue_and_a_time_limit(cluster
     learning.write_array(args, FLAGS, [ROW])
     folders = [learning.folder_of(args, ROW, seed) for seed in ROW.seeds]
     job = slurm_cluster.ask("sbatch", "--parsable", "--hold", str(args.slurm)).strip()
-    slurm_cluster.ask("scontrol", "update", f"JobId={job}_1", "TimeLimit=3")  # minutes: the signal comes after one
+    slurm_cluster.ask(
+        "scontrol", "update", f"JobId={job}_1", "TimeLimit=4"
+    )  # minutes: the signal comes in the second one
     slurm_cluster.ask("scontrol", "release", job)
 
     def evaluated(folder: Path) -> bool:
         return (folder / "eval.csv").exists() and len(read_curve(folder)[0]) > 2
 
     slurm_cluster.wait_for(lambda: evaluated(folders[0]), cluster, 300)
-    assert ("0", "RUNNING") in jobs() and ("1", "RUNNING") in jobs()
+    assert ("0", "RUNNING") in jobs()
     slurm_cluster.ask("scontrol", "requeue", f"{job}_0")
     slurm_cluster.wait_for(lambda: not jobs(), cluster, 1200)
 
@@ -64,10 +66,8 @@ def test_an_array_has_four_whole_curves_after_a_requeue_and_a_time_limit(cluster
     for seed in ROW.seeds:
         assert [int(row[0]) for row in rows if row[-1] == str(seed)] == STEPS, "whole, nothing twice"
     logs = [folder.with_suffix(".log").read_text() for folder in folders]
-    starts = [len(re.findall("pendulum-swingup: in process|pendulum-swingup: ", log)) for log in logs]
-    for log, element in zip(logs, range(4), strict=True):
+    for element, log in enumerate(logs):
         print(f"element {element}:\n{log}")
-    print(starts)
     restarts = [
         int(re.search(r"Restarts=(\d+)", slurm_cluster.ask("scontrol", "show", "job", f"{job}_{element}"))[1])
         for element in range(4)
