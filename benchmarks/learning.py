@@ -13,7 +13,7 @@ into benchmarks/results/curves; seeds that stand there already and have no folde
 several machines add up.
 
 --slurm starts nothing: it writes a job array for a cluster, one run an element, which goes on by itself after its time
-was over or it was preempted; --jobs 0 collects its curves, at any time.
+was over or it was preempted; --jobs 0 collects its curves, at any time. See docs/cluster.md.
 """
 
 import csv

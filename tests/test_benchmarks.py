@@ -160,6 +160,23 @@ def test_a_table_has_a_column_for_every_figure_of_any_row():
     assert lines[2].split() == "| a | 1,234 | |".split() and len(set(map(len, lines))) == 1
 
 
+@pytest.mark.slow
+def test_what_is_shown_of_a_plan_is_what_the_planner_looked_at():
+    watch = pytest.importorskip("benchmarks.watch")
+    params = jax.tree.map(lambda x: x + 0.05, td.init_params(AGENT, jax.random.key(0)))  # heads that are not zero
+    obs, mean, first, key = jnp.ones((1, O)), jnp.zeros((1, AGENT.horizon, A)), np.ones(1, bool), jax.random.key(1)
+    action, new_mean, rounds = watch.Listener(AGENT, params)(obs, mean, first, key)
+    noise, heads = td.plan_noise(AGENT, key, 1)
+    plan = jax.jit(td.plan, static_argnums=(0, 7))
+    script_action, script_mean = plan(AGENT, params, obs, mean, first, noise, heads, False)
+    np.testing.assert_allclose(action, script_action, atol=1e-5)
+    np.testing.assert_allclose(new_mean, script_mean, atol=1e-5)
+    assert rounds.values.shape == (AGENT.iterations, AGENT.num_samples)
+    weights = jax.nn.softmax(AGENT.temperature * rounds.values[-1][rounds.elites])
+    elites = rounds.sequences[-1][:, rounds.elites]
+    np.testing.assert_allclose(jnp.einsum("e,hea->ha", weights, elites), rounds.mean, atol=1e-4)
+
+
 def test_memory_growth_is_judged_from_the_first_reading_with_a_full_buffer():
     memory = pytest.importorskip("benchmarks.memory")
     rows = [{"decisions": d, "rss_mb": mb} for d, mb in ((20, 100), (40, 150), (60, 200), (80, 206), (100, 202))]
