@@ -54,8 +54,8 @@ def flags_of_script(name):
         return set()
     if name.startswith("benchmarks/"):
         tree = ast.parse((ROOT / name).read_text())
-        body = next(node for node in tree.body if getattr(node, "name", "") == "Args").body
-        fields = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+        bodies = [node.body for node in tree.body if getattr(node, "name", "") == "Args"]  # modules have none
+        fields = [node.target.id for node in sum(bodies, []) if isinstance(node, ast.AnnAssign)]
         return {f"--{field.replace('_', '-')}" for field in fields}
     return flags_of(importlib.import_module(name.removesuffix(".py")).Args)
 
