@@ -279,8 +279,9 @@ class MLP(nn.Module):
 
 class ConvEncoder(nn.Module):
     """Four convolutions with ReLUs between them, flattened channel by channel, then SimNorm. Of a state that is seen,
-    what the encoder of states has before its SimNorm is added before this one: z keeps its size and its groups, and the
-    softmax of a sum is the product of both encoders' softmaxes, so that each can rule out what the other cannot see."""
+    what the encoder of states has before its SimNorm is added before this one, both normalised, or the pictures' small
+    numbers would hardly count: z keeps its size and its groups, and the softmax of a sum is the product of two
+    softmaxes, so that each encoder can rule out what the other cannot see."""
 
     channels: int
     simnorm_dim: int
@@ -302,6 +303,7 @@ class ConvEncoder(nn.Module):
         x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
         if state is not None:
             state = MLP(self.hidden, x.shape[-1], dtype=self.dtype, name="state")(state)
+            x = nn.LayerNorm(epsilon=1e-5, name="picture_norm")(x)
             x = x + nn.LayerNorm(epsilon=1e-5, name="state_norm")(state)
         return simnorm(x, self.simnorm_dim)
 

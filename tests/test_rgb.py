@@ -220,6 +220,7 @@ def test_batches_are_those_of_their_update_whatever_happens_to_the_replay(learne
     assert before.obs.shape[:3] == (2, H + 3, agent.batch_size) and (before.obs[0] != before.obs[1]).any()
 
 
+@pytest.mark.slow
 def test_acting_and_learning_shift_what_they_encode(learner):
     """A shift of 3 leaves a stack as it is, so other shifts of a stack are shifts of 3 of the moved one."""
     agent, state, replay = learner
@@ -256,6 +257,7 @@ def test_the_model_learns_to_tell_rewards_from_pictures(learner):
     assert np.corrcoef(rgb.two_hot_inv(agent, logits), batch.reward[0])[0, 1] > 0.7, info
 
 
+@pytest.mark.slow
 def test_no_random_number_is_used_twice(learner):
     """JAX checks it while a program is traced and run."""
     agent, state, replay = learner
@@ -304,8 +306,8 @@ def test_acting_sees_the_newest_state_beside_a_stack():
         np.testing.assert_array_equal(seen["state"], obs["state"])
 
 
-def test_what_the_encoders_of_pictures_and_of_states_have_before_simnorm_is_added():
-    """So z is the normalised product of what each would be alone, group by group."""
+def test_what_the_encoders_of_pictures_and_of_states_have_before_simnorm_is_normalised_and_added():
+    """So z is the normalised product of two softmaxes, group by group."""
     sizes = {"mlp_dim": 16, "latent_dim": 16, "num_q": 2, "enc_dim": 8, "num_enc_layers": 2}
     pixels = rgb.Agent(**sizes, action_dim=1)
     both = dataclasses.replace(pixels, obs="rgb+state", obs_dim=4)
@@ -313,16 +315,20 @@ def test_what_the_encoders_of_pictures_and_of_states_have_before_simnorm_is_adde
     stack, state = rng.integers(0, 256, (3, 64, 64, 9), dtype=np.uint8), rng.normal(size=(3, 4)).astype(np.float32)
     shift = jnp.full((3, 2), 1)
     params = jax.jit(rgb.init_params, static_argnums=0)(both, jax.random.key(0))["encoder"]
-    of_state = {k: params["params"].pop(k) for k in ("state", "state_norm")}
+    of_state = {k: params["params"].pop(k) for k in ("state", "state_norm", "picture_norm")}
     encode = jax.jit(rgb.encode, static_argnums=0)
-    of_pictures = encode(pixels, params, stack, shift)
     z = encode(both, {"params": params["params"] | of_state}, {"rgb": stack, "state": state}, shift)
+    one_group = dataclasses.replace(pixels, simnorm_dim=16)  # its logarithm is what was before SimNorm, and a constant
+    logits = jnp.log(encode(one_group, params, stack, shift))
+    logits = (logits - logits.mean(-1, keepdims=True)) / jnp.sqrt(logits.var(-1, keepdims=True) + 1e-5)
+    of_pictures = td.simnorm(logits, 8)
     mlp = td.MLP((8,), 16, simnorm_dim=8)  # the encoder of states alone, as tdmpc2_jax.py has it
-    alone = mlp.apply({"params": of_state["state"] | {"norm_1": of_state["state_norm"]}}, state)
-    product = (of_pictures * alone).reshape(3, -1, 8)
-    np.testing.assert_allclose(z, (product / product.sum(-1, keepdims=True)).reshape(3, 16), atol=1e-6)
+    of_states = mlp.apply({"params": of_state["state"] | {"norm_1": of_state["state_norm"]}}, state)
+    product = (of_pictures * of_states).reshape(3, -1, 8)
+    np.testing.assert_allclose(z, (product / product.sum(-1, keepdims=True)).reshape(3, 16), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_sees_pictures_and_parts_of_the_state(here, tmp_path):
     flags = (*BESIDE, "--enc-dim", 8, "--num-envs", 2, "--utd", 0.5, "--no-mpc", "--seed-steps", 20)
     status, out, err = here(*flags, "--total-timesteps", 24, name=NAME)
@@ -411,6 +417,7 @@ def test_an_untrained_agent_is_evaluated_by_its_policy_on_a_cpu(here, monkeypatc
     assert plans == [False, True], "at steps 0 and 100"
 
 
+@pytest.mark.slow
 def test_several_environments_with_terminations_draw_from_the_machines_memory(here, tmp_path):
     flags = ("--task", "strange_envs:PixelsFalling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
     status, out, err = here(*flags, "--total-timesteps", 200, "--storage", "host", "--no-mpc", name=NAME)
