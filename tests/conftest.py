@@ -32,6 +32,7 @@ os.environ |= {
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
 }
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and children would inherit that
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does nohup
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402

@@ -91,6 +91,7 @@ def test_seeds_whose_folders_are_in_use_are_refused(run_200, here, tmp_path):
     assert not (run_200.parent / "0").exists()
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_the_runs_that_they_are_alone_and_one_that_breaks_stops_alone(here, tmp_path):
     """The draws of the first states decide which one meets a reward that is not a number."""
     flags = "--task jax_toys:bad --num-envs 2 --utd 0.7 --total-timesteps 240 --eval-freq 120 --no-mpc".split()
@@ -144,6 +145,7 @@ def test_tasks_that_are_no_environments_in_jax_are_refused(task, words, refused)
     assert words in refused("--task", task)
 
 
+@pytest.mark.slow
 def test_the_replay_is_not_copied_in_a_dispatch():
     """What a dispatch of two seeds needs beside its arguments is less than half of their replays."""
     agent = td.Agent(enc_dim=8, mlp_dim=8, latent_dim=8, num_q=2, batch_size=4, num_samples=8, num_elites=2, mpc=False)

@@ -225,6 +225,7 @@ def test_a_run_evaluates_every_task_and_goes_on_as_it_was(finished, files, capsy
     assert "all 40 updates have been made" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_task_has_a_table_of_its_own(finished, tmp_path, capsys, monkeypatch):
     planned = []
     plan = diffusion.plan_by_diffusion

@@ -87,6 +87,7 @@ def test_statistics_are_means_over_the_windows_of_all_updates_and_move_slowly_la
 
 
 # ------------------------------------------------------------------------------------------------------------ By heart
+@pytest.mark.slow
 def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays():
     world = make_planner()[0].world
     agent = dataclasses.replace(SMALL, scales="1", width=32, diffusion_lr=5e-3, num_updates=600)
@@ -185,6 +186,7 @@ def finished(tmp_path_factory):
     return runs / NAME
 
 
+@pytest.mark.slow
 def test_until_the_planner_starts_a_joint_run_is_a_run_of_the_first_script_bit_for_bit(finished, tmp_path):
     td.main([*FIRST, "--eval-episodes", "1", "--total-timesteps", "200", "--runs-dir", str(tmp_path)])
     newest, before = complete_checkpoints(finished)

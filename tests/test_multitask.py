@@ -191,6 +191,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns_with_data_and_parameters_copied_or_spread(data_dir):
     code = DEVICES.format(tasks=TASKS, data_dir=str(data_dir))
     done = subprocess.run([sys.executable, "-c", code], env=with_devices(8), cwd=ROOT, capture_output=True, text=True)
@@ -351,6 +352,7 @@ def test_a_video_of_an_evaluation_is_written(whole, capsys):
     assert frames[0].std() > 10 and np.abs(frames[0].astype(int) - frames[90]).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_collected_episodes_come_from_the_online_script(here, tmp_path):
     command = ("--task", "cartpole-balance", "--seed-steps", 1500, "--total-timesteps", 2400, "--checkpoint-freq", 1200)
     status, _, err = here(*command, "--eval-freq", 10_000, "--eval-episodes", 1, "--save-episodes", tmp_path / "data")

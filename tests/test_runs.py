@@ -192,6 +192,7 @@ def test_a_task_with_goals_and_matrices_of_actions_trains_as_any_other(here, tmp
     assert [row.split(",")[2] for row in rows[1:]] == ["1.0", "1.0"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_checkpoint(start, here, tmp_path):
     if len(os.sched_getaffinity(0)) == 1:
         pytest.skip("no workers on one core")

@@ -246,6 +246,7 @@ def test_windows_are_drawn_by_their_priorities_through_wraps_and_resets(monkeypa
     assert batch.weight.max() == 1
 
 
+@pytest.mark.slow
 def test_a_million_entries_are_told_apart():
     """Priorities of 1e-6 to 1e4; neighbours of all places are drawn as often as they should be."""
     values = (10 ** np.random.default_rng(0).uniform(-6, 4, 10**6)) ** 0.6
@@ -368,6 +369,7 @@ def test_steps_are_those_of_the_simulator_whatever_the_repeat(here, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ Original checkpoints
 @pytest.mark.golden
+@pytest.mark.slow
 def test_an_agent_of_the_original_is_evaluated_and_trained_on(here, golden, tmp_path):
     """It has the sizes of cheetah-run."""
     sizes = "--enc-dim 16 --mlp-dim 24 --latent-dim 10 --iterations 1 --num-samples 32 --num-elites 4".split()
