@@ -129,6 +129,7 @@ class Args:
     checkpoint_freq: Count = 100_000  # simulator steps between checkpoints (one more at the end, on SIGTERM, on Ctrl-C)
     log_freq: Count = 2_000  # simulator steps between two points of the loss curves
     capture_video: bool = False  # write one MP4 of every evaluation (needs a GL library)
+    save_episodes: str | None = None  # also write the training episodes to this folder: for tdmpc2_jax_diffusion.py
     track: bool = False  # also send everything to Weights & Biases (pip install wandb)
     wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -190,6 +191,7 @@ def check_pictures(args: Args) -> None:
     cli.require(channels, "--latent-dim must be a multiple of 16, the units of a channel of the encoder")
     drawn_here = environments.task_spec(args.task).domain != "Gymnasium"
     cli.require(args.agent.shadows or drawn_here, "--no-shadows goes with DMControl and Meta-World")
+    cli.require(not (sees_state and args.save_episodes), "--save-episodes writes pictures alone: use --obs rgb")
     environments.check_rendering(args.task, observed(args.agent)["obs"], "rgb_array" if args.capture_video else None)
 
 
@@ -997,6 +999,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
     untrained = agent
     if jax.default_backend() == "cpu" and not args.checkpoint:
         untrained = dataclasses.replace(agent, mpc=False)  # there its plans would take minutes
+    episodes = environments.EpisodeWriter(args.save_episodes, args.task, n, obs="rgb")
     step = saved = count["decisions"] * spec.action_repeat
     info = {}
     prev_mean = committed(jnp.zeros((n, agent.horizon, agent.action_dim)))
@@ -1008,6 +1011,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
     while True:
         # Act: dispatched here, read when the environments are stepped
         random = count["decisions"] <= seed_steps and not args.checkpoint
+        episodes.add(obs, action, entry.reward, entry.first)
         replay = add(agent, replay, entry)  # on its own, as the replay may lie in another memory
         seen = stack_pictures(seen, obs, entry.first)
         action, prev_mean, key = act(
@@ -1028,6 +1032,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
         # Save
         if due(step, saved, args.checkpoint_freq, finished or signals):
             check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info))
+            episodes.flush()
             count["seconds"] = logger.seconds()
             with logger.paused():
                 checkpoints.save(step, count, state={"train": state, "act_key": key}, replay=replay)

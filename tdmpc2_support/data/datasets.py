@@ -21,15 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tdmpc2_support.data.pt import check_pt, load_pt, save_tensordict
+from tdmpc2_support.envs.rendering import PIXELS
 from tdmpc2_support.envs.tasks import TASKS, set_sizes, set_tasks, task_spec
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.files import new_file
 
 _CHUNKS = {"mt30": 4, "mt80": 20}  # files of the published datasets
 _CHECKED_AT_ONCE = 1000  # episodes: checking copies them
+_PICTURE = (PIXELS, PIXELS, 3)  # one frame
+_BYTES_AT_ONCE = 2**29  # of finished episodes that wait to be written
 
 
-def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> Dataset:
+def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike, obs: str = "state") -> Dataset:
     """Opens the episodes of a set of tasks where they lie: nothing is copied into memory, see `Dataset.to_host`.
 
     `data_dir` holds the original's files `chunk_0.pt`, `chunk_1.pt`, … as they are, or a folder of such files for every
@@ -37,11 +40,12 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
     reward and task, the task's place in the set: a set's files need all its names, in its order. O and A are the sizes
     of the set's largest tasks, smaller ones are padded with zeros; a file in a task's own folder is a set of this one
     task. Entry 0 of an episode is its reset, with filler for action and reward; entry i has the action that led to it
-    and the reward it brought.
+    and the reward it brought. With pictures obs are uint8 [·, ·, 64, 64, 3], single frames.
 
     Args:
         task_set: "mt30", "mt80", or names of tasks.
         data_dir: folder of the files, or of the tasks' folders.
+        obs: "state" or "rgb", what the files must hold.
 
     Raises:
         UserError: names the file that is missing, cannot be read, or does not fit the set.
@@ -49,7 +53,7 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
     tasks = set_tasks(task_set)
     folder = pathlib.Path(data_dir)
     if any(folder.glob("chunk_*.pt")):
-        chunks = _open_chunks(folder, tasks, np.arange(len(tasks)))
+        chunks = _open_chunks(folder, tasks, np.arange(len(tasks)), obs)
         expected = _CHUNKS.get(task_set) if isinstance(task_set, str) else None
         if expected and len(chunks) < expected:
             warnings.warn(f"{folder} holds {len(chunks)} of the {expected} files of {task_set}", stacklevel=2)
@@ -59,7 +63,7 @@ def load_dataset(task_set: str | Sequence[str], data_dir: str | os.PathLike) -> 
         raise UserError(f"{folder} holds neither chunk_0.pt, chunk_1.pt, … nor a folder {missing[0]} of such files")
     chunks = []
     for i, task in enumerate(tasks):
-        chunks += _open_chunks(folder / task, (task,), np.array([i]))
+        chunks += _open_chunks(folder / task, (task,), np.array([i]), obs)
     return Dataset(tasks, chunks)
 
 
@@ -67,14 +71,14 @@ class Chunk(NamedTuple):
     """One file of a dataset."""
 
     path: pathlib.Path
-    obs: np.ndarray  # [episodes, entries, O]
+    obs: np.ndarray  # [episodes, entries, O], or pictures uint8 [episodes, entries, 64, 64, 3]
     action: np.ndarray  # [episodes, entries, A]
     reward: np.ndarray  # [episodes, entries]
     task: np.ndarray  # [episodes, entries], place in `ids`
     ids: np.ndarray  # the set's ids of the tasks that the file is about
 
 
-def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray) -> list[Chunk]:
+def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray, obs: str) -> list[Chunk]:
     found = {}
     for path in folder.glob("chunk_*.pt"):
         number = path.stem.removeprefix("chunk_")
@@ -84,23 +88,32 @@ def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray) 
     if missing <= max(found, default=0):
         last = f", though there is {found[max(found)].name}" if found else ""
         raise UserError(f"{folder / f'chunk_{missing}.pt'} is missing{last}")
-    return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids) for _, path in sorted(found.items())]
+    return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids, obs) for _, path in sorted(found.items())]
 
 
-def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: np.ndarray) -> Chunk:
+def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: np.ndarray, obs: str) -> Chunk:
     names = Chunk._fields[1:-1]
     if not isinstance(tensors, dict) or not set(names) <= set(tensors):
         raise UserError(f"{path} is no dataset: it must hold {', '.join(names)}")
     chunk = Chunk(path=path, ids=ids, **{name: tensors[name] for name in names})
     if not all(isinstance(array, np.ndarray) for array in chunk[1:-1]):
         raise UserError(f"{path} is no dataset: {', '.join(names)} must be tensors")
-    for name, ndim in (("obs", 3), ("action", 3), ("reward", 2), ("task", 2)):
+    pictures = chunk.obs.dtype == np.uint8
+    if pictures != (obs == "rgb"):
+        found, wanted = ("pictures", "states") if pictures else ("states", "pictures")
+        raise UserError(f"{path} holds episodes of {found}, {wanted} are needed")
+    if pictures and chunk.obs.shape[2:] != _PICTURE:
+        size = " x ".join(map(str, chunk.obs.shape[2:]))
+        raise UserError(f"{path}: pictures are {size}, {PIXELS} x {PIXELS} x 3 is needed")
+    for name, ndim in (("obs", 5 if pictures else 3), ("action", 3), ("reward", 2), ("task", 2)):
         array = getattr(chunk, name)
         if array.ndim != ndim or array.shape[:2] != chunk.obs.shape[:2]:
             raise UserError(f"{path}: {name} has shape {array.shape}, which does not fit obs {chunk.obs.shape}")
-        if array.dtype.kind not in ("iu" if name == "task" else "f"):
+        if array.dtype.kind not in ("iu" if name == "task" else "u" if name == "obs" and pictures else "f"):
             raise UserError(f"{path}: {name} is of type {array.dtype}")
     for name, size in zip(("obs", "action"), set_sizes(tasks), strict=True):
+        if name == "obs" and pictures:
+            continue
         if getattr(chunk, name).shape[2] != size:
             raise UserError(f"{path}: {name} has size {getattr(chunk, name).shape[2]}, these tasks need {size}")
     if 0 in chunk.obs.shape:
@@ -115,6 +128,7 @@ class Dataset:
         tasks: names, in the order of their ids.
         chunks: the files; episodes of one file have the same number of entries.
         obs_size, action_size: of the set; smaller observations and actions are padded with zeros.
+        obs_shape, obs_type: of an observation as it is returned: (obs_size,) and float32, or a picture's and uint8.
         num_episodes, num_entries: of all files together.
         nbytes: of all arrays.
     """
@@ -123,6 +137,9 @@ class Dataset:
         self.tasks = tasks
         self.chunks = chunks
         self.obs_size, self.action_size = set_sizes(tasks)
+        pictures = chunks[0].obs.dtype == np.uint8
+        self.obs_shape = _PICTURE if pictures else (self.obs_size,)
+        self.obs_type = np.uint8 if pictures else np.float32
         self.num_episodes = sum(len(chunk.obs) for chunk in chunks)
         self.num_entries = sum(chunk.task.size for chunk in chunks)
         self.nbytes = sum(array.nbytes for chunk in chunks for array in chunk[1:-1])
@@ -165,7 +182,8 @@ class Dataset:
             rows: the part of the batch to read and return: what one of several hosts needs.
 
         Returns:
-            float32 obs [H+1, B, O], action [H, B, A], reward [H, B]; int32 task [B].
+            float32 obs [H+1, B, O] (pictures: uint8 [H+1, B, 64, 64, 3]), action [H, B, A], reward [H, B]; int32 task
+            [B].
 
         Raises:
             UserError: what was drawn holds NaN, or a task that is not of the set; names the file and the episode.
@@ -174,7 +192,7 @@ class Dataset:
         window = rng.integers(ends[-1], size=batch_size)[rows]
         which = np.searchsorted(ends, window, side="right")
         batch = {
-            "obs": np.zeros((len(window), horizon + 1, self.obs_size), np.float32),
+            "obs": np.zeros((len(window), horizon + 1, *self.obs_shape), self.obs_type),
             "action": np.zeros((len(window), horizon, self.action_size), np.float32),
             "reward": np.empty((len(window), horizon), np.float32),
             "task": np.empty(len(window), np.int32),
@@ -195,7 +213,8 @@ class Dataset:
         """Entries start … stop of the whole, all episodes of all files in a row, to keep them elsewhere.
 
         Returns:
-            obs [n, O], action [n, A], reward [n] in the type of the files, with zeros for filler; int16 task [n].
+            obs [n, O] (pictures: [n, 64, 64, 3]), action [n, A], reward [n] in the type of the files, with zeros for
+            filler; int16 task [n].
 
         Raises:
             UserError: as `sample`.
@@ -209,8 +228,9 @@ class Dataset:
             if not len(episode):
                 continue
             read = self._read(chunk, episode[:, None], entry[:, None])
-            for name, width in (("obs", self.obs_size), ("action", self.action_size)):
-                read[name] = np.pad(read[name], [(0, 0), (0, 0), (0, width - read[name].shape[2])])
+            for name, width in (("obs", self.obs_shape[0]), ("action", self.action_size)):
+                no_more = [(0, 0)] * (read[name].ndim - 3)  # pictures are not padded
+                read[name] = np.pad(read[name], [(0, 0), (0, 0), (0, width - read[name].shape[2]), *no_more])
             read["action"][entry == 0] = 0
             read["reward"][entry == 0] = 0
             parts.append({name: values[:, 0] for name, values in read.items()})
@@ -221,6 +241,8 @@ class Dataset:
         read = {name: getattr(chunk, name)[episode, entry] for name in ("obs", "action", "reward")}
         behind_reset = np.broadcast_to(entry > 0, read["reward"].shape)
         for name, values in read.items():
+            if values.dtype == np.uint8:  # pictures
+                continue
             finite = np.isfinite(values) if name == "reward" else np.isfinite(values).all(-1)
             finite |= ~behind_reset & (name != "obs")
             if not finite.all():
@@ -269,10 +291,18 @@ class EpisodeWriter:
 
     PyTorch with tensordict reads the files, too. They are complete or absent at any moment, and several runs may write
     to one folder: each takes the next free number. Without a data_dir nothing is written. action_repeat is as in
-    `task_spec`: decisions with another one than the table's are other data, and belong in a folder of their own.
+    `task_spec`: decisions with another one than the table's are other data, and belong in a folder of their own, as do
+    pictures (obs="rgb"), which are written as they are: files are read in place, a window at a time.
     """
 
-    def __init__(self, data_dir: str | os.PathLike | None, task: str, num_envs: int, action_repeat: int | None = None):
+    def __init__(
+        self,
+        data_dir: str | os.PathLike | None,
+        task: str,
+        num_envs: int,
+        action_repeat: int | None = None,
+        obs: str = "state",
+    ):
         self._folder = None
         self._finished = []
         if data_dir is None:
@@ -284,22 +314,29 @@ class EpisodeWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"episodes cannot be written to {self._folder}: {error.strerror}") from None
-        self._check_length(spec.episode_length)
+        self._check_files(spec.episode_length, obs)
         row = TASKS[spec.name]
         length = spec.episode_length + 1
+        shape = (num_envs, length, *_PICTURE) if obs == "rgb" else (num_envs, length, row.obs_size)
         self._open = {  # the episodes under way
-            "obs": np.zeros((num_envs, length, row.obs_size), np.float32),
+            "obs": np.zeros(shape, np.uint8 if obs == "rgb" else np.float32),
             "action": np.zeros((num_envs, length, row.action_size), np.float32),
             "reward": np.zeros((num_envs, length), np.float32),
         }
         self._entry = np.full(num_envs, -1)
 
-    def _check_length(self, length: int) -> None:
-        """UserError if the folder holds episodes of another number of decisions."""
+    def _check_files(self, length: int, obs: str) -> None:
+        """UserError if the folder holds episodes of another number of decisions, or states beside pictures."""
         path = next(self._folder.glob("chunk_*.pt"), None)  # all have episodes of one length
         if path is None:
             return
-        found = load_pt(path, in_place=True)["reward"].shape[1] - 1
+        episodes = load_pt(path, in_place=True)
+        if (episodes["obs"].dtype == np.uint8) != (obs == "rgb"):
+            kinds = ("states", "pictures") if obs == "rgb" else ("pictures", "states")
+            raise UserError(
+                "{} holds episodes of {}, these are of {}: choose another --save-episodes".format(self._folder, *kinds)
+            )
+        found = episodes["reward"].shape[1] - 1
         if found != length:
             words = f"{self._folder} holds episodes of {found} decisions, these have {length}"
             raise UserError(f"{words}, another action repeat: choose another --save-episodes")
@@ -315,6 +352,8 @@ class EpisodeWriter:
         self._open["reward"][envs, self._entry] = np.where(first, np.nan, reward)
         for i in np.flatnonzero(self._entry + 1 == self._open["reward"].shape[1]):
             self._finished.append({name: values[i].copy() for name, values in self._open.items()})
+        if len(self._finished) * self._open["obs"][0].nbytes > _BYTES_AT_ONCE:
+            self.flush()
 
     def flush(self) -> None:
         """Writes the episodes that have ended since the last call, if there are any, to a file of their own."""

@@ -426,7 +426,8 @@ def save_tensordict(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> 
             info = zipfile.ZipInfo(f"archive/data/{key}")
             padding = -(archive.fp.tell() + 30 + len(info.filename) + 4) % 64  # aligned when they are mapped
             info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
-            archive.writestr(info, array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            archive.writestr(info, little.reshape(-1).view(np.uint8).data)
         archive.writestr("archive/version", "3\n")
 
 
@@ -444,7 +445,8 @@ def _pickled(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _pickled_tensor(key: int, array: np.ndarray) -> bytes:
-    kind = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}[array.dtype.str[1:]]
+    kinds = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage", "u1": "ByteStorage"}
+    kind = kinds[array.dtype.str[1:]]
     strides = [stride // array.itemsize for stride in array.strides]
     storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(str(key)) + _text("cpu")
     storage += _whole_number(array.size) + b"tQ"
