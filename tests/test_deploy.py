@@ -1,8 +1,13 @@
 """Agents made small by a command: what it prints and writes, that the scripts take the files, and what it refuses."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
+import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -10,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import ROOT
 from many_tasks import TWO_TASKS, write_agent, write_random_episodes
 
 import deploy
+import envs as environments
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 from tdmpc2_support import cli
+from tdmpc2_support.agents.export import onnx_session
+from tdmpc2_support.agents.onnx_graph import Graph
 from tdmpc2_support.agents.pretrained import load_any, load_multitask
 from tdmpc2_support.agents.quantized import read_safetensors
 from tdmpc2_support.run import checkpoints
@@ -185,3 +194,179 @@ def test_what_cannot_be_quantised_is_refused_in_one_sentence(golden, many, one, 
     with open(tmp_path / "cut", "r+b") as cut:
         cut.truncate(1000)
     assert "cut is damaged or no quantised agent" in refused(tmp_path / "cut")
+
+
+# ------------------------------------------------------------------------------------------------------------- Export
+PLANNER = ("--what", "planner", "--num-samples", 64, "--num-elites", 16, "--iterations", 3)
+
+
+@pytest.fixture
+def exported(tmp_path, capsys):
+    """exported(checkpoint, ...) -> the ONNX file of an agent, as an onnxruntime session, and what was printed."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+
+    def call(checkpoint, *flags, name="robot.onnx"):
+        path = tmp_path / name
+        deploy.main([*map(str, ["--checkpoint", checkpoint, "--export", "onnx", "--output", path, *flags])])
+        return onnx_session(path), capsys.readouterr().out
+
+    return call
+
+
+def test_an_exported_planner_plans_as_jax_does(one, exported):
+    session, printed = exported(one, *PLANNER)
+    assert float(re.search(r"at most (\S+) from JAX on \d+ observations", printed)[1]) < 1e-5
+    args = deploy.Args(str(one), "", num_samples=64, num_elites=16, iterations=3)
+    agent, params, _ = deploy.one_task(args, deploy.load(args))
+    assert agent.can_terminate and agent.discount == td.discount_of(agent, 40)
+    plan = jax.jit(partial(td.plan, agent, explore=False))
+    rng = np.random.default_rng(0)
+    mean = np.zeros((1, agent.horizon, 1), np.float32)
+    moved = []
+    for i in range(100):
+        obs = rng.normal(size=(1, 2)).astype(np.float32)
+        noise, heads = td.plan_noise(agent, jax.random.key(i), 1)
+        first = np.array([i % 10 == 0])
+        action, new_mean = plan(params, obs, mean, first, noise, heads)
+        draws = {f"normal_{name}": getattr(noise, name) for name in ("pi", "sample", "terminal")}
+        inputs = {"obs": obs, "previous_mean": mean, "first": first, **draws, "gumbel": noise.gumbel}
+        inputs = {name: np.asarray(value)[0] for name, value in inputs.items()} | {"heads": np.asarray(heads)}
+        found = session.run(["action", "mean"], inputs)
+        np.testing.assert_allclose(found[0], action[0], atol=1e-5)
+        np.testing.assert_allclose(found[1], new_mean[0], atol=1e-5)
+        moved.append(float(action[0, 0]))
+        mean = np.asarray(new_mean)
+    assert np.std(moved) > 0.1, "it would be as easy to agree on one action"
+
+
+def test_an_exported_policy_is_that_of_its_task_and_says_what_it_is_about(many, exported):
+    session, _ = exported(many, "--source-task", TWO_TASKS[0])
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["task"], about["function"], about["numbers"]) == (TWO_TASKS[0], "policy", "float32")
+    assert json.loads(about["observation"]) == {"position": 3, "velocity": 2}
+    assert (json.loads(about["action_low"]), json.loads(about["action_high"])) == ([-1], [1])
+    assert json.loads(about["control_period"]) == pytest.approx(0.02), "two simulator steps"
+    trained = deploy.load(deploy.Args(str(many), ""))
+    obs = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32)
+    windows = deploy.Windows(obs, np.zeros((1, 100, 1), np.float32), np.zeros(100, int))
+    expected = deploy.outputs(trained, trained.loaded.params, windows)["action"]
+    found = [session.run(None, {"obs": row})[0] for row in obs]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_numbers_of_an_exported_file_can_be_small(one, exported, tmp_path):
+    session, printed = exported(one, "--what", "both", "--quantize", "int8")
+    assert printed.count("from JAX") == 2 and max(map(float, re.findall(r"at most (\S+) from", printed))) < 1e-5
+    exported(one, "--what", "both", name="whole.onnx")
+    sizes = [(tmp_path / name).stat().st_size for name in ("robot-policy.onnx", "whole-policy.onnx")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert session.get_modelmeta().custom_metadata_map["numbers"] == "int8"
+
+
+def test_a_stablehlo_file_runs_where_there_is_jax_alone(one, tmp_path, capsys):
+    path = tmp_path / "robot.stablehlo"
+    deploy.main([*map(str, ["--checkpoint", one, "--export", "stablehlo", "--output", path])])
+    assert float(re.search(r"at most (\S+) from", capsys.readouterr().out)[1]) < 1e-6
+    assert json.loads((tmp_path / "robot.stablehlo.json").read_text())["task"] == FALLS
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['flax', 'optax', 'orbax', 'gymnasium', 'tdmpc2_support'])\n"
+        "import jax, numpy; from pathlib import Path\n"
+        f"policy = jax.export.deserialize(bytearray(Path({str(path)!r}).read_bytes()))\n"
+        "print(policy.call(numpy.ones(2, 'float32'))[0].shape)"
+    )
+    code = code.replace("import jax, numpy", "import jax.export, numpy")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["(1,)"], done.stderr
+
+
+def test_the_control_loop_of_the_examples_keeps_the_mean_and_counts_what_is_late(one, exported):
+    spec = importlib.util.spec_from_file_location("robot", ROOT / "examples" / "robot.py")
+    robot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(robot)
+    assert len((ROOT / "examples" / "robot.py").read_text().splitlines()) <= 60
+    means = []
+
+    class Watched:
+        """A session that notes the means that it is given."""
+
+        def __init__(self, session):
+            self.get_inputs, self.get_modelmeta, self.call = session.get_inputs, session.get_modelmeta, session.run
+
+        def run(self, outputs, inputs):
+            found = self.call(outputs, inputs)
+            means.append((inputs.get("previous_mean"), inputs.get("first"), *found[1:]))
+            return found
+
+    with contextlib.closing(environments.make_env(FALLS)) as env:
+        total, decisions, late = robot.control(Watched(exported(one, *PLANNER)[0]), env, seconds=1e-6)
+    assert 0 < total <= decisions == late == len(means)
+    assert means[0][1] and not means[0][0].any() and not any(first for _, first, _ in means[1:])
+    for (_, _, mean), (given, _, _) in zip(means, means[1:], strict=False):
+        np.testing.assert_array_equal(given, mean)
+    with contextlib.closing(environments.make_env(FALLS)) as env:
+        _, decisions, late = robot.control(exported(one, name="policy.onnx")[0], env, seconds=0.02)
+    assert decisions > late, "a policy is in time"
+
+
+def test_what_jax_computes_stays_what_it_is_as_a_graph():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+
+    def function(x, rows, pick):  # [2, 5, 3], [2], []
+        y = x[:, rows] * jnp.einsum("bij,bkj->bik", x, x)[:, :2, :3]
+        kept = jnp.cumprod(jnp.pad(x > 0, ((0, 0), (1, 0), (0, 0)), constant_values=True), axis=1)
+        table = jnp.zeros((4, 3)).at[1].set(x[0, 0])
+        last, _ = jax.lax.scan(lambda sum, row: (sum + row[None] @ table.T, row), jnp.ones((1, 4)), x[0])
+        one = jax.lax.dynamic_index_in_dim(x[1], pick, keepdims=False)
+        best = x[0][jnp.argmax(x[0].sum(-1))]
+        return y, kept.astype(jnp.float32), last, one, best, jnp.expm1(x * 1e-4), jax.nn.softmax(x, axis=1)
+
+    rng = np.random.default_rng(0)
+    given = {"x": rng.normal(size=(2, 5, 3)).astype(np.float32), "rows": np.array([4, 1], np.int32)}
+    given["pick"] = np.array(3, np.int32)
+    closed = jax.make_jaxpr(function)(*given.values())
+    graph = Graph()
+    values = graph.function(closed, [graph.input(name, x.shape, x.dtype) for name, x in given.items()])
+    outputs = {f"out{i}": (x, aval.shape) for i, (x, aval) in enumerate(zip(values, closed.out_avals, strict=True))}
+    content = graph.model(outputs, {}, "test").SerializeToString()
+    found = onnxruntime.InferenceSession(content).run([*outputs], given)
+    for x, y in zip(found, function(*given.values()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    with pytest.raises(cli.UserError, match="the primitive 'sort' of JAX is not known"):
+        graph.function(jax.make_jaxpr(jnp.sort)(given["rows"]), values[:1])
+
+
+@pytest.fixture
+def not_exported(tmp_path):
+    """not_exported(checkpoint, ...) -> the sentence by which that is refused; nothing is written."""
+
+    def call(checkpoint, *flags):
+        before = sorted(tmp_path.iterdir())
+        command = ["--checkpoint", checkpoint, "--export", "onnx", "--output", tmp_path / "a.onnx", *flags]
+        with pytest.raises(SystemExit) as stop:
+            deploy.main([*map(str, command)])
+        sentence = str(stop.value.code)
+        assert sentence.startswith("error: ") and "\n" not in sentence and sorted(tmp_path.iterdir()) == before
+        return sentence
+
+    return call
+
+
+def test_what_cannot_be_exported_is_refused_in_one_sentence(golden, many, one, not_exported, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    assert "is a multi-task agent: name its task with --source-task" in not_exported(many)
+    assert "was not trained on walker-walk: it knows" in not_exported(many, "--source-task", "walker-walk")
+    assert "is a single-task agent: leave out --source-task" in not_exported(one, "--source-task", "walker-walk")
+    assert "--num-elites must be at most --num-samples" in not_exported(one, "--what", "both", "--num-samples", 32)
+    assert "go with --what planner" in not_exported(one, "--num-samples", 32)
+    assert "holds no TD-MPC2 agent that sees states: it is one of pixels" in not_exported(golden("rgb.pt"))
+    for script in ("tdmpc2_jax_rgb", "tdmpc2_jax_diffusion"):
+        with ocp.CheckpointManager(tmp_path / script / "checkpoints") as manager:
+            checkpoints.write_checkpoint(manager, 5, {"script": script}, state={"x": jnp.zeros(2)})
+        assert f"is a checkpoint of {script}.py" in not_exported(tmp_path / script, "--what", "planner")
+    (tmp_path / "a-planner.onnx").touch()
+    assert "a-planner.onnx exists: choose another --output" in not_exported(one, "--what", "both")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "--export onnx needs onnx and onnxruntime: pip install -e '.[deploy]'" in not_exported(one)

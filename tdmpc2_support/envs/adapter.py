@@ -104,6 +104,18 @@ class Task(gym.Wrapper):
             raise UserError(f"task {name!r} has no pictures of {size} as observations, uint8 [height, width, 3]")
         return found[0]
 
+    def interface(self) -> dict[str, Any]:
+        """What connects an agent of states to this task elsewhere: names and sizes of an observation's parts, in order;
+        the task's own bounds of each action, which -1 and 1 stand for; and the seconds between two decisions, as far as
+        the simulator tells."""
+        seconds = self._simulator.seconds
+        return {
+            "observation": dict(self._simulator.parts or self._to_vector.sizes),
+            "action_low": self._to_own_action.lowest.tolist(),
+            "action_high": self._to_own_action.highest.tolist(),
+            "control_period": seconds and seconds * self._spec.action_repeat,
+        }
+
     @property
     def render_mode(self) -> str | None:
         return self._render_mode
