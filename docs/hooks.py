@@ -22,7 +22,8 @@ def on_files(files, config):
             files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
     for name in (*PAGES, RECORDINGS):
         files.append(File.generated(config, name, content=(ROOT / name).read_text()))
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*.diff"), ROOT / "tests/golden/record.py"]):
+    of_recordings = [ROOT / "tests/golden" / name for name in ("record.py", "old_runs.sh")]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("examples/*.diff"), *ROOT.glob("examples/*.py"), *of_recordings]:
         files.append(File.generated(config, f"source/{path.stem}.md", content=source_page(path)))
     return files
 
@@ -43,7 +44,7 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri.startswith(("source/", RESULTS)):
         return markdown
     if page.file.src_uri == RECORDINGS:
-        return markdown.replace("](record.py)", "](../../source/record.md)")
+        return re.sub(r"\]\((\w+)\.(?:py|sh)\)", r"](../../source/\1.md)", markdown)
     markdown = re.sub(r"\]\((?:\.\./)?(?:examples/)?(\w+)\.(?:py|diff)\)", r"](source/\1.md)", markdown)
     if page.file.src_uri in ("index.md", *PAGES):
         return markdown.replace("](docs/", "](").replace("](README.md", "](index.md")

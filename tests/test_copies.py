@@ -91,7 +91,8 @@ def arguments(script):
 MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_mt": "exp_name seed resume checkpoint_freq log_freq eval_freq eval_episodes capture_video evaluate "
     "checkpoint model_size batch_size",
-    "tdmpc2_jax_rgb": "task exp_name checkpoint model_size enc_dim latent_dim num_enc_layers obs_dim buffer_size",
+    "tdmpc2_jax_rgb": "task exp_name checkpoint model_size enc_dim latent_dim num_enc_layers obs_dim buffer_size "
+    "save_episodes",
     "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
     "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes discount",
     "tdmpc2_jax_device": "task exp_name save_episodes",

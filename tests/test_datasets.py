@@ -311,3 +311,25 @@ def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refuse
     (tmp_path / "file").write_text("")
     with pytest.raises(envs.UserError, match="episodes cannot be written to"):
         envs.EpisodeWriter(tmp_path / "file", "mw-reach", 1)
+
+
+def test_episodes_of_pictures_are_written_and_read_as_they_are_and_not_taken_for_states(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (101, 2, 64, 64, 3), np.uint8)
+    writer = envs.EpisodeWriter(tmp_path, "mw-reach", 2, obs="rgb")
+    for step, obs in enumerate(pictures):
+        writer.add(obs, np.full((2, 4), step), np.full(2, step), np.full(2, step == 0))
+    writer.flush()
+    data = envs.load_dataset(["mw-reach"], tmp_path, obs="rgb")
+    data.check_files()
+    assert (data.num_episodes, data.obs_shape, data.obs_type) == (2, (64, 64, 3), np.uint8)
+    np.testing.assert_array_equal(data.read(95, 107)["obs"], pictures.swapaxes(0, 1).reshape(-1, 64, 64, 3)[95:107])
+    batch = data.sample(rng, 50, H)
+    assert batch["obs"].shape == (H + 1, 50, 64, 64, 3) and batch["obs"].dtype == np.uint8
+    step = batch["reward"][0].astype(int)
+    match = (batch["obs"][1][:, None] == pictures[step]).all((2, 3, 4))  # of one of the two environments
+    assert match.any(1).all()
+    with pytest.raises(envs.UserError, match="holds episodes of pictures, states are needed"):
+        envs.load_dataset(["mw-reach"], tmp_path)
+    with pytest.raises(envs.UserError, match="holds episodes of pictures, these are of states"):
+        envs.EpisodeWriter(tmp_path, "mw-reach", 1)

@@ -57,6 +57,8 @@ def flags_of_script(name):
         bodies = [node.body for node in tree.body if getattr(node, "name", "") == "Args"]  # modules have none
         fields = [node.target.id for node in sum(bodies, []) if isinstance(node, ast.AnnAssign)]
         return {f"--{field.replace('_', '-')}" for field in fields}
+    if name.startswith("examples/"):
+        return set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / name).read_text()))
     return flags_of(importlib.import_module(name.removesuffix(".py")).Args)
 
 
