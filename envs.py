@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,14 +28,15 @@ from tdmpc2_support.data.pt import load_pt, save_tensordict
 from tdmpc2_support.envs import vector
 from tdmpc2_support.envs.adapter import Task
 from tdmpc2_support.envs.rendering import FRAME, PIXELS
-from tdmpc2_support.envs.tasks import DOMAINS, TASK_SETS, TASKS, TaskSpec, set_sizes, set_tasks, task_spec
+from tdmpc2_support.envs.soup import SOUP
+from tdmpc2_support.envs.tasks import DOMAINS, TASK_SETS, TASKS, TaskSpec, discount_of, set_sizes, set_tasks, task_spec
 from tdmpc2_support.envs.vector import default_workers
 from tdmpc2_support.errors import UserError
 
 __all__ = [
-    "DOMAINS", "FRAME", "PIXELS", "TASKS", "TASK_SETS", "Chunk", "Dataset", "EpisodeWriter", "TaskSpec", "UserError",
-    "check_rendering", "check_simulators", "default_workers", "load_dataset", "load_pt", "make_env", "make_envs",
-    "save_tensordict", "set_sizes", "set_tasks", "task_spec",
+    "DOMAINS", "FRAME", "PIXELS", "SOUP", "TASKS", "TASK_SETS", "Chunk", "Dataset", "EpisodeWriter", "TaskSpec",
+    "UserError", "check_rendering", "check_simulators", "default_workers", "discount_of", "load_dataset", "load_pt",
+    "make_env", "make_envs", "online_tasks", "save_tensordict", "set_sizes", "set_tasks", "task_sizes", "task_spec",
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,6 +126,59 @@ def check_simulators(tasks: Sequence[str]) -> None:
         make_env(task).close()
 
 
+@functools.cache
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions: those of the table, or of an environment that is made to look."""
+    name = task_spec(task).name
+    if name in TASKS and TASKS[name].obs_size is not None:
+        return TASKS[name].obs_size, TASKS[name].action_size
+    env = make_env(task)
+    try:
+        return env.observation_space.shape[0], env.action_space.shape[0]
+    finally:
+        env.close()
+
+
+def online_tasks(tasks: str, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names in a text with commas between them, each as `task_spec` has it; "soup" stands for those of SOUP, or of
+    the ones that are `known`, that can be made here: which others there are is said.
+
+    Raises:
+        UserError: there is no such task, or a name stands twice.
+    """
+    if tasks != "soup":
+        names = tuple(task_spec(task).name for task in tasks.split(","))
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"task {name!r} stands twice in --tasks")
+        return names
+    reasons: dict[str, list[str]] = {}
+    for name in known or SOUP:
+        reasons.setdefault(why_missing(name), []).append(name)
+    names = tuple(reasons.pop("", ()))
+    _say_left_out(len(names), tuple((why, *left_out) for why, left_out in reasons.items()))
+    if not names:
+        raise UserError("none of these tasks can be made here")
+    return names
+
+
+def why_missing(task: str) -> str:
+    """Why a task of SOUP cannot be made here; an empty text if it can."""
+    if task not in TASKS:
+        return "not in the packages that this project uses"
+    settings = DOMAINS[TASKS[task].domain]
+    if not importlib.util.find_spec(settings.package.split(".")[0]):
+        return settings.install
+    return ""
+
+
+@functools.cache
+def _say_left_out(number: int, left_out: tuple[tuple[str, ...], ...]) -> None:
+    """Prints, once, which tasks are left out and why."""
+    for why, *names in left_out:
+        print(f"{len(names)} tasks beside these {number} are left out ({why}): {', '.join(names)}", file=sys.stderr)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Many environments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,8 +207,8 @@ def make_envs(
     the number of workers.
 
     Args:
-        task, obs, shadows, action_repeat: as in `make_env`; task may also be several names of the table (with
-            obs="state" only).
+        task, obs, shadows, action_repeat: as in `make_env`; task may also be several names (with obs="state" only), of
+            the table unless there are `sizes`.
         num_envs: number of environments (of each task), at least 1.
         seed: a number from 0 on, or several, such as (seed, 1): different ones give independent random streams.
         render_mode: "rgb_array": `envs.render()[i]` is a frame of environment i if it is the first of its task; the
@@ -168,7 +223,10 @@ def make_envs(
     """
     if num_envs < 1:
         raise UserError(f"the number of environments must be at least 1, not {num_envs}")
-    names = [task_spec(task).name] if isinstance(task, str) else list(set_tasks(task))
+    if isinstance(task, str) or sizes:
+        names = [task_spec(name).name for name in ([task] if isinstance(task, str) else task)]
+    else:
+        names = list(set_tasks(task))
     modes = [render_mode] + [None] * (num_envs - 1)
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]

@@ -134,7 +134,7 @@ MODEL_SIZES = {  # millions of parameters: (enc_dim, mlp_dim, latent_dim, num_en
     48: (1792, 1792, 768, 4, 5),
     317: (4096, 4096, 1376, 5, 8),
 }
-SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_device")  # whose checkpoints this one starts from
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_device", "newt_jax")  # whose checkpoints this one starts from
 SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
 
 

@@ -35,6 +35,11 @@ SCRIPTS = {  # flags, and what the first and the second start have besides
         "--num-updates 20",
         "--num-updates 40 --resume",
     ),
+    "newt_jax": (
+        f"--tasks mw-reach {NETWORKS} {PLANNER} --num-envs 2 --buffer-size 3000 --demos {DATA} --pretrain-updates 10",
+        "--total-timesteps 240",
+        "--total-timesteps 480 --resume",
+    ),
     "tdmpc2_jax_diffusion": (f"--data-dir {DATA} --world-model {RUN} {DIFFUSION}", "", "--resume"),
     "tdmpc2_jax_device": (
         f"--task robot:make --seed-steps 50 --buffer-size 3000 {NETWORKS} {PLANNER}",

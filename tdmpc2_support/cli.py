@@ -285,10 +285,11 @@ def set_folder(args: Any) -> Path:
     runs_dir, tasks, exp_name and seed."""
     tasks = set_tasks(task_set(args.tasks))
     known = [name for name, known in TASK_SETS.items() if known == tasks]
-    if known:
-        name = known[0]
-    elif len(tasks) <= 4:
-        name = "+".join(tasks)
-    else:
-        name = f"{tasks[0]}+{len(tasks) - 1}-{zlib.crc32(','.join(tasks).encode()):08x}"
-    return Path(args.runs_dir, name, args.exp_name, str(args.seed))
+    return Path(args.runs_dir, known[0] if known else joined(tasks), args.exp_name, str(args.seed))
+
+
+def joined(tasks: Sequence[str]) -> str:
+    """What the folder of a run of these tasks is called: after all of them, if they are few."""
+    if len(tasks) <= 4:
+        return "+".join(tasks).replace("/", "_")
+    return f"{tasks[0]}+{len(tasks) - 1}-{zlib.crc32(','.join(tasks).encode()):08x}".replace("/", "_")

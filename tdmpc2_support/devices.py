@@ -301,6 +301,17 @@ def placed(shapes: Any, mesh: Mesh, spread: str) -> Any:
     return jax.tree.map(place, shapes)
 
 
+def columns_split(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes and types of a replay with places: its columns (axis 1) are split over the devices if they can be
+    evenly; else, and of what has none, there is a copy on every device."""
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        even = x.ndim > 1 and x.shape[1] % mesh.size == 0
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split(mesh, 1) if even else replicated(mesh))
+
+    return jax.tree.map(place, shapes)
+
+
 def compile_within_memory(
     function: Callable, inputs: Sequence[Any], parts: dict[str, int], ways: str, **options: Any
 ) -> Callable:

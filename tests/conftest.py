@@ -52,6 +52,7 @@ SMALL = {
     "tdmpc2_jax_device.py": [*SMALL, *"--enc-dim 16 --seed-steps 100 --buffer-size 3000".split()],
     "tdmpc2_jax_rgb.py": [*SMALL, *"--seed-steps 100 --buffer-size 3000 --batch-size 8".split()],
     "tdmpc2_jax_mt.py": [*SMALL, *"--enc-dim 16 --task-dim 8".split()],
+    "newt_jax.py": [*SMALL, *"--enc-dim 16 --buffer-size 3000".split()],
     "tdmpc_jax.py": "--enc-dim 16 --seed-steps 100 --buffer-size 3000 --schedule-steps 200".split()
     + SMALL[: SMALL.index("--num-q")]
     + SMALL[SMALL.index("--num-q") + 2 :],

@@ -118,6 +118,27 @@ class PixelsAndNumbers(Pixels):
         return super().draw()
 
 
+class Counting(gym.Env):
+    """An observation is the task's number, the episode's and the place in it; the first action is rewarded near 0.5.
+    It never ends by itself, and says so in its arguments."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def __init__(self, task=0, actions=1, terminate_when_unhealthy=False):
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (actions,), np.float32)
+        self.task, self.episode, self.place = task, -1, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.place = self.episode + 1, 0
+        return np.array([self.task, self.episode, 0], np.float32), {}
+
+    def step(self, action):
+        self.place += 1
+        obs = np.array([self.task, self.episode, self.place], np.float32)
+        return obs, float(1 - abs(action[0] - 0.5)), False, False, {"success": self.task / 2}
+
+
 for name, cls, kwargs in [
     ("Point", Point, {}),
     ("Falling", Point, {"terminates": True}),
@@ -135,3 +156,6 @@ for name, cls, kwargs in [
     ("TwoCameras", PixelsAndNumbers, {"pictures": ("left_eye", "right_eye")}),
 ]:
     gym.register(f"{name}-v0", entry_point=cls, max_episode_steps=40, kwargs=kwargs)
+for i, length in enumerate((12, 6, 4)):
+    kwargs = {"task": i, "actions": 1 + i, "terminate_when_unhealthy": False}
+    gym.register(f"Counting{length}-v0", entry_point=Counting, max_episode_steps=length, kwargs=kwargs)

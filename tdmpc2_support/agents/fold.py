@@ -43,7 +43,8 @@ def fold_agent(
         known = f"it knows {agent_obs_dim} observations and {agent_action_dim} actions"
         raise UserError(f"{path} does not fit this task: {known}, the task has {obs_dim} and {action_dim}")
     emb = np.asarray(agent.task_emb[agent.tasks.index(source)])
-    params = fold_task(agent.params | {"q_target": agent.target_q}, emb, obs_dim, action_dim)
+    networks = agent.params | {"q_target": agent.target_q}
+    params = fold_task(networks, emb, obs_dim, action_dim, agent.learned_emb)
     target_q = params.pop("q_target")
     return type(agent)(params, target_q, agent.q_scale)
 
@@ -55,7 +56,7 @@ def _known_tasks(agent: LoadedAgent) -> str:
     return ", ".join(agent.tasks) or f"{len(agent.task_emb)} tasks without names"
 
 
-def fold_task(params: Params, emb: np.ndarray, obs_dim: int, action_dim: int) -> Params:
+def fold_task(params: Params, emb: np.ndarray, obs_dim: int, action_dim: int, learned_emb: bool = True) -> Params:
     """Turns a multi-task agent's parameters (with or without `q_target`) into those of one task, exactly.
 
     emb [task_dim] is the task's embedding, a constant input: it moves into the first layers' biases. Observations and
@@ -63,7 +64,8 @@ def fold_task(params: Params, emb: np.ndarray, obs_dim: int, action_dim: int) ->
     obs|e, z|e|a.
     """
     emb = np.asarray(emb, np.float64)  # on the host: an accelerator would round the products
-    emb = emb / max(1.0, np.linalg.norm(emb))  # rows of the table have at most unit norm when read
+    if learned_emb:
+        emb = emb / max(1.0, np.linalg.norm(emb))  # rows of a learned table have at most unit norm when read
     latent_dim = params["dynamics"]["params"]["linear_2"]["bias"].shape[-1]
     folded = {}
     for name, component in params.items():

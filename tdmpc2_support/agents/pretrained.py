@@ -10,6 +10,7 @@ an encoder of pictures has "kernel_0" [height, width, in, out] and "bias_0" to "
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ import numpy as np
 
 from tdmpc2_support.agents.fold import fold_agent
 from tdmpc2_support.agents.quantized import VARIANTS, dequantize, nested, quantize, read_safetensors, write_safetensors
+from tdmpc2_support.data.embeddings import read_embeddings
 from tdmpc2_support.data.pt import check_pt, load_pt
+from tdmpc2_support.envs.soup import SOUP
 from tdmpc2_support.envs.tasks import TASK_SETS, set_sizes
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_agent, read_meta
@@ -40,6 +43,8 @@ class LoadedAgent(NamedTuple):
     tasks: tuple[str, ...] = ()  # names of its T tasks, if they are known
     args: Mapping[str, Any] = {}  # of the run that it is from
     stored: str = "float32"  # how its numbers were stored
+    learned_emb: bool = True  # embeddings longer than 1 are scaled back to that when read; those of language are not
+    decisions: int | None = None  # that the run has made, if it has counted them
 
     def check_variant(self, variant: str) -> None:
         """UserError if the agent cannot be quantised so (see `quantize`), as it was stored no finer."""
@@ -86,6 +91,9 @@ def read_original(path: str | os.PathLike, obs: str = "state", parts: Sequence[s
 def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Sequence[str] = ()) -> LoadedAgent:
     """The agent that these tensors of an original checkpoint are, or `parts` of it; UserError if they are none, or not
     a whole one."""
+    newt = any("_Qs.online." in name for name in tensors)
+    if newt:
+        tensors = _from_newt(tensors)
     encoder_weight = {"state": "_encoder.state.0.weight", "rgb": "_encoder.rgb.2.weight"}[obs]
     if encoder_weight not in tensors or "_pi.2.weight" not in tensors:
         kind = "states" if obs == "state" else "pixels"
@@ -108,6 +116,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Seq
         task_emb = _numbers(tensors, "_task_emb.weight", 2)
         task_dim = task_emb.shape[-1]
         tasks = TASK_SETS.get(f"mt{len(task_emb)}", ())
+    if newt and task_dim and len(task_emb) == len(SOUP):
+        tasks = SOUP
     _check_whole(params | {"target Q": target_q}, task_dim)
     if parts:
         params = {name: params[name] for name in parts}
@@ -119,7 +129,27 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Seq
         task_emb=_float32(task_emb),
         tasks=tasks,
         stored="float16" if kinds == {"float16"} else "float32",
+        learned_emb=not newt,
     )
+
+
+def _from_newt(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same in TD-MPC2's current layout: Newt has an entry for every value head, and begins all names with "module."
+    if it was trained on several devices."""
+    plain = {name.removeprefix("module."): array for name, array in tensors.items()}
+    found = {name: array for name, array in plain.items() if not name.startswith("_Qs.")}
+    for there, here in (("_Qs.online._Qs", "_Qs.params"), ("_Qs.target._Qs", "_target_Qs_params")):
+        heads: dict[str, list[np.ndarray]] = {}
+        numbers = itertools.takewhile(lambda i: f"{there}.{i}.0.weight" in plain, itertools.count())  # noqa: B023
+        for i in numbers:
+            for name, array in plain.items():
+                if name.startswith(f"{there}.{i}."):
+                    heads.setdefault(name.removeprefix(f"{there}.{i}."), []).append(array)
+        for name, arrays in heads.items():
+            if len({array.shape for array in arrays}) > 1 or len(arrays) < len(heads["0.weight"]):
+                raise UserError(f"holds no whole agent: {there}.….{name} is not of one shape in all heads")
+            found[f"{here}.{name}"] = np.stack(arrays)
+    return found
 
 
 def _float32(arrays: Any) -> Any:
@@ -376,7 +406,7 @@ def load_parts(
         folded.params.pop("termination", None)
         check_shapes(folded.params, like, path, "these tasks and sizes")
         emb = np.asarray(agent.task_emb[agent.tasks.index(task)])
-        yield folded, emb / max(1.0, np.linalg.norm(emb))
+        yield folded, emb / max(1.0, np.linalg.norm(emb)) if agent.learned_emb else emb
 
 
 def _obs_and_action_dim(params: Params) -> tuple[int, int]:
@@ -404,6 +434,51 @@ def load_any(path: str, named: Sequence[str], *scripts: str) -> LoadedAgent:
     """As `load_multitask`, but a single-task agent, too: without `task_emb` among its parameters."""
     agent = _read(path, "state", scripts)
     return agent if agent.task_emb is None else _with_table(agent, named, path)
+
+
+def load_newt(path: str, *scripts: str) -> LoadedAgent:
+    """An agent for newt_jax.py: of an original .pt file or a run of ours, of one task or of many, whose embeddings are
+    `task_emb`. UserError if there is none, or it is damaged."""
+    return _read(path, "state", scripts)
+
+
+def embeddings_of(agent: LoadedAgent, names: Sequence[str], source: str | None, path: str) -> np.ndarray:
+    """Embeddings [T, E] of tasks: the agent's own where it knows the task, else those that `read_embeddings` finds; of
+    an agent without any, which has learned one task, there are none (E = 0).
+
+    Raises:
+        UserError: there is no embedding of a task, or it has another size than the agent's.
+    """
+    if agent.task_emb is None:
+        if len(names) > 1:
+            raise UserError(f"{path} is a single-task agent: name one task with --tasks")
+        return np.zeros((1, 0), np.float32)
+    own = np.asarray(agent.task_emb)
+    if not agent.tasks and len(own) == len(names):
+        return own
+    table = np.zeros((len(names), own.shape[1]), np.float32)
+    new = [name for name in names if name not in agent.tasks]
+    if new:
+        if source is None and agent.learned_emb:
+            raise UserError(f"{path} does not know {', '.join(new[:3])}")
+        found = read_embeddings(new, source or "language")
+        if found is None or found.shape[1] != own.shape[1]:
+            raise UserError(
+                f"{path} has embeddings of {own.shape[1]} numbers: --embeddings {source} is of another size"
+            )
+        table[[names.index(name) for name in new]] = found
+    for i, name in enumerate(names):
+        if name in agent.tasks:
+            table[i] = own[agent.tasks.index(name)]
+    return table
+
+
+def padding_of(agent: LoadedAgent) -> dict[str, int]:
+    """To what size a Newt agent's observations and actions are padded, by the names of the arguments."""
+    emb = 0 if agent.task_emb is None else agent.task_emb.shape[-1]
+    inputs = agent.params["encoder"]["params"]["linear_0"]["kernel"].shape[0]
+    actions = agent.params["pi"]["params"]["linear_2"]["bias"].shape[0] // 2
+    return {"pad_obs": inputs - emb, "pad_action": actions}
 
 
 def _with_table(agent: LoadedAgent, named: Sequence[str], path: str) -> LoadedAgent:
@@ -474,6 +549,8 @@ def _read(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str] = ()
         task_emb=task_emb,
         tasks=tuple(meta.get("tasks", ())),
         args=meta.get("args", {}),
+        learned_emb=meta.get("learned_emb", True),
+        decisions=meta.get("count", {}).get("decisions"),
     )
 
 

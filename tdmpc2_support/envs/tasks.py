@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 
 from tdmpc2_support.envs.guard import close_quietly
+from tdmpc2_support.envs.soup import FACTS
 from tdmpc2_support.errors import UserError, one_line
 
 
@@ -196,6 +197,9 @@ def _spec(task: str) -> TaskSpec:
     if name in TASKS:
         domain = TASKS[name].domain
         _, repeat, length, success, *_ = DOMAINS[domain]
+        if name in FACTS:
+            repeat = FACTS[name].action_repeat
+            length = FACTS[name].episode_length
         return TaskSpec(name, domain, repeat, length, False, success, repeat * length)
     task = _suite_id(name) or task
     spec = gym_spec(task)
@@ -243,6 +247,24 @@ def set_tasks(task_set: str | Sequence[str]) -> tuple[str, ...]:
     return tasks
 
 
+def discount_of(task: str) -> float | None:
+    """The discount that a task has whatever the length of its episodes, if it has one."""
+    return FACTS[task].discount if task in FACTS else None
+
+
+def score_of(task: str, returns: Any, successes: Any) -> float:
+    """Score of a task from its episodes' returns and successes, in percent: the success rate where that is the figure
+    of merit, else the mean return between the bounds that count as 0 and as 100."""
+    spec = task_spec(task)
+    if spec.success:
+        return float(100 * successes.mean())
+    low, high = 0.0, 1000.0
+    if task in FACTS:
+        low, high = FACTS[task].low, FACTS[task].high
+    share = (returns - low) / (high - low)
+    return float(100 * (share.clip(0, 1) if task in FACTS else share).mean())
+
+
 def set_sizes(tasks: Sequence[str]) -> tuple[int, int]:
     """Sizes of the largest observation and of the largest action of these tasks: those of all others are padded."""
     return max(TASKS[task].obs_size for task in tasks), max(TASKS[task].action_size for task in tasks)
@@ -255,6 +277,8 @@ def _canonical(task: str) -> str:
         if package_id == known:
             return name
     name = re.sub("^ball-in-cup-", "cup-", _canonical_suite(task))
+    if name.endswith("-backward") and f"{name}s" in TASKS:  # what Newt calls it
+        name += "s"
     if task.startswith("dm_control/"):
         return name if name in TASKS and TASKS[name].domain == "DMControl" else task
     return re.sub(r"^(.*)-v3$", r"mw-\1", name)

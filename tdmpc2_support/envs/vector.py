@@ -175,7 +175,8 @@ class WorkerVectorEnv(TaskVectorEnv):
         super().__init__(tasks, makers, render_mode)
 
     def _open(self, tasks: list[str], makers: list[Any]) -> None:
-        registered = gym.registry.get(tasks[0])  # a task that the user's script registered is unknown to a fresh Python
+        # Tasks that the user's script registered are unknown to a fresh Python
+        registered = [gym.registry[task] for task in tasks if task in gym.registry]
         num_workers = len(self._rows_of)
         with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
             try:
@@ -290,8 +291,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
         sys.path[:] = pipe.recv()
         registered, rows, makers = pipe.recv().fn
         rendering._worker = rows.start
-        if registered:
-            gym.registry[registered.id] = registered
+        gym.registry.update({spec.id: spec for spec in registered})
         envs += [make() for make in makers]
         pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
         record = _record(envs[0].observation_space, envs[0].action_space)

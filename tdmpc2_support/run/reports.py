@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tdmpc2_support.envs.tasks import DOMAINS, TaskSpec, task_spec
+from tdmpc2_support.envs.tasks import DOMAINS, TaskSpec, score_of, task_spec
 from tdmpc2_support.errors import UserError, writing
 from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.video import side_by_side, write_video
@@ -30,11 +30,11 @@ class Evaluation(NamedTuple):
 
 
 class SetEvaluation(NamedTuple):
-    """E episodes of each of T tasks."""
+    """E episodes of each of T tasks; or lists [T] of arrays, if there are more of some."""
 
     tasks: tuple[str, ...]
-    returns: np.ndarray  # [T, E]
-    successes: np.ndarray  # [T, E], at the episodes' ends
+    returns: np.ndarray | list[np.ndarray]  # [T, E]
+    successes: np.ndarray | list[np.ndarray]  # [T, E], at the episodes' ends
     frames: list[np.ndarray]  # grids of the tasks' first episodes; none without --capture-video
     fps: int = 25
 
@@ -118,8 +118,8 @@ def film_path(checkpoint: str, task: str = "") -> Path:
 
 # ----------------------------------------------------------------------------------------------------- Several tasks
 def summary(result: SetEvaluation) -> dict[str, Any]:
-    """Per task the returns and the score, per domain the mean, and the normalised score: the mean over tasks of a tenth
-    of the return (DMControl: up to 1000) or of the success rate in percent (domains that know success)."""
+    """Per task the returns and the score (`score_of`), per domain the mean, and the normalised score: the mean over
+    tasks of a tenth of the return (DMControl: up to 1000) or of the success rate in percent (domains that know it)."""
     tasks = {}
     values: dict[str, list[float]] = {}
     for task, returns, successes in zip(result.tasks, result.returns, result.successes, strict=True):
@@ -130,7 +130,7 @@ def summary(result: SetEvaluation) -> dict[str, Any]:
             "mean": returns.mean(),
             "std": returns.std(),
             "success_rate": successes.mean() if spec.success else None,
-            "score": 100 * successes.mean() if spec.success else returns.mean() / 10,
+            "score": score_of(task, returns, successes),
             "domain": spec.domain,
         }
         values.setdefault(spec.domain, []).append(successes.mean() if spec.success else returns.mean())
@@ -143,7 +143,8 @@ def headline(results: dict[str, Any]) -> str:
     """The normalised score and the domains' means in one line."""
     means = []
     for domain, row in results["domains"].items():
-        words = f"success rate {row['mean']:.2f}" if DOMAINS[domain].success else f"return {row['mean']:.1f}"
+        success = domain in DOMAINS and DOMAINS[domain].success
+        words = f"success rate {row['mean']:.2f}" if success else f"return {row['mean']:.1f}"
         means.append(f"{domain} {words}")
     return f"normalized score {results['normalized_score']:.1f} ({', '.join(means)})"
 
@@ -156,7 +157,9 @@ def report_scores(args: Any, result: SetEvaluation) -> None:
     for name, row in results["tasks"].items():
         rate = "" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
         print(f"{name:<32}{row['mean']:>9.1f}{row['std']:>9.1f}{rate:>9}{row['score']:>8.1f}")
-    print(f"{headline(results)} over {len(result.tasks)} task(s), {result.returns.shape[1]} episode(s) each")
+    numbers = sorted({len(returns) for returns in result.returns})
+    each = f"{numbers[0]} episode(s) each" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} episodes each"
+    print(f"{headline(results)} over {len(result.tasks)} task(s), {each}")
     report_video(args.checkpoint, result.frames, result.fps)
     if args.json:
         results |= {"checkpoint": args.checkpoint, "mpc": args.agent.mpc, "seed": args.seed}

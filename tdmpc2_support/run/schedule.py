@@ -36,7 +36,9 @@ def seed_steps_of(args: Any, spec: TaskSpec) -> int:
     return max(1000, 5 * spec.episode_length)
 
 
-def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst: int, windows: Any) -> int:
+def updates_due(
+    decisions: int, updates: int, seed_steps: int, utd: float, burst: int, windows: Any, at_once: int | None = None
+) -> int:
     """How many dispatches of `burst` updates are to be made now.
 
     Nothing is learned in the first seed_steps decisions, which are random. Then as many updates are made at once, and
@@ -52,6 +54,7 @@ def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst
         seed_steps: see `seed_steps_of`.
         utd: updates per decision.
         burst: updates of one dispatch.
+        at_once: how many are made at once, if not as many as seed_steps.
         windows: number of windows in the replay; on the device, and only read before the first update.
     """
     if decisions < seed_steps:
@@ -61,7 +64,7 @@ def updates_due(decisions: int, updates: int, seed_steps: int, utd: float, burst
             short = "all episodes are shorter than a training window (--horizon decisions)"
             raise UserError(f"in {decisions} decisions there is nothing to learn from: {short}")
         return 0
-    total = int(seed_steps + (decisions - seed_steps) * utd)
+    total = int((seed_steps if at_once is None else at_once) + (decisions - seed_steps) * utd)
     return (total - updates) // burst
 
 
