@@ -140,14 +140,14 @@ def task_sizes(task: str) -> tuple[int, int]:
 
 
 def online_tasks(tasks: str, known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names in a text with commas between them, each as `task_spec` has it; "soup" stands for those of SOUP, or of
-    the ones that are `known`, that can be made here: which others there are is said.
+    """The names of a set, or in a text with commas between them, each as `task_spec` has it; "soup" stands for those
+    of SOUP, or of the ones that are `known`, that can be made here: which others there are is said.
 
     Raises:
         UserError: there is no such task, or a name stands twice.
     """
     if tasks != "soup":
-        names = tuple(task_spec(task).name for task in tasks.split(","))
+        names = TASK_SETS.get(tasks) or tuple(task_spec(task).name for task in tasks.split(","))
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"task {name!r} stands twice in --tasks")
@@ -163,9 +163,9 @@ def online_tasks(tasks: str, known: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def why_missing(task: str) -> str:
-    """Why a task of SOUP cannot be made here; an empty text if it can."""
+    """Why a task of the table or of SOUP cannot be made here; an empty text if it can."""
     if task not in TASKS:
-        return "not in the packages that this project uses"
+        return "not in the packages that this project uses" if task in SOUP else ""
     settings = DOMAINS[TASKS[task].domain]
     if not importlib.util.find_spec(settings.package.split(".")[0]):
         return settings.install
@@ -259,7 +259,7 @@ def main() -> None:
         settings = DOMAINS[domain]
         installed = "yes" if importlib.util.find_spec(settings.package.split(".")[0]) else settings.install
         obs_text = "?" if obs_size is None else obs_size
-        print(f"{domain:<12}{name:<34}{obs_text:>5}{action_size:>8}{settings.episode_length:>9}  {installed}")
+        print(f"{domain:<12}{name:<34}{obs_text:>5}{action_size:>8}{task_spec(name).episode_length:>9}  {installed}")
     print(f"{len(TASKS)} tasks; episode = decisions. Any Gymnasium id with Box actions works too (HalfCheetah-v5).")
 
 

@@ -16,6 +16,7 @@ size, Z latent size, K bins, q an ensemble of value heads, T tasks, E size of th
 
 import contextlib
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -596,9 +597,8 @@ def train(agent: Agent, mesh: Mesh, tasks, state: TrainState, replay, demos, num
         batch = sample(agent, tasks, replay, demos, sample_key)
         places = Batch(*[devices.split(mesh, 1)] * 4, devices.split(mesh, 0))
         batch = jax.lax.with_sharding_constraint(batch, places)
-        state, info = update(
-            agent, tasks, state._replace(key=key), batch, mt.update_noise(agent, noise_key), pretraining
-        )
+        noise = mt.update_noise(agent, noise_key)
+        state, info = update(agent, tasks, state._replace(key=key), batch, noise, pretraining)
         return jax.lax.with_sharding_constraint(state, devices.replicated(mesh)), info
 
     state, infos = jax.lax.scan(one, state, None, length=num_updates)
@@ -608,6 +608,8 @@ def train(agent: Agent, mesh: Mesh, tasks, state: TrainState, replay, demos, num
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def make_envs(names: tuple[str, ...], num_envs: int, agent: Agent, seed, capture_video: bool):
     """`num_envs` environments of each task, in the order of `Tasks.of_env`."""
+    for name in names if capture_video else ():
+        environments.check_rendering(name)
     sizes = (agent.obs_dim, agent.action_dim)
     render_mode = "rgb_array" if capture_video else None
     return environments.make_envs(names, num_envs, seed, sizes=sizes, render_mode=render_mode)
@@ -744,7 +746,8 @@ def start_or_resume(args: Args, inputs: Inputs, mesh: Mesh, n: int, demos: td.St
     """Learning state with the key of the acting, replay and counters of the run's last checkpoint; without one all is
     fresh, but for the agent if --checkpoint names one, and for the demonstrations with which the replay begins."""
     agent = inputs.agent
-    count = {"pretrained": 0, "decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    evaluated = 0 if pretraining_of(args) else -1  # no evaluation before anything is learned
+    count = {"pretrained": 0, "decisions": 0, "updates": 0, "evaluated": evaluated, "seconds": 0.0}
     streams = random_streams(args.seed)
     capacity = args.buffer_size // n
     state_shapes = jax.eval_shape(partial(fresh_state, agent), streams, inputs.table)
@@ -770,7 +773,7 @@ def loop(
     eval_freq = args.eval_freq or 10_000 * n
     checkpoint_freq = args.checkpoint_freq or 5 * eval_freq
     pretraining = pretraining_of(args)
-    seed_steps = seed_steps_of(args, names, n)
+    seed_steps = seed_steps_of(args, names)
     burst = max(1, int(args.utd * n))  # updates of one dispatch
     eval_key = random_streams(args.seed).evaluate
     state, key = state["train"], state["act_key"]
@@ -783,7 +786,7 @@ def loop(
         # Evaluate: in the same environments, whose episodes under way are left
         finished = step >= pretraining + args.total_timesteps
         share = prior_share(agent, count["decisions"])
-        if due(step, count["evaluated"], eval_freq, finished or step == pretraining) and (step or not pretraining):
+        if due(step, count["evaluated"], eval_freq, finished or step == pretraining):
             how = "plan" if count["decisions"] or args.checkpoint else "policy", share
             with logger.paused(f"evaluating at step {step}", steps_of(names, args.eval_episodes)) as advance:
                 draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
@@ -819,9 +822,7 @@ def loop(
 
         # Act: dispatched here, read when the environments are stepped
         if entry is None:
-            obs, _ = envs.reset(
-                seed=(args.seed, 0, step)
-            )  # a resumed run begins new episodes, not the first ones again
+            obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first again
             zeros = np.zeros(n, np.float32)
             over = np.zeros(n, bool)  # the next step of these is a reset, and ignores the action
             entry = td.Step(obs, np.zeros((n, agent.action_dim), np.float32), zeros, terminated=over, first=~over)
@@ -830,9 +831,8 @@ def loop(
         by = "plan"
         if count["decisions"] < seed_steps:
             by = "chance" if demos is None and not args.checkpoint else "policy"
-        action, prev_mean, key = act(
-            agent, tasks, state.params, entry.obs, prev_mean, entry.first, share, key, by, explore=True
-        )
+        seen = entry.obs, prev_mean, entry.first
+        action, prev_mean, key = act(agent, tasks, state.params, *seen, share, key, by, explore=True)
 
         # Learn: utd per decision from the seed steps on; computed while the environments step
         made = count["decisions"], count["updates"]
@@ -846,9 +846,7 @@ def loop(
         action = np.asarray(action)  # all that is fetched from the device between two decisions
         obs, reward, terminated, truncated, _ = envs.step(action)
         check_finite(logger.folder, f"step {step}", action=action, reward=reward, observation=obs)
-        entry = td.Step(
-            obs, on_device, reward.astype(np.float32), terminated, first=over
-        )  # over before: now it is reset
+        entry = td.Step(obs, on_device, reward.astype(np.float32), terminated, first=over)  # over before: now reset
         replay = td.add(agent, replay, as_stored(args, entry))
         count["decisions"] += n - int(over.sum())
         step = pretraining + count["decisions"]
@@ -869,11 +867,16 @@ def pretraining_of(args: Args) -> int:
     return args.pretrain_updates if args.demos and not args.checkpoint else 0
 
 
-def seed_steps_of(args: Args, names: tuple[str, ...], n: int) -> int:
+def number_of_envs(args: Args, names: tuple[str, ...]) -> int:
+    """Number n of environments, of all tasks together."""
+    return len(names) * (args.num_envs or (10 if len(names) == 1 else 1))
+
+
+def seed_steps_of(args: Args, names: tuple[str, ...]) -> int:
     """Decisions before planning and learning: --seed-steps, or five of the longest episodes in every environment."""
     if args.seed_steps is not None:
         return args.seed_steps
-    return 5 * n * max(environments.task_spec(name).episode_length for name in names)
+    return 5 * number_of_envs(args, names) * max(environments.task_spec(name).episode_length for name in names)
 
 
 def run_folder(args: Args) -> Path:
@@ -885,7 +888,7 @@ def run_folder(args: Args) -> Path:
 def run(args: Args) -> None:
     """Trains one agent and keeps the run's files."""
     names = environments.online_tasks(args.tasks)
-    n = len(names) * (args.num_envs or (10 if len(names) == 1 else 1))
+    n = number_of_envs(args, names)
     mesh = Mesh(np.array(jax.devices()), "devices")
     signals = Signals()
     with contextlib.ExitStack() as stack:
@@ -896,9 +899,9 @@ def run(args: Args) -> None:
         meta = checkpoints.read_meta()
         inputs = open_inputs(args, names, meta)
         agent = inputs.agent
-        demos = (
-            td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE)) if episodes else None
-        )
+        demos = None
+        if episodes:
+            demos = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
         record = {"args": cli.settings(dataclasses.replace(args, agent=agent)), "tasks": names}
         record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
         record["demos"] = sum(checksums({"demos": demos}).values())
@@ -912,10 +915,8 @@ def run(args: Args) -> None:
         own = None if demos is None else fill(args, agent, mesh, len(demos.first), n, demos)
         folder.begin()
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "step", signals=signals))
-        title = (
-            f"{len(names)} task(s), {n} environment(s), {len(episodes)} demonstration(s): {agent.obs_dim} observations"
-        )
-        title += f", {agent.action_dim} actions, embeddings of {agent.task_dim} numbers"
+        title = f"{len(names)} task(s), {n} environment(s), {len(episodes)} demonstration(s): {agent.obs_dim} "
+        title += f"observations, {agent.action_dim} actions, embeddings of {agent.task_dim} numbers"
         step = count["pretrained"] + count["decisions"]
         total = pretraining_of(args) + args.total_timesteps
         head = SCORES_HEAD.replace("update", "  step")
@@ -927,18 +928,24 @@ def run(args: Args) -> None:
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    names = environments.online_tasks(args.tasks)
-    agent = with_model_size(args.agent, len(names) > 1)
-    cli.check_bounds(dataclasses.replace(args, agent=agent))
+    agent = args.agent
+    cli.check_bounds(dataclasses.replace(args, agent=with_model_size(agent, True)))
+    if args.evaluate:
+        return
     uneven = f"--batch-size {agent.batch_size} cannot be split over {jax.device_count()} devices evenly"
     cli.require(agent.batch_size % jax.device_count() == 0, uneven)
     cli.require(agent.batch_size > 1, "--batch-size must be 2 or more: a half is for the demonstrations")
+    names = environments.online_tasks(args.tasks)
     for name in names:
         length = environments.task_spec(name).episode_length
         short = f"episodes of {name!r} end after {length} decisions, before --horizon {agent.horizon}"
         cli.require(length >= agent.horizon, short)
-        if args.capture_video:
-            environments.check_rendering(name)
+    n = number_of_envs(args, names)
+    small = f"--buffer-size {args.buffer_size} does not hold a window of each of the {n} environments"
+    cli.require(args.buffer_size // n > agent.horizon + 1, small)
+    if seed_steps_of(args, names) >= args.total_timesteps:
+        words = f"the {seed_steps_of(args, names)} decisions with which it starts (--seed-steps)"
+        print(f"only demonstrations are learned: the run ends within {words}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import envs
 from tdmpc2_support.envs import dmcontrol, rendering
+from tdmpc2_support.envs.soup import FACTS
 from tdmpc2_support.envs.vector import env_seeds
 
 ROOT = Path(envs.__file__).parent
@@ -21,7 +22,7 @@ DMCONTROL = [name for name, row in envs.TASKS.items() if row.domain == "DMContro
 
 
 def installed(task):
-    return importlib.util.find_spec(envs.DOMAINS[envs.TASKS[task].domain].module.split(".")[0]) is not None
+    return importlib.util.find_spec(envs.DOMAINS[envs.TASKS[task].domain].package.split(".")[0]) is not None
 
 
 def absent(task, *values):
@@ -187,7 +188,7 @@ def test_task_sets_are_the_originals():
     assert all(task in envs.TASKS for task in envs.TASK_SETS["mt80"])
     assert len(set(envs.TASK_SETS["mt80"])) == 80
     assert max(envs.TASKS[task].obs_size for task in envs.TASK_SETS["mt30"]) == 24
-    assert len(DMCONTROL) == 39 and len(envs.TASKS) == 104
+    assert len(DMCONTROL) == 39 and len(envs.TASKS) == 138
 
 
 def test_cup_spin_starts_mostly_in_the_cup():
@@ -228,7 +229,19 @@ def test_own_tasks_observe_what_the_stock_task_of_their_domain_does(own, stock):
 
 GYMNASIUM = ["HalfCheetah-v5", "Hopper-v5", "Pendulum-v1", "Counter-v0"]
 SAMPLE = ["cartpole-swingup", "dog-run", "cup-spin", "reacher-three-hard", "mw-reach", "mw-assembly", "mw-bin-picking"]
-SAMPLE += ["myo-reach", "myo-key-turn-hard", "lift-cube", "pick-cube", "stack-cube", "pick-ycb", "turn-faucet"]
+SAMPLE += [
+    "mujoco-ant",
+    "mujoco-reacher",
+    "lunarlander-land",
+    "atari-ms-pacman",
+    "myo-reach",
+    "myo-key-turn-hard",
+    "lift-cube",
+    "pick-cube",
+    "stack-cube",
+    "pick-ycb",
+    "turn-faucet",
+]
 
 
 @pytest.mark.parametrize("task", [*SAMPLE, *GYMNASIUM])
@@ -257,8 +270,11 @@ def check_contract(task):
         domain, obs_size, action_size, _ = envs.TASKS[task]
         assert env.observation_space.shape == (obs_size or env.observation_space.shape[0],)
         assert env.action_space.shape == (action_size,)
-        facts = {"DMControl": (2, 500), "Meta-World": (2, 100), "MyoSuite": (1, 100), "ManiSkill": (2, 100)}[domain]
-        assert spec == envs.TaskSpec(task, domain, *facts, False, domain != "DMControl", facts[0] * facts[1])
+        facts = {"DMControl": (2, 500), "Meta-World": (2, 100), "MyoSuite": (1, 100), "ManiSkill": (2, 100)}.get(domain)
+        if task in FACTS:
+            facts = FACTS[task].action_repeat, FACTS[task].episode_length
+        success = domain in ("Meta-World", "MyoSuite", "ManiSkill")
+        assert spec == envs.TaskSpec(task, domain, *facts, False, success, facts[0] * facts[1])
     assert info["success"] == 0.0
     env.action_space.seed(0)
     for _ in range(3):
@@ -1055,5 +1071,5 @@ def test_the_command_prints_every_task_and_loads_no_simulator():
         [sys.executable, "-X", "importtime", "envs.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     rows = [line for line in run.stdout.splitlines() if line.split()[0] in envs.DOMAINS]
-    assert len(rows) == 104 and len(run.stdout.splitlines()) == 106
+    assert len(rows) == 138 and len(run.stdout.splitlines()) == 140
     assert "mujoco" not in run.stderr and "dm_control" not in run.stderr

@@ -54,6 +54,12 @@ _METAWORLD_TASKS = (
     "sweep-into sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert"
 )
 
+_ATARI_GAMES = (
+    "alien assault asterix atlantis bank-heist battle-zone beamrider boxing chopper-command crazy-climber double-dunk "
+    "gopher ice-hockey jamesbond kangaroo krull ms-pacman name-this-game phoenix pong road-runner robotank seaquest "
+    "space-invaders tutankham upndown yars-revenge"
+)
+
 DOMAINS = {
     "DMControl": Domain(
         rows=(
@@ -102,6 +108,29 @@ DOMAINS = {
         ),
         action_repeat=2, episode_length=100, success=True, rgb=False,
         module="maniskill", package="mani_skill.envs", install="pip install -e '.[maniskill]'",
+    ),
+    # Of Newt: each task has its own repeat and length, see soup.py.
+    "MuJoCo": Domain(
+        rows=(
+            ("mujoco", "ant", 27, 8, 150),
+            ("mujoco", "halfcheetah", 17, 6, 60),
+            ("mujoco", "hopper", 11, 3, 60),
+            ("mujoco", "inverted-pendulum", 4, 1, 40),
+            ("mujoco", "reacher", 11, 2, 40),
+            ("mujoco", "walker", 17, 6, 80),
+        ),
+        action_repeat=2, episode_length=500, success=False, rgb=False,
+        module="gym_mujoco", package="mujoco", install="pip install -e .",
+    ),
+    "Box2D": Domain(
+        rows=(("lunarlander", "land", 8, 2, 100),),
+        action_repeat=2, episode_length=250, success=False, rgb=False,
+        module="box2d", package="Box2D", install="pip install -e '.[box2d]'",
+    ),
+    "Atari": Domain(
+        rows=(("atari", _ATARI_GAMES, 128, 3, 600),),
+        action_repeat=4, episode_length=1000, success=False, rgb=False,
+        module="atari", package="ale_py", install="pip install -e '.[atari]'",
     ),
     # Environments in JAX, by the names that `jax_domain` knows: each task has its own repeat and length.
     "Playground": Domain(
