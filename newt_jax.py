@@ -635,6 +635,7 @@ def evaluate(args, agent, tasks, params, names, envs, key, seed, by, share, adva
     over = np.zeros(n, bool)  # the next step of these is a reset, and ignores the action
     returns = np.zeros(n)
     mean = jnp.zeros((n, agent.horizon, agent.action_dim))
+    mean, key = jax.device_put((mean, key), params["task_emb"].sharding)  # as `act` returns them: it compiles once
     while (left > 0).any():
         if args.capture_video and not all(finished):
             for task, picture in enumerate(thumbnails(envs.render(), len(names))):
@@ -781,7 +782,7 @@ def loop(
     step = saved = count["pretrained"] + count["decisions"]
     info = {}
     entry = None  # what the environments have returned last; None: they are to be reset
-    prev_mean = jnp.zeros((n, agent.horizon, agent.action_dim))
+    prev_mean = jax.device_put(jnp.zeros((n, agent.horizon, agent.action_dim)), devices.replicated(mesh))
     while True:
         # Evaluate: in the same environments, whose episodes under way are left
         finished = step >= pretraining + args.total_timesteps

@@ -149,10 +149,34 @@ def diffusion(script, call: str, n: int, capacity: int, **fields) -> Program:
     return Program(script.act, (agent,), inputs, {"explore": True}, agent)
 
 
+def newt(script, call: str, n: int, capacity: int, model_size: int = 5, device=None, **fields) -> Program:
+    """After the pretraining, n tasks with an embedding and an environment each, half of a batch from demonstrations; the
+    model that is nearest in size."""
+    size = {1: "S", 5: "B", 19: "L"}.get(model_size, "XL")
+    agent = script.with_model_size(script.Agent(model_size=size, **fields), True)
+    agent = dataclasses.replace(agent, obs_dim=128, action_dim=16, task_dim=512, num_tasks=n)
+
+    def inputs():
+        tasks = script.Tasks(jnp.ones((n, 16)), jnp.full(n, 0.99), jnp.zeros(n), jnp.arange(n))
+        state = script.fresh_state(agent, script.random_streams(0), jnp.ones((n, 512)))["train"]
+        if call == "update":
+            demos, replay = (filled_replay(script.td, agent, capacity // n, n) for _ in range(2))
+            return tasks, state, replay, demos
+        acting = jnp.ones((n, 128)), jnp.zeros((n, agent.horizon, 16)), jnp.zeros(n, bool), jnp.ones(())
+        return tasks, state.params, *acting, jax.random.key(0)
+
+    if call == "plan":
+        return Program(script.act, (agent,), inputs, {"by": "plan", "explore": True}, agent)
+    mesh = jax.sharding.Mesh([device or jax.devices()[0]], "devices")
+    options = {"num_updates": 1, "pretraining": False}
+    return Program(script.train, (agent, mesh), inputs, options, agent, state_at=1)
+
+
 PROGRAMS = {
     "tdmpc2_jax": online,
     "tdmpc2_jax_rgb": pixels,
     "tdmpc2_jax_mt": multitask,
     "tdmpc_jax": first_version,
     "tdmpc2_jax_diffusion": diffusion,
+    "newt_jax": newt,
 }
