@@ -15,7 +15,7 @@ from tdmpc2_support.cli import saved_fields
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted(path.stem for path in (*ROOT.glob("tdmpc*.py"), *ROOT.glob("deploy.py")))
+SCRIPTS = sorted(path.stem for name in ("tdmpc*", "newt*", "deploy") for path in ROOT.glob(f"{name}.py"))
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tdmpc2_support/**/*.py"), *ROOT.glob("*/*.py")]
 MODULES = {*SCRIPTS, "envs", "tdmpc2_support"}
 OF_OTHERS = {"--gpus", "--help", "--strict", "--smooth-coef"}  # of other programs, and an example

@@ -188,7 +188,7 @@ def test_task_sets_are_the_originals():
     assert all(task in envs.TASKS for task in envs.TASK_SETS["mt80"])
     assert len(set(envs.TASK_SETS["mt80"])) == 80
     assert max(envs.TASKS[task].obs_size for task in envs.TASK_SETS["mt30"]) == 24
-    assert len(DMCONTROL) == 39 and len(envs.TASKS) == 138
+    assert len(DMCONTROL) == 39 and len(envs.TASKS) == 144
 
 
 def test_cup_spin_starts_mostly_in_the_cup():
@@ -273,7 +273,7 @@ def check_contract(task):
         facts = {"DMControl": (2, 500), "Meta-World": (2, 100), "MyoSuite": (1, 100), "ManiSkill": (2, 100)}.get(domain)
         if task in FACTS:
             facts = FACTS[task].action_repeat, FACTS[task].episode_length
-        success = domain in ("Meta-World", "MyoSuite", "ManiSkill")
+        success = domain in ("Meta-World", "MyoSuite", "ManiSkill", "RoboDesk")
         assert spec == envs.TaskSpec(task, domain, *facts, False, success, facts[0] * facts[1])
     assert info["success"] == 0.0
     env.action_space.seed(0)
@@ -1071,5 +1071,5 @@ def test_the_command_prints_every_task_and_loads_no_simulator():
         [sys.executable, "-X", "importtime", "envs.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     rows = [line for line in run.stdout.splitlines() if line.split()[0] in envs.DOMAINS]
-    assert len(rows) == 138 and len(run.stdout.splitlines()) == 140
+    assert len(rows) == 144 and len(run.stdout.splitlines()) == 146
     assert "mujoco" not in run.stderr and "dm_control" not in run.stderr

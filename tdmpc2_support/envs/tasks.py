@@ -127,6 +127,11 @@ DOMAINS = {
         action_repeat=2, episode_length=250, success=False, rgb=False,
         module="box2d", package="Box2D", install="pip install -e '.[box2d]'",
     ),
+    "RoboDesk": Domain(
+        rows=(("rd", "push-red push-green push-blue open-slide open-drawer flat-block-in-bin", 73, 5, 15000),),
+        action_repeat=10, episode_length=100, success=True, rgb=False,
+        module="robodesk", package="robodesk", install="pip install -e '.[robodesk]'",
+    ),
     "Atari": Domain(
         rows=(("atari", _ATARI_GAMES, 128, 3, 600),),
         action_repeat=4, episode_length=1000, success=False, rgb=False,
