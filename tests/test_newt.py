@@ -24,6 +24,7 @@ from tdmpc2_support.agents.pretrained import load_newt
 from tdmpc2_support.data.demonstrations import Episode, in_columns, read_demonstrations
 from tdmpc2_support.data.embeddings import read_embeddings
 from tdmpc2_support.data.pt import save_tensordict
+from tdmpc2_support.envs.vector import shared_out
 from tdmpc2_support.run.checkpoints import complete_checkpoints
 
 SCRIPT = newt
@@ -368,3 +369,8 @@ def test_eight_devices_learn_what_one_learns_in_both_stages():
         [sys.executable, "-c", DEVICES], env=with_devices(8), cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
+
+
+def test_environments_are_shared_out_among_workers_by_what_they_cost():
+    assert shared_out([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
+    assert shared_out([1, 9, 1, 1, 6, 2], 2) == [[1, 2], [0, 3, 4, 5]]

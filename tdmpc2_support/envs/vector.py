@@ -55,11 +55,28 @@ def default_workers(tasks: str | Sequence[str], num_envs: int, cores: int | None
     tasks = [tasks] if isinstance(tasks, str) else tasks
     if any(jax_domain(task) for task in tasks):
         return 0  # each process would load JAX and its programs, and beside a GPU take its memory
-    each = np.mean([TASKS[task].microseconds if task in TASKS else 100 for task in tasks]) + 2000 * (obs != "state")
+    each = np.mean([cost_of(task) for task in tasks]) + 2000 * (obs != "state")
     num_envs *= len(tasks)
     workers = range(2, min(num_envs, cores) + 1)
     times = {0: num_envs * each} | {w: 1.3 * -(-num_envs // w) * each + 50 + 30 * w for w in workers}
     return min(times, key=times.get)
+
+
+def cost_of(task: str) -> float:
+    """Microseconds of CPU that a decision takes, about."""
+    return TASKS[task].microseconds if task in TASKS else 100
+
+
+def shared_out(costs: Sequence[float], num_workers: int) -> list[list[int]]:
+    """The environments of each worker, by number, so that all have as much to do: the dearest first, each to the worker
+    that has least so far."""
+    load = [0.0] * num_workers
+    rows: list[list[int]] = [[] for _ in range(num_workers)]
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        worker = load.index(min(load))
+        load[worker] += costs[row]
+        rows[worker].append(row)
+    return [sorted(own) for own in rows]
 
 
 def env_seeds(seed: int | Sequence[int], num_envs: int) -> list[int]:
@@ -171,7 +188,8 @@ class WorkerVectorEnv(TaskVectorEnv):
     def __init__(self, tasks: list[str], makers: list[Any], num_workers: int, render_mode: str | None):
         self.processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
-        self._rows_of = [np.arange(i, len(makers), num_workers) for i in range(num_workers)]  # every task to many
+        each = len(makers) // len(tasks)
+        self._rows_of = shared_out([cost_of(task) for task in tasks for _ in range(each)], num_workers)
         super().__init__(tasks, makers, render_mode)
 
     def _open(self, tasks: list[str], makers: list[Any]) -> None:
@@ -180,8 +198,8 @@ class WorkerVectorEnv(TaskVectorEnv):
         num_workers = len(self._rows_of)
         with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
             try:
-                for i, rows in enumerate(self._rows_of):
-                    job = registered, slice(i, self.num_envs, num_workers), [makers[row] for row in rows]
+                for number, rows in enumerate(self._rows_of):
+                    job = registered, number, rows, [makers[row] for row in rows]
                     self._start(shared.fileno(), job)
                 (self.single_observation_space, self.single_action_space, self.metadata), *_ = (
                     self._receive(worker) for worker in range(num_workers)
@@ -256,7 +274,10 @@ class WorkerVectorEnv(TaskVectorEnv):
         if self.render_mode is None:
             return None
         frames = self._command_all("render", [None] * len(self._pipes))
-        return tuple(frames[i % len(frames)][i // len(frames)] for i in range(self.num_envs))
+        frame_of = {}
+        for rows, drawn in zip(self._rows_of, frames, strict=True):
+            frame_of.update(zip(rows, drawn, strict=True))
+        return tuple(frame_of[row] for row in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the workers within 5 s, also those that hang or have failed."""
@@ -289,8 +310,7 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
     envs: list[gym.Env] = []
     try:
         sys.path[:] = pipe.recv()
-        registered, rows, makers = pipe.recv().fn
-        rendering._worker = rows.start
+        registered, rendering._worker, rows, makers = pipe.recv().fn
         gym.registry.update({spec.id: spec for spec in registered})
         envs += [make() for make in makers]
         pipe.send(("done", (envs[0].observation_space, envs[0].action_space, envs[0].metadata)))
@@ -299,7 +319,8 @@ def _work(pipe_fd: int, shared_fd: int) -> None:
             command, argument = pipe.recv()
             value = None
             if command == "share":  # the parent has given the shared file its size
-                records = np.frombuffer(mmap.mmap(shared_fd, 0), record)[rows]
+                shared = np.frombuffer(mmap.mmap(shared_fd, 0), record)
+                records = [shared[row] for row in rows]  # views
             elif command == "reset":
                 for record, env, seed in zip(records, envs, argument[0], strict=True):
                     _record_reset(record, env.reset(seed=seed, options=argument[1]))
