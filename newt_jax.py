@@ -16,9 +16,7 @@ size, Z latent size, K bins, q an ensemble of value heads, T tasks, E size of th
 
 import contextlib
 import dataclasses
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -39,11 +37,12 @@ from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.data.demonstrations import in_columns, read_demonstrations
 from tdmpc2_support.data.embeddings import read_embeddings
 from tdmpc2_support.devices import keep_freed_memory, set_up_jax
+from tdmpc2_support.run import schedule
 from tdmpc2_support.run.checkpoints import Checkpoints, checksums
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
 from tdmpc2_support.run.reports import SCORES_COLUMNS, SCORES_HEAD, SetEvaluation, progress, report_scores
-from tdmpc2_support.run.schedule import Streams, check_windows, due, random_streams, updates_due
+from tdmpc2_support.run.schedule import Streams, due, random_streams
 from tdmpc2_support.run.video import side_by_side, thumbnails
 
 
@@ -655,11 +654,6 @@ def evaluate(args, agent, tasks, params, names, envs, key, seed, by, share, adva
     return SetEvaluation(names, returns, successes, side_by_side(films) if args.capture_video else [])
 
 
-def steps_of(names: tuple[str, ...], episodes: int) -> int:
-    """How many steps an evaluation takes, resets among them, if no episode terminates."""
-    return episodes * (1 + max(environments.task_spec(name).episode_length for name in names))
-
-
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: prints the table of tasks, the domains' means and the normalised score; writes them to --json."""
     loaded = load_newt(args.checkpoint, *SCRIPTS)
@@ -667,7 +661,7 @@ def evaluate_checkpoint(args: Args) -> None:
     agent, _, loaded = fit_loaded(args, names, loaded)
     tasks = make_tasks(agent, names, 1)
     envs = make_envs(names, 1, agent, (args.seed, 1), args.capture_video)
-    with contextlib.closing(envs), progress(steps_of(names, args.eval_episodes)) as advance:
+    with contextlib.closing(envs), progress(schedule.evaluation_steps(names, args.eval_episodes)) as advance:
         key, seed = random_streams(args.seed).evaluate, (args.seed, 1)
         share = prior_share(agent, loaded.decisions)
         result = evaluate(args, agent, tasks, loaded.params, names, envs, key, seed, "plan", share, advance)
@@ -774,8 +768,9 @@ def loop(
     eval_freq = args.eval_freq or 10_000 * n
     checkpoint_freq = args.checkpoint_freq or 5 * eval_freq
     pretraining = pretraining_of(args)
-    seed_steps = seed_steps_of(args, names)
+    seed_steps = schedule.online_seed_steps(args, names)
     burst = max(1, int(args.utd * n))  # updates of one dispatch
+    length_of_evaluation = schedule.evaluation_steps(names, args.eval_episodes)
     eval_key = random_streams(args.seed).evaluate
     state, key = state["train"], state["act_key"]
     learn = partial(train, agent, mesh, tasks)
@@ -789,7 +784,7 @@ def loop(
         share = prior_share(agent, count["decisions"])
         if due(step, count["evaluated"], eval_freq, finished or step == pretraining):
             how = "plan" if count["decisions"] or args.checkpoint else "policy", share
-            with logger.paused(f"evaluating at step {step}", steps_of(names, args.eval_episodes)) as advance:
+            with logger.paused(f"evaluating at step {step}", length_of_evaluation) as advance:
                 draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
                 parts = agent, tasks, state.params, names, envs
                 result = evaluate(args, *parts, *draws, *how, advance, logger.signals)
@@ -837,7 +832,7 @@ def loop(
 
         # Learn: utd per decision from the seed steps on; computed while the environments step
         made = count["decisions"], count["updates"]
-        bursts = updates_due(*made, seed_steps, args.utd, burst, replay.size, at_once=0)
+        bursts = schedule.updates_due(*made, seed_steps, args.utd, burst, replay.size, at_once=0)
         for _ in logger.with_bar("learning", range(bursts)):
             state, info = learn(state, replay, demos, num_updates=burst, pretraining=False)
             count["updates"] += burst
@@ -858,7 +853,7 @@ def loop(
         for i in np.flatnonzero(over):
             logger.log(step, {f"charts/episodic_return/{names[i * len(names) // n]}": returns[i]})
         if due(step, logger.logged, args.log_freq):
-            check_windows(replay.size, count["updates"], agent.horizon)
+            schedule.check_windows(replay.size, count["updates"], agent.horizon)
             logger.log_losses(step, info)
         logger.advance(step)
 
@@ -868,32 +863,14 @@ def pretraining_of(args: Args) -> int:
     return args.pretrain_updates if args.demos and not args.checkpoint else 0
 
 
-def number_of_envs(args: Args, names: tuple[str, ...]) -> int:
-    """Number n of environments, of all tasks together."""
-    return len(names) * (args.num_envs or (10 if len(names) == 1 else 1))
-
-
-def seed_steps_of(args: Args, names: tuple[str, ...]) -> int:
-    """Decisions before planning and learning: --seed-steps, or five of the longest episodes in every environment."""
-    if args.seed_steps is not None:
-        return args.seed_steps
-    return 5 * number_of_envs(args, names) * max(environments.task_spec(name).episode_length for name in names)
-
-
-def run_folder(args: Args) -> Path:
-    """The run's folder, named after its tasks."""
-    name = "soup" if args.tasks == "soup" else cli.joined(environments.online_tasks(args.tasks))
-    return Path(args.runs_dir, name, args.exp_name, str(args.seed))
-
-
 def run(args: Args) -> None:
     """Trains one agent and keeps the run's files."""
     names = environments.online_tasks(args.tasks)
-    n = number_of_envs(args, names)
+    n = cli.number_of_envs(args, names)
     mesh = Mesh(np.array(jax.devices()), "devices")
     signals = Signals()
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(run_folder(args), cli.settings(args)))
+        folder = stack.enter_context(RunFolder(cli.online_folder(args), cli.settings(args)))
         checkpoints = stack.enter_context(Checkpoints(folder, "newt_jax"))
         environments.check_simulators(names)
         episodes = read_demonstrations(names, args.demos, args.demo_episodes) if args.demos else []
@@ -929,29 +906,14 @@ def run(args: Args) -> None:
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
-    agent = args.agent
-    cli.check_bounds(dataclasses.replace(args, agent=with_model_size(agent, True)))
-    if args.evaluate:
-        return
-    uneven = f"--batch-size {agent.batch_size} cannot be split over {jax.device_count()} devices evenly"
-    cli.require(agent.batch_size % jax.device_count() == 0, uneven)
-    cli.require(agent.batch_size > 1, "--batch-size must be 2 or more: a half is for the demonstrations")
-    names = environments.online_tasks(args.tasks)
-    for name in names:
-        length = environments.task_spec(name).episode_length
-        short = f"episodes of {name!r} end after {length} decisions, before --horizon {agent.horizon}"
-        cli.require(length >= agent.horizon, short)
-    n = number_of_envs(args, names)
-    small = f"--buffer-size {args.buffer_size} does not hold a window of each of the {n} environments"
-    cli.require(args.buffer_size // n > agent.horizon + 1, small)
-    if seed_steps_of(args, names) >= args.total_timesteps:
-        words = f"the {seed_steps_of(args, names)} decisions with which it starts (--seed-steps)"
-        print(f"only demonstrations are learned: the run ends within {words}", file=sys.stderr)
+    cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent, many=True)))
+    if not args.evaluate:
+        cli.check_online(args, environments.online_tasks(args.tasks), jax.device_count())
 
 
 def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
-        args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, run_folder, SCRIPTS, ()))
+        args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.online_folder, SCRIPTS, ()))
         set_up_jax(args.compile_cache)
         check_args(args)
         if args.evaluate:

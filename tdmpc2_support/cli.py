@@ -171,6 +171,29 @@ def check_replay(args: Any, spec: TaskSpec, seed_steps: int) -> None:
     require(args.buffer_size >= seed_steps + window, f"--buffer-size {args.buffer_size} does not hold {content}")
 
 
+def number_of_envs(args: Any, names: Sequence[str]) -> int:
+    """Environments of an online run of several tasks: --num-envs of each, or one; of a task alone ten."""
+    return len(names) * (args.num_envs or (10 if len(names) == 1 else 1))
+
+
+def check_online(args: Any, names: Sequence[str], num_devices: int) -> None:
+    """Refuses a batch or a replay of an online run of several tasks that cannot be used, and episodes shorter than a
+    window.
+
+    args has the fields num_envs, buffer_size, agent.batch_size and agent.horizon."""
+    agent = args.agent
+    uneven = f"--batch-size {agent.batch_size} cannot be split over {num_devices} devices evenly"
+    require(agent.batch_size % num_devices == 0, uneven)
+    require(agent.batch_size > 1, "--batch-size must be 2 or more: a half is for the demonstrations")
+    for name in names:
+        length = task_spec(name).episode_length
+        short = f"episodes of {name!r} end after {length} decisions, before --horizon {agent.horizon}"
+        require(length >= agent.horizon, short)
+    n = number_of_envs(args, names)
+    small = f"--buffer-size {args.buffer_size} does not hold a window of each of the {n} environments"
+    require(args.buffer_size // n > agent.horizon + 1, small)
+
+
 def as_flag(name: str, *value: Any) -> str:
     """An argument, and its value if one is given, as it is written on the command line."""
     flag = name.replace("_", "-")
@@ -286,6 +309,14 @@ def set_folder(args: Any) -> Path:
     tasks = set_tasks(task_set(args.tasks))
     known = [name for name, known in TASK_SETS.items() if known == tasks]
     return Path(args.runs_dir, known[0] if known else joined(tasks), args.exp_name, str(args.seed))
+
+
+def online_folder(args: Any) -> Path:
+    """That of an online run of several tasks, of any names; "soup" stands for all that can be made."""
+    name = (
+        args.tasks if args.tasks in ("soup", *TASK_SETS) else joined([task_spec(t).name for t in args.tasks.split(",")])
+    )
+    return Path(args.runs_dir, name, args.exp_name, str(args.seed))
 
 
 def joined(tasks: Sequence[str]) -> str:

@@ -1,10 +1,12 @@
 """What is due at a step of a run (evaluations, checkpoints, updates), and its random streams."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from tdmpc2_support.envs.tasks import TaskSpec
+from tdmpc2_support.cli import number_of_envs
+from tdmpc2_support.envs.tasks import TaskSpec, task_spec
 from tdmpc2_support.errors import UserError
 
 
@@ -34,6 +36,19 @@ def seed_steps_of(args: Any, spec: TaskSpec) -> int:
     if args.seed_steps is not None:
         return args.seed_steps
     return max(1000, 5 * spec.episode_length)
+
+
+def online_seed_steps(args: Any, names: Sequence[str]) -> int:
+    """Decisions before planning and learning begin in an online run of several tasks: --seed-steps, or five of the
+    longest episodes in every environment."""
+    if args.seed_steps is not None:
+        return args.seed_steps
+    return 5 * number_of_envs(args, names) * max(task_spec(name).episode_length for name in names)
+
+
+def evaluation_steps(names: Sequence[str], episodes: int) -> int:
+    """How many steps an evaluation in all tasks takes, resets among them, if no episode terminates."""
+    return episodes * (1 + max(task_spec(name).episode_length for name in names))
 
 
 def updates_due(
