@@ -163,9 +163,7 @@ def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, here, tmp_pat
     meta = meta_of(folder, "newt_jax")
     count = meta["count"]
     assert count["pretrained"] == 20 and 120 <= count["decisions"] < 123
-    assert count["updates"] == int((count["decisions"] - 60) * 0.2) or count["updates"] == int(
-        (count["decisions"] - 63) * 0.2
-    )
+    assert (count["decisions"] - 63) * 0.2 - 1 < count["updates"] <= (count["decisions"] - 60) * 0.2
     assert read_scalars(folder, "losses/pi_prior_loss") and read_scalars(folder, f"charts/episodic_return/{NAMES[2]}")
 
     runs = str(folder.parent.parent.parent)
@@ -308,9 +306,10 @@ def test_terminations_are_learned_and_planned_with_in_tasks_that_have_them_only(
     tasks = newt.Tasks(jnp.ones((2, 2)), jnp.full(2, 0.9), jnp.array([1.0, 0.0]), jnp.arange(2))
 
     def value(task, agent):
-        inputs = newt.task_input(agent, tasks, params["task_emb"], task)
+        inputs = newt.task_input(agent, tasks, params["task_emb"], jnp.array(task))
         actions, eps = jnp.zeros((3, 5, 2)), jnp.zeros((5, 2))
-        return newt.estimate_value(agent, params, jnp.ones((1, 8)) / 8, actions, inputs, jnp.array([0, 1]), eps)
+        estimate = jax.jit(newt.estimate_value, static_argnums=0)
+        return estimate(agent, params, jnp.ones((1, 8)) / 8, actions, inputs, jnp.array([0, 1]), eps)
 
     without = dataclasses.replace(agent, episodic=False)
     assert (np.abs(value(0, agent)) < np.abs(value(0, without))).all()
@@ -322,9 +321,10 @@ def test_terminations_are_learned_and_planned_with_in_tasks_that_have_them_only(
     )
     state = newt.init_state(agent, params, params["q"], 1.0, jax.random.key(0))
     noise = mt.update_noise(agent, jax.random.key(1))
-    info = newt.update(agent, tasks, state, batch, noise, False)[1]
+    update = jax.jit(newt.update, static_argnums=(0, 5))
+    info = update(agent, tasks, state, batch, noise, False)[1]
     assert info["termination_loss"] == 0
-    info = newt.update(agent, tasks, state, batch._replace(task=jnp.zeros(B, int)), noise, False)[1]
+    info = update(agent, tasks, state, batch._replace(task=jnp.zeros(B, int)), noise, False)[1]
     assert info["termination_loss"] > 5
 
 
