@@ -192,7 +192,7 @@ def figures(folder: Path, script: str, call: str, size: int, n: int, fields: dic
     if Path(module.__file__).parent != folder:
         raise RuntimeError(f"{folder} was asked for, {module.__file__} was imported")
     with mock.patch("jax.default_backend", lambda: "gpu"), tempfile.TemporaryDirectory() as dumped:
-        more = {"device": topology.devices[0]} if script == "tdmpc2_jax_mt" else {}
+        more = {"device": topology.devices[0]} if script in ("tdmpc2_jax_mt", "newt_jax") else {}
         program = PROGRAMS[script](module, call, n, 100_000, model_size=size, **fields, **more)
         traced = program.trace(*place(program.inputs))
         dump = {"xla_dump_to": dumped, "xla_dump_hlo_as_text": True, "xla_gpu_autotune_level": 0}
