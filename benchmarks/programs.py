@@ -150,8 +150,8 @@ def diffusion(script, call: str, n: int, capacity: int, **fields) -> Program:
 
 
 def newt(script, call: str, n: int, capacity: int, model_size: int = 5, device=None, **fields) -> Program:
-    """After the pretraining, n tasks with an embedding and an environment each, half of a batch from demonstrations; the
-    model that is nearest in size."""
+    """After the pretraining: n tasks with an embedding and an environment each, half of a batch from demonstrations;
+    the model that is nearest in size."""
     size = {1: "S", 5: "B", 19: "L"}.get(model_size, "XL")
     agent = script.with_model_size(script.Agent(model_size=size, **fields), True)
     agent = dataclasses.replace(agent, obs_dim=128, action_dim=16, task_dim=512, num_tasks=n)

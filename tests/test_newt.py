@@ -105,6 +105,7 @@ def columns(replay):
     return [replay.obs[:rows, i, :3].astype(int).tolist() for i in range(replay.obs.shape[1])]
 
 
+@pytest.mark.slow
 def test_episodes_of_different_lengths_are_stored_as_they_were(stored, golden):
     _, replay = stored[0]
     recorded = golden("newt_buffer.npz")
@@ -124,6 +125,7 @@ def test_episodes_of_different_lengths_are_stored_as_they_were(stored, golden):
     assert any((np.diff(obs[:, 2]) != 1).any() for obs in first), "the original's trainer stores something else"
 
 
+@pytest.mark.slow
 def test_demonstrations_are_in_the_columns_of_their_tasks_before_what_the_environments_do(stored):
     _, replay = stored[1]
     demonstrated = [[entry for entry in column if entry[1] >= 100] for column in columns(replay)]
@@ -134,7 +136,7 @@ def test_demonstrations_are_in_the_columns_of_their_tasks_before_what_the_enviro
     assert all(column[-1][1] < 100 for column in columns(replay))
 
 
-@pytest.mark.parametrize("how", ["episodes", "windows"])
+@pytest.mark.parametrize("how", ["episodes", pytest.param("windows", marks=pytest.mark.slow)])
 def test_windows_are_drawn_as_sample_says_and_half_of_a_batch_is_from_the_demonstrations(how):
     agent = newt.Agent(obs_dim=3, action_dim=1, horizon=2, batch_size=40_000, sample=how)
     replay, valid = write_episodes(td, agent, 0, capacity=40, num_envs=2, steps=60)
@@ -153,6 +155,7 @@ def test_windows_are_drawn_as_sample_says_and_half_of_a_batch_is_from_the_demons
 
 
 # --------------------------------------------------------------------------------------------------------------- Runs
+@pytest.mark.slow
 def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, here, tmp_path, capsys):
     folder, replay = stored[1]
     rows = list(csv.DictReader((folder / "eval.csv").open()))
@@ -178,6 +181,7 @@ def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, here, tmp_pat
     ]
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_every_finished_episode_and_writes_them(stored, here, tmp_path):
     folder, _ = stored[0]
     how = ("--evaluate", "--checkpoint", folder, *TASKS, "--eval-episodes", 2, "--json", "result.json", "--no-mpc")
@@ -188,6 +192,7 @@ def test_an_evaluation_counts_every_finished_episode_and_writes_them(stored, her
     assert "2 to 5 episodes each" in out
 
 
+@pytest.mark.slow
 def test_a_task_of_a_run_folded_into_the_biases_acts_as_before(stored):
     folder, _ = stored[0]
     loaded = load_newt(str(folder), "newt_jax")
@@ -289,6 +294,7 @@ def test_embeddings_are_read_from_files_by_either_name_or_are_one_hot_learned_or
 
 
 # -------------------------------------------------------------------------------------------------------- Terminations
+@pytest.mark.slow
 def test_terminations_are_learned_and_planned_with_in_tasks_that_have_them_only():
     sizes = {
         "enc_dim": 8,
@@ -364,6 +370,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns_in_both_stages():
     done = subprocess.run(
         [sys.executable, "-c", DEVICES], env=with_devices(8), cwd=ROOT, capture_output=True, text=True
