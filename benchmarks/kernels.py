@@ -6,10 +6,11 @@
     python benchmarks/kernels.py --compare ../before --json kernels.json            # git worktree add ../before COMMIT
 
 At these sizes a kernel takes some microseconds whatever it computes, so their number is what a call costs. `launches`
-are all kernels, copies and fills of one call, loops with all their rounds; `chain` is the longest sequence of launches
-of which each needs the one before: what is left if all others run beside it; `products` of the launches multiply
-matrices. `graphs` are launches of CUDA graphs, which hold all but those `outside`. `temporary_mb` is memory that the
-program takes for itself. `--lines` tells which lines of the script launches come from.
+are all kernels, copies and fills of one call, loops with all their rounds (once where only the device knows how many);
+`chain` is the longest sequence of launches of which each needs the one before: what is left if all others run beside
+it; `products` of the launches multiply matrices. `graphs` are launches of CUDA graphs, which hold all but those
+`outside`. `temporary_mb` is memory that the program takes for itself. `--lines` tells from which lines of the script
+launches come.
 
 Nothing is timed. Which kernels XLA would choose after trying them on the card is not known here: products are by Triton
 (`--options xla_gpu_enable_triton_gemm=false`: by cuBLAS, a few launches less).
@@ -43,7 +44,7 @@ from jax.experimental import topologies
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.programs import PROGRAMS  # noqa: E402
+from benchmarks.programs import PROGRAMS, a_round  # noqa: E402
 
 H200 = """
 platform_name: "CUDA"  device_description_str: "NVIDIA H200"
@@ -60,13 +61,15 @@ gpu_device_info {
 """  # versions from 12.3 on, or XLA leaves loops and products out of CUDA graphs
 NO_LAUNCH = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "opt-barrier", "iota"}
 FIGURES = ("launches", "chain", "products", "graphs", "outside", "temporary_mb")
-NAMES = Literal[tuple(PROGRAMS)]
+DEVICE = "tdmpc2_jax_device"
+BUILDERS = PROGRAMS | {DEVICE: a_round}
+CALLS = Literal["update", "plan", "round"]  # of the script on the accelerator a round is all that there is
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    scripts: tuple[NAMES, ...] = NAMES.__args__  # what is compiled
-    calls: tuple[Literal["update", "plan"], ...] = ("update", "plan")  # train and act, as the training loop calls them
+    scripts: tuple[Literal[tuple(BUILDERS)], ...] = tuple(PROGRAMS)  # what is compiled
+    calls: tuple[CALLS, ...] = CALLS.__args__  # train and act, as the loop calls them; a round of the compiled loop
     model_size: tuple[int, ...] = (5,)  # millions of parameters, one or several
     num_envs: tuple[int, ...] = (1,)  # environments that plans are made for, one or several
     fields: tuple[str, ...] = ()  # settings of the agent NAME=VALUE, as compute_dtype=bfloat16
@@ -193,7 +196,7 @@ def figures(folder: Path, script: str, call: str, size: int, n: int, fields: dic
         raise RuntimeError(f"{folder} was asked for, {module.__file__} was imported")
     with mock.patch("jax.default_backend", lambda: "gpu"), tempfile.TemporaryDirectory() as dumped:
         more = {"device": topology.devices[0]} if script in ("tdmpc2_jax_mt", "newt_jax") else {}
-        program = PROGRAMS[script](module, call, n, 100_000, model_size=size, **fields, **more)
+        program = BUILDERS[script](module, call, n, 100_000, model_size=size, **fields, **more)
         traced = program.trace(*place(program.inputs))
         dump = {"xla_dump_to": dumped, "xla_dump_hlo_as_text": True, "xla_gpu_autotune_level": 0}
         compiled = traced.lower().compile(compiler_options=dump | options)
@@ -233,8 +236,9 @@ def main(args: Args) -> None:
     options = dict(map(setting, args.options))
     calls = []
     for script, call, size in itertools.product(args.scripts, args.calls, args.model_size):
-        for n in args.num_envs if call == "plan" else (1,):
-            calls.append((script, call, size, n, fields, options))
+        if (call == "round") == (script == DEVICE):
+            for n in (1,) if call == "update" else args.num_envs:
+                calls.append((script, call, size, n, fields, options))
     folders = [args.compare, ROOT] if args.compare else [ROOT]
     rows = []
     print("| script | call | " + " | ".join(FIGURES) + " |\n" + "|---" * (2 + len(FIGURES)) + "|")

@@ -6,6 +6,7 @@ update) or `plan` (act, for n environments) at walker-walk's sizes; the multi-ta
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -170,6 +171,19 @@ def newt(script, call: str, n: int, capacity: int, model_size: int = 5, device=N
     mesh = jax.sharding.Mesh([device or jax.devices()[0]], "devices")
     options = {"num_updates": 1, "pretraining": False}
     return Program(script.train, (agent, mesh), inputs, options, agent, state_at=1)
+
+
+def a_round(script, call: str, n: int, capacity: int, simulator: str = "gymnax/Pendulum-v1", **fields) -> Program:
+    """A round of the loop on the device: a plan and a step of n environments of this task, and one update."""
+    env = script.open_jax(simulator, "jax")
+    agent = script.td.for_task(script.td.with_model_size(script.td.Agent(**fields)), env.spec.name, env)
+    schedule = script.Schedule(0, 0, Fraction(1, n))
+
+    def inputs():
+        run = script.fresh_run(agent, env, capacity // n, n, script.random_streams(0))
+        return script.side_by_side([run]), jnp.ones((), int), jnp.zeros((), int)
+
+    return Program(script.advance, (agent, env, schedule), inputs, {}, agent)
 
 
 PROGRAMS = {
