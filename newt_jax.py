@@ -883,14 +883,17 @@ def run(args: Args) -> None:
         record = {"args": cli.settings(dataclasses.replace(args, agent=agent)), "tasks": names}
         record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
         record["demos"] = sum(checksums({"demos": demos}).values())
-        others = f"--demos {args.demos} holds other demonstrations than those that the run was started with"
-        cli.require(not meta or meta["demos"] == record["demos"], others)
+        if meta:
+            begun = "than those that the run was started with"
+            cli.require(tuple(meta["tasks"]) == names, f"--tasks {args.tasks} are others here {begun}")
+            cli.require(meta["demos"] == record["demos"], f"--demos {args.demos} holds others {begun}")
         replay_of = partial(new_replay, args, agent, args.buffer_size // n, n)
         devices.check_memory(replay_of, args.buffer_size, args.total_timesteps)
         envs = make_envs(names, n // len(names), agent, (args.seed, 0), args.capture_video)
         stack.enter_context(contextlib.closing(envs))
         state, replay, count = start_or_resume(args, inputs, mesh, n, demos, checkpoints)
         own = None if demos is None else fill(args, agent, mesh, len(demos.first), n, demos)
+        cli.require(own is None or own.size, f"all demonstrations are shorter than --horizon {agent.horizon}")
         folder.begin()
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "step", signals=signals))
         title = f"{len(names)} task(s), {n} environment(s), {len(episodes)} demonstration(s): {agent.obs_dim} "
