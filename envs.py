@@ -37,6 +37,7 @@ __all__ = [
     "DOMAINS", "FRAME", "PIXELS", "SOUP", "TASKS", "TASK_SETS", "Chunk", "Dataset", "EpisodeWriter", "TaskSpec",
     "UserError", "check_rendering", "check_simulators", "default_workers", "discount_of", "load_dataset", "load_pt",
     "make_env", "make_envs", "online_tasks", "save_tensordict", "set_sizes", "set_tasks", "task_sizes", "task_spec",
+    "why_missing",
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------

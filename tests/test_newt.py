@@ -77,6 +77,17 @@ def test_plans_begin_with_the_policy_up_to_a_step_and_less_and_less_after_it():
     assert newt.prior_share(dataclasses.replace(agent, constrained=False), 0) == 0
 
 
+def test_the_soup_is_the_papers_as_far_as_it_can_be_made_here():
+    assert len(set(envs.SOUP)) == 200 and envs.SOUP[1] == "walker-walk" and envs.SOUP[-1] == "atari-yars-revenge"
+    names = envs.online_tasks("soup")
+    assert [name for name in envs.SOUP if name in names] == list(names), "in its order"
+    domains = [envs.TASKS[name].domain for name in names]
+    assert (domains.count("DMControl"), domains.count("Meta-World"), domains.count("MuJoCo")) == (32, 49, 6)
+    assert "not in the packages" in envs.why_missing("spinner-spin") and not envs.why_missing("walker-walk")
+    assert envs.task_spec("walker-walk-backward").name == "walker-walk-backwards"
+    assert envs.discount_of("atari-pong") == 0.99 and envs.discount_of("walker-walk") is None
+
+
 # ------------------------------------------------------------------------------------------------------------- Replay
 @pytest.fixture(scope="module")
 def stored(demos, tmp_path_factory):
