@@ -52,6 +52,7 @@ def make_env(
     render_mode: str | None = None,
     shadows: bool = True,
     action_repeat: int | None = None,
+    pixels: int = PIXELS,
 ) -> gym.Env:
     """Makes one environment.
 
@@ -68,6 +69,7 @@ def make_env(
         render_mode: None, or "rgb_array": `render()` gives uint8 [384, 384, 3] where the simulator lets us choose.
         shadows: in such a frame, draw shadows and reflections, as dm_control and MuJoCo do by default.
         action_repeat: simulator steps per decision, if others than the table's are wanted (see `task_spec`).
+        pixels: height and width of the frames in observations.
 
     Returns:
         The environment; `env.unwrapped` reaches the simulator (`.physics` and `.dm_env` with DMControl).
@@ -87,13 +89,13 @@ def make_env(
     module = DOMAINS[spec.domain].module if spec.domain in DOMAINS else "gym_ids"
     simulator = importlib.import_module(f"tdmpc2_support.envs.{module}").make(spec, render_mode)
     try:
-        return Task(simulator, spec, seed, obs, render_mode, shadows)
+        return Task(simulator, spec, seed, obs, render_mode, shadows, pixels)
     except UserError:
         simulator.env.close()
         raise
 
 
-def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rgb_array") -> None:
+def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rgb_array", pixels: int = PIXELS) -> None:
     """Draws one frame of the task, or with pictures in obs and no render_mode an observation, to learn before a long
     run whether that works.
 
@@ -101,7 +103,7 @@ def check_rendering(task: str, obs: str = "state", render_mode: str | None = "rg
         UserError: no frame can be drawn; names what to install.
     """
     try:
-        env = make_env(task, obs=obs, render_mode=render_mode)
+        env = make_env(task, obs=obs, render_mode=render_mode, pixels=pixels)
         try:
             frame = env.reset()[0]
             frame = frame["rgb"] if isinstance(frame, dict) else frame
@@ -196,6 +198,7 @@ def make_envs(
     shadows: bool = True,
     action_repeat: int | None = None,
     first: int = 0,
+    pixels: int = PIXELS,
 ) -> gym.vector.VectorEnv:
     """Makes `num_envs` environments that step together; environment i is `make_env(task, env_seeds(seed, …)[i])`.
 
@@ -208,8 +211,8 @@ def make_envs(
     the number of workers.
 
     Args:
-        task, obs, shadows, action_repeat: as in `make_env`; task may also be several names (with obs="state" only), of
-            the table unless there are `sizes`.
+        task, obs, shadows, action_repeat, pixels: as in `make_env`; task may also be several names (with obs="state"
+            only), of the table unless there are `sizes`.
         num_envs: number of environments (of each task), at least 1.
         seed: a number from 0 on, or several, such as (seed, 1): different ones give independent random streams.
         render_mode: "rgb_array": `envs.render()[i]` is a frame of environment i if it is the first of its task; the
@@ -233,7 +236,7 @@ def make_envs(
     one_each = [(name, mode) for name in names for mode in modes]
     seeds = vector.env_seeds(seed, first + len(one_each))[first:]
     makers = [
-        functools.partial(_make_one, sizes, name, env_seed, obs, mode, shadows, action_repeat)
+        functools.partial(_make_one, sizes, name, env_seed, obs, mode, shadows, action_repeat, pixels)
         for (name, mode), env_seed in zip(one_each, seeds, strict=True)
     ]
     if num_workers is None:

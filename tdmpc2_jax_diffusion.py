@@ -18,7 +18,7 @@ the world model's one-step dynamics, V(z) the mean of its target Qs at the polic
     (6) adv = sum_i gamma^i r_{t+1+i} + gamma^F V(z_{t+F}) - V(z_t)     advantage of a window; J's loss: |J - adv|^2
     (7) score = sum_i gamma^i R(z_i, a_i) + gamma^F V(z_F)              of a candidate's future
 
-    python tdmpc2_jax.py --task walker-walk --save-episodes data                    # a world model and its episodes
+    python tdmpc2_jax.py --task walker-walk --save-episodes data  # a world model, its episodes (or tdmpc2_jax_rgb.py)
     python tdmpc2_jax_diffusion.py --world-model runs/walker-walk/tdmpc2_jax/1 --data-dir data
     python tdmpc2_jax_diffusion.py --mode joint --task walker-walk     # or both from scratch, acting by these plans
     python tdmpc2_jax_diffusion.py --evaluate --checkpoint runs/walker-walk/tdmpc2_jax_diffusion/1 --planner ssr,mppi,pi
@@ -40,6 +40,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import envs as environments
 import tdmpc2_jax as td
+import tdmpc2_jax_rgb as rgb
 from tdmpc2_support import cli
 from tdmpc2_support.agents.worlds import World, join, load_world, of_task, recorded_world, without_lacking
 from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
@@ -61,6 +62,8 @@ class Agent(td.Agent):
     """What defines the agent, the world model (see `td.Agent`) and what is new here; the static argument again."""
 
     mode: Literal["offline", "joint"] = "offline"  # for a finished world model, from episodes; or online, with one
+    obs: Literal["state", "rgb"] = "state"  # what the world model sees; offline as its run does
+    shadows: bool = True  # of pictures, see tdmpc2_jax_rgb.py; offline as in its run
     task_dim: Natural = 0  # with --tasks: size E of the task embedding; where --world-model is a run, that of the run
 
     # Diffusion
@@ -97,7 +100,7 @@ class Args(td.Args):
     tasks: str | None = None  # or several, offline: mt30, mt80 or names with commas, in the order of the dataset's ids
     agent: Flat[Agent] = Agent()
     world_model: str | None = None  # offline: a run, whose task and arguments are taken, or a .pt; of many tasks: parts
-    data_dir: str | None = None  # offline: folder of the episodes to learn from (tdmpc2_jax.py --save-episodes)
+    data_dir: str | None = None  # offline: folder of the episodes to learn from, written by --save-episodes
     diffusion_every: Count = 4  # joint: updates of the world model for one of the three networks
     planner_start: Natural = 5_000  # joint: updates of the world model from which on --planner acts; before, MPPI
     exp_name: Name = "tdmpc2_jax_diffusion"  # name of this experiment: files go to RUNS_DIR/TASK/EXP_NAME/SEED
@@ -124,6 +127,18 @@ def scales_of(agent: Agent) -> tuple[int, ...]:
 def window_steps(agent: Agent) -> int:
     """Steps L of a training window: F of the largest scale."""
     return agent.future * max(scales_of(agent))
+
+
+def script_of(agent: Agent):
+    """The script whose world model it is: all but the encoder and what it sees is the same in both."""
+    return rgb if agent.obs == "rgb" else td
+
+
+def encode(agent: Agent, params, obs: jax.Array, key: jax.Array) -> jax.Array:
+    """Latent states [..., Z] of obs [..., O]; of stacks [..., 64, 64, 9], each shifted at random as in `rgb.act`."""
+    if agent.obs == "state":
+        return td.networks(agent).encoder.apply(params["encoder"], obs)
+    return rgb.encode(agent, params["encoder"], obs, rgb.draw_shifts(key, *obs.shape[:-3]))
 
 
 # ----------------------------------------------------------------------------------------------------- Transformers
@@ -664,13 +679,14 @@ def refine(agent: Agent, world: World, z: jax.Array, candidates: jax.Array, key:
 
 
 def plan_by_diffusion(agent: Agent, planner: Planner, obs, best, first, key, explore: bool = False):
-    """Sample, score and rank in one environment: obs [O], the last plan best [F, A], first (an episode begins) ->
-    action [A], this plan [F, A], and whether no candidate could be scored, so that the policy prior acts. explore plays
-    one of the best, drawn by softmax of their scores in units of the scores' standard deviation, and adds noise."""
-    chex.assert_shape([obs, best], [(agent.obs_dim,), (agent.future, agent.action_dim)])
+    """Sample, score and rank in one environment: obs [O] or a stack, the last plan best [F, A], first (an episode
+    begins) -> action [A], this plan [F, A], and whether no candidate could be scored, so that the policy prior acts.
+    explore plays one of the best, drawn by softmax of their scores in units of the scores' standard deviation, and adds
+    noise."""
+    chex.assert_shape(best, (agent.future, agent.action_dim))
     world = planner.world
     keys = jax.random.split(key, 6)
-    z = td.networks(agent).encoder.apply(world.params["encoder"], obs)
+    z = encode(agent, world.params, obs, jax.random.fold_in(key, 0))
     candidates = candidates_at(agent, planner, z, best, first, keys[0])
     zs = rollout(agent, planner, z, candidates, keys[1])
     every_score = score(agent, planner, zs, candidates, keys[2])  # [N]
@@ -701,7 +717,8 @@ def act(agent: Agent, planner: Planner, obs, best, first, key, explore: bool, ra
         return action, best, failed, key
     world, H = planner.world, agent.horizon
     agent = dataclasses.replace(agent, mpc=agent.planner == "mppi")
-    action, mean, key = td.act(agent, world.params, obs, best[:, :H], first, key, explore=explore, random=random)
+    decide = partial(script_of(agent).act, explore=explore, random=random)
+    action, mean, key = decide(agent, world.params, obs, best[:, :H], first, key)
     return action * world.mask, best.at[:, :H].set(mean), jnp.zeros(len(obs), bool), key
 
 
@@ -710,13 +727,14 @@ def make_eval_envs(args: Args, stack: contextlib.ExitStack) -> tuple[list, list[
     """For each task the environments of an evaluation, one for each of its episodes, which the stack closes, and the
     agent with what the task decides; several tasks have observations and actions of the largest."""
     options = {"render_mode": "rgb_array" if args.capture_video else None}
+    options |= {"obs": args.agent.obs, "shadows": args.agent.shadows}
     if args.tasks:
         options["sizes"] = environments.set_sizes(cli.task_names(args))
     envs, agents = [], []
     for name in cli.task_names(args):
         made = environments.make_envs([name] if args.tasks else name, args.eval_episodes, (args.seed, 1), **options)
         envs.append(stack.enter_context(contextlib.closing(made)))
-        agents.append(td.for_task(args.agent, name, made))
+        agents.append(script_of(args.agent).for_task(args.agent, name, made))
     return envs, agents
 
 
@@ -729,8 +747,10 @@ def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advanc
     returns, successes, failures = np.zeros(E), np.zeros(E), 0
     frames = [envs.render()[0]] if film else []
     best, key = committed((jnp.zeros((E, agent.future, agent.action_dim)), key))
+    seen = None
     while running.any():
-        action, best, failed, key = act(agent, planner, obs, best, first, key, explore=False)
+        seen = rgb.stack_pictures(seen, obs, first) if agent.obs == "rgb" else obs
+        action, best, failed, key = act(agent, planner, seen, best, first, key, explore=False)
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
         if film and running[0]:
             frames.append(envs.render()[0])
@@ -815,6 +835,7 @@ def read_run(args: Args, agent: Agent) -> tuple[World, DiffusionState]:
 
 # ------------------------------------------------------------------------------------------------------ Run: offline
 SCRIPTS = ("tdmpc2_jax_diffusion",)  # whose runs this one evaluates
+WORLD_SCRIPTS = (*td.SCRIPTS, *rgb.SCRIPTS)  # whose runs are world models
 BURST = 20  # updates of one dispatch
 # Settings that another start of an offline run may change: the number of updates shapes the learning rate
 MAY_CHANGE = cli.MAY_CHANGE - {"num_updates", "total_timesteps"}
@@ -823,13 +844,17 @@ MAY_CHANGE |= {"planner", "scorer", "rollouts", "top", "refine_iterations", "ref
 
 def encoded(args: Args, agent: Agent, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
+    if agent.obs == "rgb":
+        key = random_streams(args.seed).batches
+        one = jax.jit(lambda stacks, number: encode(agent, world.params, stacks, jax.random.fold_in(key, number)))
+        return read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), one)
     data = read_recorded(cli.task_names(args), args.data_dir, window_steps(agent))
 
-    def encode(entry):
+    def encode_one(entry):
         obs, task = entry
         return td.networks(agent).encoder.apply(of_task(world, task).params["encoder"], obs)
 
-    return data._replace(obs=jax.jit(partial(jax.lax.map, encode, batch_size=4096))((data.obs, data.task)))
+    return data._replace(obs=jax.jit(partial(jax.lax.map, encode_one, batch_size=4096))((data.obs, data.task)))
 
 
 def no_statistics(agent: Agent) -> Stats:
@@ -842,7 +867,7 @@ def offline_shapes(args: Args, agent: Agent) -> dict[str, Any]:
     """Shapes of what an offline run's checkpoint holds."""
 
     def make():
-        params = td.init_params(agent, jax.random.key(0))
+        params = script_of(agent).init_params(agent, jax.random.key(0))
         world = World(params, params["q"], jnp.ones(agent.action_dim), jnp.float32(0))
         stats = no_statistics(agent)
         if args.tasks:
@@ -863,7 +888,8 @@ def start_or_resume(args: Args, agents: list[Agent], checkpoints: Checkpoints):
         meta, items = restored
         return items["world"], items["state"], encoded(args, agent, items["world"]), count | meta["count"]
     discounts = [agent.discount for agent in agents]
-    world = load_world(args.world_model, names, discounts, partial(td.init_params, agent), agent.task_dim, *td.SCRIPTS)
+    init = partial(script_of(agent).init_params, agent)
+    world = load_world(args.world_model, names, discounts, init, agent.task_dim, *WORLD_SCRIPTS, obs=agent.obs)
     world = committed(world)
     data = encoded(args, agent, world)
     number = min(8192, 2**18 // window_steps(agent))  # of windows that the statistics are of
@@ -1095,7 +1121,10 @@ def parse(argv: list[str] | None) -> Args:
     def of_world_model(args):
         if args.evaluate or not args.world_model:
             return {}
-        return recorded_world(args.world_model, cli.task_names(args) if args.tasks else (), td.Agent, *td.SCRIPTS)
+        record = recorded_world(args.world_model, cli.task_names(args) if args.tasks else (), Agent, *WORLD_SCRIPTS)
+        one_kind = f"{args.world_model} sees pictures and states: --world-model must see one of them"
+        cli.require(record.get("obs", "state") in ("state", "rgb"), one_kind)
+        return record
 
     def of_run(args):
         return recorded_settings(args, cli.run_folder, SCRIPTS, OF_RUN, GONE)
@@ -1125,6 +1154,8 @@ def check_args(args: Args) -> None:
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
         (args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
+        (agent.obs == "state" or not joint, "--mode joint learns from states: leave out --obs rgb"),
+        (agent.obs == "state" or not args.tasks, "--tasks goes with world models that see states"),
         (agent.task_dim or not args.tasks, "--tasks needs an agent of many tasks and, if it is a .pt, its --task-dim"),
         (args.evaluate or not several, f"several names for {' and '.join(several)} go with --evaluate"),
         (agent.width % (2 * agent.heads) == 0, "--width must be a multiple of twice --heads"),
@@ -1137,8 +1168,9 @@ def check_args(args: Args) -> None:
         ),
     ):
         cli.require(holds, sentence)
-    for spec in specs if args.capture_video else ():
-        environments.check_rendering(spec.name)
+    film = "rgb_array" if args.capture_video else None
+    for spec in specs if film or agent.obs == "rgb" else ():
+        environments.check_rendering(spec.name, agent.obs, film)
 
 
 def main(argv: list[str] | None = None) -> None:

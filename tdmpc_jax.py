@@ -1,12 +1,14 @@
 """TD-MPC in one file, the first version: a latent world model learned by its own predictions, and MPPI on top of it.
 
 Paper: Hansen, Wang, Su, "Temporal Difference Learning for Model Predictive Control" (arXiv 2203.04955).
-Online reinforcement learning on one task with state observations. `diff tdmpc_jax.py tdmpc2_jax.py` shows what version
-2 changed; where this file departs from the original code, a comment says so. Shapes are written in the paper's letters:
-H horizon, B batch, N samples of the planner, P policy sequences, A action size, O observation size, Z latent size,
-n environments, q an ensemble of value heads.
+Online reinforcement learning on one task from states, or from pictures (--obs rgb). `diff tdmpc_jax.py tdmpc2_jax.py`
+shows what version 2 changed; where this file departs from the original code, a comment says so. Shapes are written in
+the paper's letters: H horizon, B batch, N samples of the planner, P policy sequences, A action size, O observation
+size, Z latent size, n environments, q an ensemble of value heads; a picture is [84, 84, 3], a stack of them
+[84, 84, 9], oldest first. [..., O] of what is seen stands for both, states and stacks.
 
     python tdmpc_jax.py --task cheetah-run                                   # train; a killed run goes on with --resume
+    python tdmpc_jax.py --task walker-walk --obs rgb
     python tdmpc_jax.py --evaluate --checkpoint runs/walker-walk/tdmpc_jax/1
     python tdmpc_jax.py --evaluate --checkpoint original.pt --task walker-walk           # an agent of the original
 """
@@ -30,7 +32,8 @@ from tdmpc2_support.agents.pretrained import load_tdmpc
 from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
 from tdmpc2_support.bounds import Count, Name, Natural, NewFile, Positive, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
-from tdmpc2_support.devices import check_memory, committed, keep_freed_memory, set_up_jax
+from tdmpc2_support.convolution import convolve
+from tdmpc2_support.devices import committed, keep_freed_memory, place_replay, set_up_jax
 from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
@@ -46,15 +49,17 @@ class Agent:
     action_repeat: Count | None = None  # simulator steps per decision; default by task, in DMControl 4, 2 or 8
 
     # World model
-    enc_dim: Count = 256  # width of the encoder's hidden layer
+    obs: Literal["state", "rgb"] = "state"  # what is seen: states, or the last three pictures
+    num_channels: Count = 32  # channels of the encoder of pictures
+    enc_dim: Count = 256  # width of the hidden layer of the encoder of states
     mlp_dim: Count = 512  # width of all other hidden layers
     latent_dim: Count | None = None  # latent size Z; default 50, humanoid and dog 100
     noise_clip: Weight = 0.3  # bound on the policy's noise, whose standard deviation is min_std
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
 
     # Learning
-    batch_size: Count | None = None  # windows per update B; default 512, dog 2048
-    lr: Positive | None = None  # learning rate; default 1e-3, dog 3e-4
+    batch_size: Count | None = None  # windows per update B; default 512, dog 2048, from pictures 256
+    lr: Positive | None = None  # learning rate; default 1e-3, dog and from pictures 3e-4
     grad_clip_norm: Positive = 10.0  # bound on the global gradient norm, of the model and of the policy each
     tau: Share = 0.01  # step of the slow encoder and the slow values
     target_update_freq: Count = 2  # updates from one such step to the next
@@ -83,7 +88,7 @@ class Agent:
     momentum: Share = 0.1  # share of its old value that the planner's mean keeps in an iteration
 
     # What the task decides, see `for_task`: no flags
-    obs_dim: FromTask[int] = 0  # observation size O
+    obs_dim: FromTask[int] = 0  # observation size O, of a picture 84 * 84 * 3
     action_dim: FromTask[int] = 0  # action size A
 
 
@@ -94,7 +99,8 @@ class Args:
 
     # Data
     num_envs: Count = 1  # environments stepped side by side; one batched plan acts in all of them
-    buffer_size: Count = 1_000_000  # decisions that the replay holds
+    buffer_size: Count = 1_000_000  # decisions that the replay holds; a picture takes 21 KB
+    storage: Literal["auto", "device", "host"] = "auto"  # whose memory holds the replay: the device's if it fits
     seed_steps: Natural = 5000  # random decisions, then as many updates at once
     utd: Positive = 1.0  # gradient updates per decision of one environment
 
@@ -102,7 +108,7 @@ class Args:
     exp_name: Name = "tdmpc_jax"  # name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED
     runs_dir: str = "runs"  # folder of all runs
     seed: Natural = 1  # of the parameters, the environments and every random draw
-    total_timesteps: Count | None = None  # length in simulator steps; default 500,000, humanoid 3 and dog 5 million
+    total_timesteps: Count | None = None  # simulator steps; default 500,000, humanoid, pictures 3 and dog 5 million
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
     checkpoint: str | None = None  # start from this agent: a run, or an original .pt
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the returns and exit
@@ -125,7 +131,10 @@ TASK_DEFAULTS = {  # by domain of DMControl, as in the original
     "humanoid": {"latent_dim": 100, "iterations": 12, "total_timesteps": 3_000_000},
     "dog": {"latent_dim": 100, "iterations": 8, "batch_size": 2048, "lr": 3e-4, "total_timesteps": 5_000_000},
 }
+PIXEL_DEFAULTS = {"batch_size": 256, "lr": 3e-4, "total_timesteps": 3_000_000}
 REPEATS = {"cartpole": 8, "finger": 2, "walker": 2, "humanoid": 2, "dog": 2}  # in other domains of DMControl 4
+PIXELS = 84  # height and width of a picture
+SHIFT = 4  # pixels that a stack is moved at most, in each direction, when it is learned from
 
 
 def with_task_defaults(args: Args) -> Args:
@@ -135,6 +144,8 @@ def with_task_defaults(args: Args) -> Args:
     if spec.domain == "DMControl":
         domain = spec.name.removeprefix("dm_control/").partition("-")[0]
         values |= {"action_repeat": REPEATS.get(domain, 4)} | TASK_DEFAULTS.get(domain, {})
+    if args.agent.obs == "rgb":
+        values |= PIXEL_DEFAULTS
     total_timesteps = values.pop("total_timesteps")
     if args.total_timesteps is not None:
         total_timesteps = args.total_timesteps
@@ -145,9 +156,26 @@ def with_task_defaults(args: Args) -> Args:
 
 def for_task(agent: Agent, envs) -> Agent:
     """The agent with what the task's vector environment decides."""
-    (obs_dim,) = envs.single_observation_space.shape
+    shape = envs.single_observation_space.shape
+    size = f"{PIXELS} x {PIXELS}, not {' x '.join(map(str, shape[:2]))}"
+    cli.require(agent.obs == "state" or shape == (PIXELS, PIXELS, 3), f"the encoder takes pictures of {size}")
     (action_dim,) = envs.single_action_space.shape
-    return dataclasses.replace(agent, obs_dim=obs_dim, action_dim=action_dim)
+    return dataclasses.replace(agent, obs_dim=int(np.prod(shape)), action_dim=action_dim)
+
+
+def observed(agent: Agent) -> dict[str, Any]:
+    """What environments are asked for."""
+    return {"action_repeat": agent.action_repeat, "obs": agent.obs, "pixels": PIXELS}
+
+
+def num_frames(agent: Agent) -> int:
+    """How many observations in a row the agent sees."""
+    return 3 if agent.obs == "rgb" else 1
+
+
+def seen_shape(agent: Agent) -> tuple[int, ...]:
+    """Shape of what the encoder sees: a state or a stack of pictures."""
+    return (PIXELS, PIXELS, 3 * num_frames(agent)) if agent.obs == "rgb" else (agent.obs_dim,)
 
 
 class Schedule(NamedTuple):
@@ -174,6 +202,11 @@ def orthogonal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     multiply = partial(jnp.matmul, precision="highest")
     x = jax.lax.fori_loop(0, 40, lambda _, x: 1.5 * x - 0.5 * multiply(x, multiply(x.T, x)), x)
     return x if shape[0] >= shape[1] else x.T
+
+
+def orthogonal_kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A kernel [size, size, in, out] of a convolution whose outputs' weights are orthonormal."""
+    return orthogonal(key, (int(np.prod(shape[:-1])), shape[-1])).reshape(shape)
 
 
 class Linear(nn.Module):
@@ -219,10 +252,30 @@ class MLP(nn.Module):
         return Linear(self.out, self.zero_init, self.dtype, name=f"linear_{i}")(*inputs)
 
 
+class ConvEncoder(nn.Module):
+    """Four convolutions, each followed by ReLU, and a Linear layer."""
+
+    channels: int
+    out: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, stacks):
+        """Stacks [..., 84, 84, 9] of numbers 0 .. 255 -> z [..., out]."""
+        x = stacks.reshape(-1, *stacks.shape[-3:]) / 255.0
+        for i, size in enumerate([7, 5, 3, 3]):  # 84 -> 39 -> 18 -> 8 -> 3
+            shape = (size, size, x.shape[-1], self.channels)
+            kernel = self.param(f"kernel_{i}", lambda key, shape=shape: 2**0.5 * orthogonal_kernel(key, shape))
+            bias = self.param(f"bias_{i}", nn.initializers.zeros, (self.channels,))
+            x = nn.relu(convolve(x.astype(self.dtype), kernel.astype(self.dtype), 2).astype(jnp.float32) + bias)
+        x = jnp.moveaxis(x, -1, 1).reshape(*stacks.shape[:-3], -1)
+        return Linear(self.out, dtype=self.dtype, name="last")(x)
+
+
 class Networks(NamedTuple):
     """The components of the world model and the policy: modules without parameters."""
 
-    encoder: MLP  # h(s) -> z
+    encoder: MLP | ConvEncoder  # h(s) -> z
     dynamics: MLP  # d(z, a) -> z'
     reward: MLP  # R(z, a)
     pi: MLP  # p(z) -> mean of A actions
@@ -232,8 +285,12 @@ class Networks(NamedTuple):
 def networks(agent: Agent) -> Networks:
     """The networks of an agent."""
     mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
+    if agent.obs == "rgb":
+        encoder = ConvEncoder(agent.num_channels, agent.latent_dim, agent.compute_dtype)
+    else:
+        encoder = MLP((agent.enc_dim,), agent.latent_dim, dtype=agent.compute_dtype)
     return Networks(
-        encoder=MLP((agent.enc_dim,), agent.latent_dim, dtype=agent.compute_dtype),
+        encoder=encoder,
         dynamics=mlp(agent.latent_dim),
         reward=mlp(1, zero_init=True),
         pi=mlp(agent.action_dim),
@@ -248,7 +305,7 @@ def init_params(agent: Agent, key: jax.Array) -> dict[str, Any]:
     action = jnp.zeros(agent.action_dim)
     keys = jax.random.split(key, 5)
     return {
-        "encoder": model.encoder.init(keys[0], jnp.zeros(agent.obs_dim)),
+        "encoder": model.encoder.init(keys[0], jnp.zeros(seen_shape(agent))),
         "dynamics": model.dynamics.init(keys[1], z, action),
         "reward": model.reward.init(keys[2], z, action),
         "pi": model.pi.init(keys[3], z),
@@ -257,6 +314,23 @@ def init_params(agent: Agent, key: jax.Array) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------ World model
+def encode(agent: Agent, encoder_params, obs: jax.Array) -> jax.Array:
+    """Encoder h(s): states [..., O], or stacks uint8 [..., 84, 84, 9], on a CPU a few at a time -> z [..., Z]."""
+    encoder = partial(networks(agent).encoder.apply, encoder_params)
+    at_once = this_backend().stacks_at_once
+    if agent.obs == "state" or not at_once:
+        return encoder(obs)
+    z = jax.lax.map(encoder, obs.reshape(-1, *seen_shape(agent)), batch_size=at_once)
+    return z.reshape(*obs.shape[:-3], -1)
+
+
+def shift_stack(stack: jax.Array, shift: jax.Array) -> jax.Array:
+    """A stack [84, 84, 9] moved right and down by 4 - shift pixels, shift (x, y) in 0 .. 8, all its pictures alike.
+    What comes in repeats the edge; no pixel changes its value."""
+    padded = jnp.pad(stack, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    return jax.lax.dynamic_slice(padded, (shift[1], shift[0], 0), stack.shape)
+
+
 class PolicySample(NamedTuple):
     action: jax.Array  # [..., A] in (-1, 1)
     mean: jax.Array  # [..., A] the action without noise
@@ -326,12 +400,12 @@ def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: P
     limits of `schedule`; noise as `plan_noise` draws it; explore adds noise to the action. Returns actions [n, A] in
     [-1, 1] and the new means [n, H, A]."""
     n, H, A = len(obs), agent.horizon, agent.action_dim
-    chex.assert_shape([obs, prev_mean, first, limits.horizon], [(n, agent.obs_dim), (n, H, A), (n,), (n,)])
+    chex.assert_shape([obs, prev_mean, first, limits.horizon], [(n, *seen_shape(agent)), (n, H, A), (n,), (n,)])
     model = networks(agent)
 
     def plan_one(env):
         env_obs, last_mean, starts, horizon, draws = env
-        z = model.encoder.apply(params["encoder"], env_obs)[None]  # [1, Z]
+        z = encode(agent, params["encoder"], env_obs)[None]  # [1, Z]
         pi_actions = []
         pi_z = z
         for t in range(H):
@@ -389,7 +463,7 @@ def act(agent: Agent, params, obs, prev_mean, first, limits, key, explore: bool,
         noise = plan_noise(agent, noise_key, n)
         action, prev_mean = plan(agent, params, obs, prev_mean, first, limits, noise, explore)
     else:
-        z = networks(agent).encoder.apply(params["encoder"], obs)
+        z = encode(agent, params["encoder"], obs)
         sample = policy(agent, params["pi"], z, jax.random.normal(noise_key, (n, agent.action_dim)))
         action = sample.action if explore else sample.mean
     return action, prev_mean, key
@@ -410,7 +484,7 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """Windows of H+1 consecutive entries: actions and rewards lead from one observation to the next."""
 
-    obs: jax.Array  # [H+1, B, O]
+    obs: jax.Array  # [H+1, B, O]; as they leave the replay, single pictures uint8 [H+3, B, 84, 84, 3]
     action: jax.Array  # [H, B, A]
     reward: jax.Array  # [H, B]
     terminated: jax.Array  # [H, B]
@@ -422,13 +496,17 @@ class UpdateNoise(NamedTuple):
 
     next_action: jax.Array  # [H, B, A] normal: the policy's actions in the TD targets
     pi_action: jax.Array  # [H+1, B, A] normal: the policy's actions in its own loss
+    shift: jax.Array | None = None  # [H+1, B, 2] (x, y) in 0 .. 8: of pictures
 
 
 def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
     H, B, A = agent.horizon, agent.batch_size, agent.action_dim
     keys = jax.random.split(key, 2)
-    return UpdateNoise(jax.random.normal(keys[0], (H, B, A)), jax.random.normal(keys[1], (H + 1, B, A)))
+    noise = UpdateNoise(jax.random.normal(keys[0], (H, B, A)), jax.random.normal(keys[1], (H + 1, B, A)))
+    if agent.obs == "state":
+        return noise
+    return noise._replace(shift=jax.random.randint(jax.random.fold_in(key, 2), (H + 1, B, 2), 0, 2 * SHIFT + 1))
 
 
 def optimizers(agent: Agent) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
@@ -454,7 +532,7 @@ def init_state(agent: Agent, params: dict[str, Any], target, key: jax.Array) -> 
 def td_target(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) -> jax.Array:
     """TD targets [H, B]: r + discount * (1 - terminated) * min of the slow Qs at the policy's next action, in states of
     the encoder that learns. The original knows no terminations."""
-    next_z = networks(agent).encoder.apply(state.params["encoder"], batch.obs[1:])  # [H, B, Z]
+    next_z = encode(agent, state.params["encoder"], batch.obs[1:])  # [H, B, Z]
     next_action = policy(agent, state.params["pi"], next_z, noise.next_action).action
     q = q_values(agent, state.target["q"], next_z, next_action)
     return batch.reward + agent.discount * (1 - batch.terminated) * q.min(0)
@@ -465,7 +543,7 @@ def model_loss(agent: Agent, params, batch: Batch, next_z, target):
     priorities [B] and its parts. Losses of a window are sums over its steps, each bounded."""
     model = networks(agent)
     rho = agent.rho ** jnp.arange(agent.horizon)[:, None]  # [H, 1]
-    zs = [model.encoder.apply(params["encoder"], batch.obs[0])]
+    zs = [encode(agent, params["encoder"], batch.obs[0])]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
     zs = jnp.stack(zs)  # [H+1, B, Z]
@@ -506,10 +584,12 @@ def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise):
     """One gradient step on the world model, then one on the policy, then, every second time, a step of the slow encoder
     and values towards the new ones. Returns the new state, priorities [B] and a dict of scalars for the log."""
     H, B = agent.horizon, len(batch.obs[0])
-    chex.assert_shape(list(batch), [(H + 1, B, agent.obs_dim), (H, B, agent.action_dim), (H, B), (H, B), (B,)])
+    chex.assert_shape(list(batch), [(H + 1, B, *seen_shape(agent)), (H, B, agent.action_dim), (H, B), (H, B), (B,)])
     model_tx, pi_tx = optimizers(agent)
+    if agent.obs == "rgb":  # all encoders see the same
+        batch = batch._replace(obs=jax.vmap(jax.vmap(shift_stack))(batch.obs, noise.shift))
 
-    next_z = networks(agent).encoder.apply(state.target["encoder"], batch.obs[1:])  # [H, B, Z]
+    next_z = encode(agent, state.target["encoder"], batch.obs[1:])  # [H, B, Z]
     target = td_target(agent, state, batch, noise)  # [H, B]
     model_params = {k: v for k, v in state.params.items() if k != "pi"}
     loss = partial(model_loss, agent, batch=batch, next_z=next_z, target=target)
@@ -533,7 +613,7 @@ def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise):
 class Step(NamedTuple):
     """One step of n environments, as the replay stores it."""
 
-    obs: jax.Array  # [n, O]
+    obs: jax.Array  # [n, O], or single pictures uint8 [n, 84, 84, 3]
     action: jax.Array  # [n, A] that led to the observation
     reward: jax.Array  # [n] that it brought
     terminated: jax.Array  # [n]
@@ -541,8 +621,9 @@ class Step(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Ring of the last C steps of n environments, on the device; a row holds an entry of each. A window of H+1 entries
-    may start wherever H more follow without a reset among them. These entries have priorities above 0, all others 0.
+    """Ring of the last C steps of n environments; a row holds an entry of each. A window of H+1 entries may start
+    wherever H more follow without a reset among them; of pictures its first stack needs the two rows before it, too, or
+    repeats that of the reset. These entries have priorities above 0, all others 0.
     A sum tree finds entries by priority: its lowest level holds priority^per_alpha of all entries by their flat index
     row * n + environment, and a value above is the sum of FANOUT below. With H = 2 and a FANOUT of 4:
 
@@ -552,7 +633,7 @@ class Replay(NamedTuple):
                   4           8           0     sums: a draw takes one of these by its size, then one below it
     """
 
-    obs: jax.Array  # [C, n, O]
+    obs: jax.Array  # [C, n, O], pictures flat in uint8
     action: jax.Array  # [C, n, A] that led to the observation
     reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
@@ -566,13 +647,13 @@ FANOUT = 128
 
 
 def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
-    """Empty replay of `capacity` steps of each environment."""
-    C, n = capacity, num_envs
+    """Empty replay of `capacity` steps of each environment, and of two more for the first stack of pictures."""
+    C, n = capacity + num_frames(agent) - 1, num_envs
     rows = [-(-C * n // FANOUT)]
     while rows[-1] > 1:
         rows.append(-(-rows[-1] // FANOUT))
     return Replay(
-        obs=jnp.zeros((C, n, agent.obs_dim)),
+        obs=jnp.zeros((C, n, agent.obs_dim), jnp.uint8 if agent.obs == "rgb" else jnp.float32),
         action=jnp.zeros((C, n, agent.action_dim)),
         reward=jnp.zeros((C, n)),
         terminated=jnp.zeros((C, n), bool),
@@ -612,40 +693,55 @@ def add(agent: Agent, replay: Replay, step: Step) -> Replay:
     once, and an episode's last one, too, unlike the original's."""
     C, n = replay.first.shape
     row = replay.rows % C
-    expired = replay.tree[0].ravel()[row * n + jnp.arange(n)] > 0  # starts in the row that is overwritten
+    last = (row + num_frames(agent) - 1) % C  # windows that start here need the row that is overwritten
+    expired = replay.tree[0].ravel()[last * n + jnp.arange(n)] > 0
+    step = step._replace(obs=step.obs.reshape(n, -1))
     written = {k: getattr(replay, k).at[row].set(v) for k, v in step._asdict().items()}
 
     start = (replay.rows - agent.horizon) % C  # the windows that this step completes start here
     after_start = (start + 1 + jnp.arange(agent.horizon)) % C
     valid = ~written["first"][after_start].any(0) & (replay.rows >= agent.horizon)  # [n]
     largest = jnp.where(replay.size > 0, replay.tree[0].max(), 1.0)
-    changed = (jnp.stack([row, start])[:, None] * n + jnp.arange(n)).ravel()
+    changed = (jnp.stack([last, start])[:, None] * n + jnp.arange(n)).ravel()
     tree = set_priorities(replay.tree, changed, jnp.concatenate([jnp.zeros(n), jnp.where(valid, largest, 0.0)]))
     size = replay.size + valid.sum() - expired.sum()
     return Replay(**written, tree=tree, size=size, rows=replay.rows + 1)
 
 
 def windows(agent: Agent, replay: Replay, drawn: jax.Array) -> Batch:
-    """The windows that start at the entries `drawn` [B]. Each weighs as its probability^-per_beta, relative to the
-    largest weight among them: neither the number nor the sum of all priorities matters."""
+    """The windows that start at the entries `drawn` [B], with single pictures: `stack_windows` stacks them. Each weighs
+    as its probability^-per_beta, relative to the largest weight among them: neither the number nor the sum of all
+    priorities matters."""
     C, n = replay.first.shape
     rows = (drawn // n + jnp.arange(agent.horizon + 1)[:, None]) % C  # [H+1, B]
     env = drawn % n
     terminated = replay.terminated[rows[1:], env].astype(jnp.float32)
     values = replay.tree[0].ravel()[drawn]
     weight = (values.min() / values) ** agent.per_beta
-    return Batch(replay.obs[rows, env], replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated, weight)
+    seen = [*rows]
+    for _ in range(num_frames(agent) - 1):  # rows of the first stack, none before a reset
+        seen.insert(0, jnp.where(replay.first[seen[0], env], seen[0], (seen[0] - 1) % C))
+    obs = replay.obs[jnp.stack(seen), env]
+    if agent.obs == "rgb":
+        obs = obs.reshape(*obs.shape[:2], PIXELS, PIXELS, 3)
+    return Batch(obs, replay.action[rows[1:], env], replay.reward[rows[1:], env], terminated, weight)
 
 
-@partial(jit_with_graphs, static_argnames=("agent", "random"), donate_argnames=("replay", "prev_mean"))
-def add_and_act(agent: Agent, params, replay: Replay, step: Step, prev_mean, limits, key, random: bool):
-    """What a decision needs, in one dispatch: `add` writes the last step, and `act` explores on it. Returns the replay
-    and what `act` returns."""
-    replay = add(agent, replay, step)
-    action, prev_mean, key = act(
-        agent, params, step.obs, prev_mean, step.first, limits, key, explore=True, random=random
-    )
-    return replay, action, prev_mean, key
+def stack_windows(agent: Agent, batch: Batch) -> Batch:
+    """A batch of `windows` with stacks for single pictures."""
+    frames = [batch.obs[i : i + agent.horizon + 1] for i in range(num_frames(agent))]
+    return batch._replace(obs=jnp.concatenate(frames, axis=-1))
+
+
+def see(agent: Agent, before: np.ndarray | None, obs: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """What acting sees of observations: states as they are; pictures [n, 84, 84, 3] after the last two of what was seen
+    before (None at the start), or where an episode begins (first [n]) three times."""
+    if agent.obs == "state":
+        return obs
+    stacks = np.tile(obs, num_frames(agent))
+    if before is None:
+        return stacks
+    return np.where(first[:, None, None, None], stacks, np.concatenate([before[..., 3:], obs], axis=-1))
 
 
 @partial(jit_with_graphs, static_argnames=("agent", "num_updates"), donate_argnames=("state", "replay"))
@@ -657,7 +753,7 @@ def train(agent: Agent, state: TrainState, replay: Replay, num_updates: int):
         state, tree = learner
         key, sample_key, noise_key = jax.random.split(state.key, 3)
         drawn = draw(tree, sample_key, agent.batch_size)
-        batch = windows(agent, replay._replace(tree=tree), drawn)
+        batch = stack_windows(agent, windows(agent, replay._replace(tree=tree), drawn))
         state, priority, info = update(agent, state._replace(key=key), batch, update_noise(agent, noise_key))
         return (state, set_priorities(tree, drawn, priority**agent.per_alpha)), info
 
@@ -665,11 +761,54 @@ def train(agent: Agent, state: TrainState, replay: Replay, num_updates: int):
     return state, replay._replace(tree=tree), jax.tree.map(jnp.mean, infos)
 
 
+@partial(jax.jit, static_argnames=("agent", "num_updates"))
+def draw_many(agent: Agent, replay: Replay, key: jax.Array, updates: int, num_updates: int) -> tuple[jax.Array, Batch]:
+    """Entries [num_updates, B] and their windows for the updates after so many, drawn where the replay lies."""
+
+    def one(key):
+        drawn = draw(replay.tree, key, agent.batch_size)
+        return drawn, windows(agent, replay, drawn)
+
+    return jax.lax.map(one, jax.random.split(jax.random.fold_in(key, updates), num_updates))
+
+
+@partial(jit_with_graphs, static_argnames="agent", donate_argnames="state")
+def train_on(agent: Agent, state: TrainState, batches: Batch):
+    """Updates on batches [updates, ...] of `draw_many`. Returns the new state, priorities [updates, B] and scalars."""
+
+    def one(state, batch):
+        key, noise_key = jax.random.split(state.key)
+        noise = update_noise(agent, noise_key)
+        state, priority, info = update(agent, state._replace(key=key), stack_windows(agent, batch), noise)
+        return state, (priority, info)
+
+    state, (priority, infos) = jax.lax.scan(one, state, batches)
+    return state, priority, jax.tree.map(jnp.mean, infos)
+
+
+@partial(jax.jit, static_argnames="agent", donate_argnames="replay")
+def with_priorities(agent: Agent, replay: Replay, drawn: jax.Array, priority: jax.Array) -> Replay:
+    return replay._replace(tree=set_priorities(replay.tree, drawn.ravel(), priority.ravel() ** agent.per_alpha))
+
+
+def learn(args: Args, agent: Agent, state: TrainState, replay: Replay, key: jax.Array, updates: int, num_updates: int):
+    """`train`; or if the replay lies in another memory than that of the device that learns, the same on batches that
+    are all drawn there before, so that their priorities are `num_updates` old at most."""
+    device = jax.devices()[0]
+    memory = replay.rows.device
+    if memory == device and args.storage != "host":
+        return train(agent, state, replay, num_updates)
+    drawn, batches = draw_many(agent, replay, key, updates, num_updates)
+    state, priority, info = train_on(agent, state, jax.device_put(batches, device))
+    return state, with_priorities(agent, replay, drawn, jax.device_put(priority, memory)), info
+
+
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def make_eval_envs(args: Args):
     """The environments of an evaluation, one for each of its episodes (the original's are those that it trains in)."""
-    options = {"action_repeat": args.agent.action_repeat, "render_mode": "rgb_array" if args.capture_video else None}
-    return environments.make_envs(args.task, args.eval_episodes, (args.seed, 1), **options)
+    render_mode = "rgb_array" if args.capture_video else None
+    seed = (args.seed, 1)
+    return environments.make_envs(args.task, args.eval_episodes, seed, render_mode=render_mode, **observed(args.agent))
 
 
 def evaluate(
@@ -690,8 +829,10 @@ def evaluate(
     returns, successes = np.zeros(E), np.zeros(E)
     frames = [envs.render()[0]] if film else []
     mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
+    seen = None
     while running.any():
-        action, mean, key = act(agent, params, obs, mean, first, limits, key, explore=False)
+        seen = see(agent, seen, obs, first)
+        action, mean, key = act(agent, params, seen, mean, first, limits, key, explore=False)
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
         if film and running[0]:
             frames.append(envs.render()[0])
@@ -710,7 +851,7 @@ def evaluate_checkpoint(args: Args) -> None:
     spec = environments.task_spec(args.task, args.agent.action_repeat)
     with contextlib.closing(make_eval_envs(args)) as envs, progress(spec.episode_length) as advance:
         agent = for_task(args.agent, envs)
-        params, _, decisions = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS)
+        params, _, decisions = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS, obs=agent.obs)
         if decisions is None:
             decisions = agent.schedule_steps  # the original's files do not tell
         key = random_streams(args.seed).evaluate
@@ -731,15 +872,16 @@ def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple
     but for the agent if --checkpoint names one."""
     count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
     new_replay = partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs)
-    check_memory(new_replay, args.buffer_size, args.total_timesteps)
+    memory = place_replay(new_replay, args.storage, args.buffer_size, args.total_timesteps)
     learner, replay = checkpoints.restore_or_make(
         count,
+        {"replay": memory},
         state=partial(fresh_state, agent, random_streams(args.seed)),
         replay=new_replay,
     )
     state = learner["train"]
     if args.checkpoint and not count["decisions"]:
-        params, target, _ = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS)
+        params, target, _ = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS, obs=agent.obs)
         state = committed(init_state(agent, params, target, state.key))
     return state, learner["act_key"], replay, count
 
@@ -750,6 +892,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
     spec = environments.task_spec(args.task, agent.action_repeat)
     n = args.num_envs
     eval_key = random_streams(args.seed).evaluate
+    batch_key = jax.device_put(random_streams(args.seed).batches, replay.rows.device)
     seed_steps = args.seed_steps
     burst = max(1, int(args.utd * n))  # updates of one dispatch
     untrained = agent
@@ -764,12 +907,17 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
     done = np.zeros(n, bool)
     entry = Step(obs, action, np.zeros(n, np.float32), terminated=done, first=~done)  # a reset: the rest is filler
     limits = Schedule(np.zeros(n, np.int32), np.float32(0))
+    seen = None
     while True:
         # Act: dispatched here, read when the environments are stepped
         random = count["decisions"] <= seed_steps and not args.checkpoint  # the original plans one episode before
         limits = schedule(agent, count["decisions"], entry.first, limits.horizon)
         episodes.add(obs, action, entry.reward, entry.first)
-        replay, action, prev_mean, key = add_and_act(agent, state.params, replay, entry, prev_mean, limits, key, random)
+        replay = add(agent, replay, entry)  # on its own, as the replay may lie in another memory
+        seen = see(agent, seen, obs, entry.first)
+        action, prev_mean, key = act(
+            agent, state.params, seen, prev_mean, entry.first, limits, key, explore=True, random=random
+        )
 
         # Evaluate
         finished = step >= args.total_timesteps
@@ -797,17 +945,16 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
         # Learn: seed_steps updates at once, then utd per decision (not per episode), while the environments step
         bursts = updates_due(count["decisions"], count["updates"], seed_steps, args.utd, burst, replay.size)
         for _ in logger.with_bar("learning", range(bursts)):
-            state, replay, info = train(agent, state, replay, num_updates=burst)
+            state, replay, info = learn(args, agent, state, replay, batch_key, count["updates"], burst)
             count["updates"] += burst
             if signals:
                 break
 
         # Step: an environment whose episode is over is reset by this step and ignores the action
-        on_device = action
         action = np.asarray(action)  # all that is fetched from the device between two decisions
         obs, reward, terminated, truncated, infos = envs.step(action)
         check_finite(logger.folder, f"simulator step {step}", action=action, reward=reward, observation=obs)
-        entry = Step(obs, on_device, reward.astype(np.float32), terminated, first=done)  # done before: now it is reset
+        entry = Step(obs, action, reward.astype(np.float32), terminated, first=done)  # done before: now it is reset
         count["decisions"] += n - int(done.sum())
         done = terminated | truncated
         step = count["decisions"] * spec.action_repeat
@@ -827,8 +974,7 @@ def run(args: Args) -> None:
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
-        repeat = args.agent.action_repeat
-        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0), action_repeat=repeat)
+        envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0), **observed(args.agent))
         envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
         eval_envs = stack.enter_context(contextlib.closing(make_eval_envs(args)))
         agent = for_task(args.agent, envs)
@@ -836,7 +982,8 @@ def run(args: Args) -> None:
         state, key, replay, count = start_or_resume(args, agent, checkpoints)
         folder.begin()
         logger = stack.enter_context(Logger(folder, RETURNS_COLUMNS, signals=signals))
-        made = f"{envs.metadata['observations']}, {envs.metadata['actions']}"
+        stacked = f"{num_frames(agent)} " if agent.obs == "rgb" else ""
+        made = f"{stacked}{envs.metadata['observations']}, {envs.metadata['actions']}"
         title = f"{spec.name}: {made}, {args.num_envs} environment(s)"
         step = count["decisions"] * spec.action_repeat
         logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
@@ -850,8 +997,10 @@ def main(argv: list[str] | None = None) -> None:
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.run_folder, SCRIPTS))
         args = with_task_defaults(args)
         cli.check_bounds(args)
-        if args.capture_video:
-            environments.check_rendering(args.task)
+        if args.capture_video or args.agent.obs == "rgb":
+            film = "rgb_array" if args.capture_video else None
+            environments.check_rendering(args.task, args.agent.obs, film, PIXELS)
+        cli.require(args.agent.obs == "state" or not args.save_episodes, "--save-episodes goes with --obs state")
         set_up_jax(args.compile_cache)
         if args.evaluate:
             evaluate_checkpoint(args)

@@ -95,6 +95,13 @@ class LargePixels(Pixels):
         return np.pad(super().draw(), ((16, 16), (16, 16), (0, 0)))
 
 
+class Pixels84(Pixels):
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+
+    def draw(self):
+        return np.pad(super().draw(), ((10, 10), (10, 10), (0, 0)))
+
+
 class PixelsAndNumbers(Pixels):
     """The bar, and beside it where the point is, how fast it is and on which side; or more than one picture."""
 
@@ -150,6 +157,7 @@ for name, cls, kwargs in [
     ("Goal", Goal, {}),
     ("Pixels", Pixels, {}),
     ("LargePixels", LargePixels, {}),
+    ("Pixels84", Pixels84, {}),
     ("PixelsFalling", Pixels, {"terminates": True}),
     ("PixelsAndNumbers", PixelsAndNumbers, {"terminates": True}),
     ("PixelsInDict", PixelsAndNumbers, {"numbers": False}),

@@ -35,7 +35,7 @@ DIFFERENT = {  # what a script changes in a block of tdmpc2_jax.py; all other bl
         Linear MLP Networks networks init_params PolicySample policy
         PlanNoise plan_noise estimate_value plan act
         TrainState Batch UpdateNoise update_noise optimizers init_state td_target model_loss policy_loss update
-        Replay init_replay add add_and_act train
+        Step Replay init_replay add train
         make_eval_envs evaluate evaluate_checkpoint
         fresh_state start_or_resume loop run
     """.split(),
@@ -103,7 +103,8 @@ MEANT = {  # arguments that mean something else in another script
     "tdmpc2_jax_rgb": "task exp_name checkpoint model_size enc_dim latent_dim num_enc_layers obs_dim buffer_size "
     "save_episodes",
     "tdmpc_jax": "exp_name enc_dim mlp_dim latent_dim batch_size seed_steps lr grad_clip_norm tau consistency_coef "
-    "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes discount",
+    "reward_coef horizon iterations num_pi_trajs min_std total_timesteps checkpoint eval_freq save_episodes discount "
+    "buffer_size obs_dim",
     "tdmpc2_jax_device": "task exp_name save_episodes",
     "newt_jax": "exp_name model_size batch_size rho dropout num_envs buffer_size seed_steps utd total_timesteps "
     "checkpoint evaluate eval_freq eval_episodes checkpoint_freq log_freq capture_video resume can_terminate",

@@ -29,10 +29,13 @@ from diffusion_helpers import (
 )
 from helpers import meta_of
 
+import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_diffusion as diffusion
+import tdmpc2_jax_rgb as rgb
 from benchmarks import diffusion as benchmark
 from tdmpc2_support.cli import settings
+from tdmpc2_support.data import recorded as recorded_data
 from tdmpc2_support.data.recorded import read_recorded, windows_at
 from tdmpc2_support.run.checkpoints import (
     complete_checkpoints,
@@ -608,3 +611,82 @@ def test_damaged_episodes_are_refused(refused, files, tmp_path):
 def test_training_needs_a_world_model_and_episodes(refused, files):
     assert "--world-model" in refused("--task", "cartpole-swingup", *files[2:])
     assert "--data-dir" in refused(*files[:2])
+
+
+# --------------------------------------------------------------------------------------------------------- Pictures
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """Folder with a world model of mw-reach that sees pictures, fresh, and episodes of random pictures."""
+    folder = tmp_path_factory.mktemp("pictured")
+    agent = rgb.Agent(mlp_dim=16, latent_dim=16, num_q=2, num_samples=16, num_elites=4, num_pi_trajs=4, iterations=1)
+    agent = dataclasses.replace(rgb.with_model_size(agent), shadows=False)
+    args = rgb.Args(task="mw-reach", agent=agent)
+    of_task = dataclasses.replace(agent, action_dim=4)
+    params = jitter(rgb.init_params(of_task, jax.random.key(0)), 0.2)
+    state = {"params": params, "target_q": params["q"], "q_scale": jnp.float32(1)}
+    with ocp.CheckpointManager(folder / "world" / "checkpoints") as manager:
+        meta = {"script": "tdmpc2_jax_rgb", "args": settings(args)}
+        write_checkpoint(manager, 5, meta, state={"train": state})
+    rng = np.random.default_rng(0)
+    writer = envs.EpisodeWriter(folder / "data", "mw-reach", 4, obs="rgb")
+    seen = []
+    for step in range(101):
+        obs = rng.integers(0, 256, (4, 64, 64, 3), np.uint8)
+        writer.add(obs, rng.uniform(-1, 1, (4, 4)), rng.random(4), np.full(4, step == 0))
+        seen.append(obs)
+    writer.flush()
+    return folder, np.stack(seen, 1).reshape(-1, 64, 64, 3)
+
+
+def test_latent_states_of_recorded_pictures_are_those_of_acting(pictured, monkeypatch):
+    folder, pictures = pictured
+    monkeypatch.setattr(recorded_data, "PICTURES_AT_ONCE", 150)  # pieces end within episodes
+    args = diffusion.parse(["--world-model", str(folder / "world"), "--data-dir", str(folder / "data"), *TINY])
+    assert (args.agent.obs, args.agent.shadows, args.task) == ("rgb", False, "mw-reach")
+    agent = dataclasses.replace(args.agent, action_dim=4)
+    init = partial(rgb.init_params, agent)
+    world = diffusion.load_world(str(folder / "world"), ["mw-reach"], [0.9], init, 0, *rgb.SCRIPTS, obs="rgb")
+    latents = diffusion.encoded(args, agent, world).obs
+    key = random_streams(args.seed).batches
+    acted = []
+    seen = None
+    for i, picture in enumerate(pictures):
+        seen = rgb.stack_pictures(seen, picture[None], np.array([i % 101 == 0]))
+        acted.append(seen[0])
+    for start in (0, 150, 300):
+        stacks = jnp.asarray(acted[start : start + 150])
+        shifts = rgb.draw_shifts(jax.random.fold_in(key, start), len(stacks))
+        expected = rgb.encode(agent, world.params["encoder"], stacks, shifts)
+        np.testing.assert_allclose(latents[start : start + 150], expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_world_model_of_pictures_is_planned_on_and_the_run_resumed(pictured, here, tmp_path):
+    folder, _ = pictured
+    flags = ["--world-model", folder / "world", "--data-dir", folder / "data", *TINY, "--refine-samples", 8]
+    name = "tdmpc2_jax_diffusion.py"
+    status, out, err = here(*flags, "--num-updates", 40, "--eval-freq", 40, name=name, small=False)
+    assert status == 0, err
+    run = tmp_path / "runs" / "mw-reach" / "tdmpc2_jax_diffusion" / "1"
+    shutil.rmtree(complete_checkpoints(run)[0])
+    status, out, err = here(*flags, "--num-updates", 40, "--eval-freq", 40, "--resume", name=name, small=False)
+    assert status == 0, err
+    planners = ["--evaluate", "--checkpoint", run, "--planner", "ssr,mppi,pi"]
+    status, out, err = here(*planners, name=name, small=False)
+    assert status == 0 and "mppi" in out and "copy" in out, err
+
+
+def test_pictures_and_states_are_not_taken_for_each_other(pictured, refused, tmp_path):
+    folder, pictures = pictured
+    world = ("--world-model", folder / "world")
+    cartpole_episodes(tmp_path / "states")
+    states = tmp_path / "states" / "cartpole-swingup"
+    states.rename(tmp_path / "states" / "mw-reach")
+    assert "holds episodes of states, pictures are needed" in refused(*world, "--data-dir", tmp_path / "states", *TINY)
+    small = {"obs": pictures[:8, :32, :32].reshape(2, 4, 32, 32, 3), "action": np.zeros((2, 4, 4), np.float32)}
+    small |= {"reward": np.zeros((2, 4), np.float32), "task": np.zeros((2, 4), np.int64)}
+    (tmp_path / "small" / "mw-reach").mkdir(parents=True)
+    envs.save_tensordict(tmp_path / "small" / "mw-reach" / "chunk_0.pt", small)
+    sentence = refused(*world, "--data-dir", tmp_path / "small", *TINY)
+    assert "pictures are 32 x 32 x 3, 64 x 64 x 3 is needed" in sentence
+    assert "learns from states" in refused("--mode", "joint", "--obs", "rgb", "--task", "mw-reach")

@@ -31,6 +31,7 @@ from tdmpc2_support.errors import UserError
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_agent, read_meta
 
 Params = dict[str, Any]  # of networks, by component
+RGB_LAYERS = [f"_encoder.rgb.{i}" for i in (2, 4, 6, 8)]  # convolutions; the modules in between have no parameters
 
 
 class LoadedAgent(NamedTuple):
@@ -99,7 +100,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Seq
         kind = "states" if obs == "state" else "pixels"
         raise UserError(f"holds no TD-MPC2 agent that sees {kind}{_other_script(tensors)}")
     params = {
-        "encoder": _convolutions(tensors) if obs == "rgb" else _mlp(tensors, "_encoder.state"),
+        "encoder": _convolutions(tensors, RGB_LAYERS) if obs == "rgb" else _mlp(tensors, "_encoder.state"),
         "dynamics": _mlp(tensors, "_dynamics"),
         "reward": _mlp(tensors, "_reward"),
         "pi": _mlp(tensors, "_pi"),
@@ -206,10 +207,9 @@ def _layer_names(tensors: Mapping[str, np.ndarray], prefix: str) -> list[list[st
     return [[f"{prefix}.{i}" for i in numbers] for numbers in (range(0, 4), range(4, 8), range(8, 10))]
 
 
-def _convolutions(tensors: Mapping[str, np.ndarray]) -> Params:
+def _convolutions(tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> Params:
     params = {}
-    for i in range(4):  # the modules in between have no parameters; kernels [out, in, height, width]
-        name = f"_encoder.rgb.{2 + 2 * i}"
+    for i, name in enumerate(names):  # kernels [out, in, height, width]
         params[f"kernel_{i}"] = np.moveaxis(_numbers(tensors, f"{name}.weight", 4), (0, 1), (-1, -2))
         params[f"bias_{i}"] = _numbers(tensors, f"{name}.bias")
     return {"params": params}
@@ -248,9 +248,9 @@ def _mlp_shapes(heads: tuple[int, ...], inputs: int, widths: list[int], simnorm:
     return shapes
 
 
-def read_tdmpc(path: str | os.PathLike) -> tuple[Params, Params]:
-    """The agent of a checkpoint (.pt) of TD-MPC, the first version, for states: its parameters, and the slow copies
-    of `encoder` and `q`. The file holds {"model": tensors, "model_target": tensors}.
+def read_tdmpc(path: str | os.PathLike, obs: str = "state") -> tuple[Params, Params]:
+    """The agent of a checkpoint (.pt) of TD-MPC, the first version: its parameters, and the slow copies of `encoder`
+    and `q`; `obs` is what it must see, "state" or "rgb". The file holds {"model": tensors, "model_target": tensors}.
 
     Raises:
         UserError: the file cannot be read, or holds no whole agent of TD-MPC.
@@ -259,22 +259,29 @@ def read_tdmpc(path: str | os.PathLike) -> tuple[Params, Params]:
     if not isinstance(content, dict):
         content = {}
     try:
-        params = tdmpc_from_torch(_arrays(content.get("model")))
-        target = tdmpc_from_torch(_arrays(content.get("model_target")))
+        params = tdmpc_from_torch(_arrays(content.get("model")), obs)
+        target = tdmpc_from_torch(_arrays(content.get("model_target")), obs)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     return params, {name: target[name] for name in ("encoder", "q")}
 
 
-def tdmpc_from_torch(tensors: Mapping[str, np.ndarray]) -> Params:
+def tdmpc_from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state") -> Params:
     """The networks that these tensors of a TD-MPC checkpoint are; UserError if they are none, or not all."""
+    kind = "states" if obs == "state" else "pixels"
     if "_Q1.0.weight" not in tensors:
-        raise UserError(f"holds no TD-MPC agent that sees states{_other_script(tensors)}")
-    if "_encoder.0.weight" not in tensors:
-        raise UserError("holds no TD-MPC agent that sees states")
+        raise UserError(f"holds no TD-MPC agent that sees {kind}{_other_script(tensors)}")
+    if ("_encoder.0.weight" if obs == "state" else "_encoder.10.weight") not in tensors:
+        other = "--obs rgb" if "_encoder.10.weight" in tensors else "--obs state"
+        raise UserError(f"holds no TD-MPC agent that sees {kind}: it is one for {other}")
 
     params = {name: _sequential(tensors, f"_{name}", (0, 2, 4)) for name in ("dynamics", "reward", "pi")}
-    params["encoder"] = _sequential(tensors, "_encoder", (0, 2))
+    if obs == "state":
+        params["encoder"] = _sequential(tensors, "_encoder", (0, 2))
+    else:
+        convolutions = _convolutions(tensors, [f"_encoder.{i}" for i in (1, 3, 5, 7)])["params"]
+        last = _sequential(tensors, "_encoder", (10,))["params"]["linear_0"]
+        params["encoder"] = {"params": _float32(convolutions) | {"last": last}}
     qs = [_sequential(tensors, name, (0, 3, 5), norm=1) for name in ("_Q1", "_Q2")]
     if _shapes(qs[0]) != _shapes(qs[1]):
         raise UserError("holds no whole agent: its two values differ in size")
@@ -489,12 +496,14 @@ def _with_table(agent: LoadedAgent, named: Sequence[str], path: str) -> LoadedAg
     return agent._replace(params=params | {"task_emb": agent.task_emb}, task_emb=None, tasks=tasks)
 
 
-def load_tdmpc(path: str, init: Callable[[jax.Array], Params], *scripts: str) -> tuple[Params, Params, int | None]:
+def load_tdmpc(
+    path: str, init: Callable[[jax.Array], Params], *scripts: str, obs: str = "state"
+) -> tuple[Params, Params, int | None]:
     """An agent of TD-MPC, the first version: its parameters, the slow copies of its `encoder` and `q`, and how many
     decisions it has made, or None where it is the original's; see `load_agent`."""
     like = jax.eval_shape(init, jax.random.key(0))
     if path.endswith(".pt"):
-        params, target = read_tdmpc(path)
+        params, target = read_tdmpc(path, obs)
         decisions = None
     else:
         checkpoint = find_checkpoint(path)

@@ -78,6 +78,7 @@ def load_world(
     init: Callable[[jax.Array], Params],
     task_dim: int,
     *scripts: str,
+    obs: str = "state",
 ) -> World:
     """The world model of a run or a .pt (see `load_agent`).
 
@@ -87,6 +88,7 @@ def load_world(
         init: called with a key, returns fresh parameters of the networks at hand; only their shapes are asked for.
         task_dim: size E of the embeddings; 0 for a world model of one task.
         scripts: whose runs will do.
+        obs: what it must see, "state" or "rgb".
 
     Raises:
         UserError: as `load_agent` and `load_parts`, or the embeddings are of another size.
@@ -94,7 +96,7 @@ def load_world(
     like = jax.eval_shape(init, jax.random.key(0))
     action_dim = like["pi"]["params"]["linear_2"]["bias"].shape[0] // 2
     if not task_dim:
-        agent = load_agent(path, None, init, *scripts, task=tasks[0])
+        agent = load_agent(path, None, init, *scripts, obs=obs, task=tasks[0])
         return World(agent.params, agent.target_q, jnp.ones(action_dim), jnp.float32(discounts[0]))
     worlds: list[World] = []
     for task, discount, part in zip(tasks, discounts, load_parts(path, tasks, init, *scripts), strict=True):

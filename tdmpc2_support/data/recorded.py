@@ -5,15 +5,18 @@ print_measures(measures(answers))                            # of networks, on w
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tdmpc2_support.data.datasets import load_dataset
+from tdmpc2_support.data.datasets import Dataset, load_dataset
 from tdmpc2_support.errors import UserError
+
+FRAMES = 3  # pictures in a stack, oldest first; before an episode's first one it is repeated
+PICTURES_AT_ONCE = 1024  # that are encoded
 
 
 class Recorded(NamedTuple):
@@ -67,20 +70,29 @@ def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([*arrays, []]).astype(int)
 
 
-def read_recorded(tasks: Sequence[str], data_dir: str, steps: int) -> Recorded:
+def read_recorded(
+    tasks: Sequence[str], data_dir: str, steps: int, encode_stacks: Callable[[np.ndarray, int], jax.Array] | None = None
+) -> Recorded:
     """Episodes of these tasks, in the sizes of the largest, as tdmpc2_jax.py --save-episodes leaves them or as
     `load_dataset` finds them, on the first device.
+
+    Args:
+        encode_stacks: for episodes of pictures, which stay in their files but for a few: called with stacks uint8
+            [n, 64, 64, 9] of entries in a row and the number of the first of them, returns what is kept of each.
 
     Raises:
         UserError: there are none, they are damaged or of other tasks, or too few for windows of steps + 1 entries.
     """
-    data = load_dataset(tasks, data_dir)
+    data = load_dataset(tasks, data_dir, "rgb" if encode_stacks else "state")
     data.check_files()
-    entries = data.read(0, data.num_entries)
+    lengths = np.concatenate([np.full(len(chunk.obs), chunk.obs.shape[1]) for chunk in data.chunks])
+    if encode_stacks:
+        entries = _encoded(data, lengths, encode_stacks)
+    else:
+        entries = data.read(0, data.num_entries)
     for i, task in enumerate(tasks):
         if not (entries["task"] == i).any():
             raise UserError(f"{data_dir} holds no episodes of {task}")
-    lengths = np.concatenate([np.full(len(chunk.obs), chunk.obs.shape[1]) for chunk in data.chunks])
     first_entries = np.cumsum(lengths) - lengths
     starts, held_out = window_starts(lengths, steps, entries["task"][first_entries], tasks)
     recorded = Recorded(
@@ -92,6 +104,22 @@ def read_recorded(tasks: Sequence[str], data_dir: str, steps: int) -> Recorded:
         held_out=jnp.asarray(held_out),
     )
     return jax.device_put(recorded, jax.devices()[0])
+
+
+def _encoded(data: Dataset, lengths: np.ndarray, encode_stacks: Callable) -> dict[str, Any]:
+    """All entries as `Dataset.read` returns them, but what was made of pictures in their place."""
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)  # for each entry the first one of its episode
+    parts = []
+    for first in range(0, data.num_entries, PICTURES_AT_ONCE):
+        last = min(first + PICTURES_AT_ONCE, data.num_entries)
+        before = max(first - FRAMES + 1, 0)
+        part = data.read(before, last)
+        entry = np.arange(first, last)
+        frames = [np.maximum(entry - i, starts[first:last]) - before for i in reversed(range(FRAMES))]
+        stacks = np.concatenate([part["obs"][rows] for rows in frames], axis=-1)
+        part = {name: values[first - before :] for name, values in part.items()}
+        parts.append(part | {"obs": np.asarray(encode_stacks(stacks, first))})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def of_one(recorded: Recorded, starts: jax.Array, task: int, number: int) -> jax.Array:

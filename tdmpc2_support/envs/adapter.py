@@ -46,9 +46,17 @@ class Task(gym.Wrapper):
     """
 
     def __init__(
-        self, simulator: Simulator, spec: TaskSpec, seed: int, obs: str, render_mode: str | None, shadows: bool
+        self,
+        simulator: Simulator,
+        spec: TaskSpec,
+        seed: int,
+        obs: str,
+        render_mode: str | None,
+        shadows: bool,
+        pixels: int = rendering.PIXELS,
     ):
         super().__init__(simulator.env)
+        self._size = pixels
         self._simulator = simulator
         self._spec = spec
         self._first_seed = seed
@@ -93,9 +101,9 @@ class Task(gym.Wrapper):
     def _find_picture(self, space: gym.Space) -> tuple[tuple, gym.spaces.Box]:
         """Where in an observation the only picture is, if it is not drawn here, and the space of pictures."""
         if self._simulator.scene:
-            return (), gym.spaces.Box(0, 255, (rendering.PIXELS, rendering.PIXELS, 3), np.uint8)
+            return (), gym.spaces.Box(0, 255, (self._size, self._size, 3), np.uint8)
         name = self._spec.name
-        size = f"{rendering.PIXELS} x {rendering.PIXELS}"
+        size = f"{self._size} x {self._size}"
         found = [(path, part) for path, part in parts_of(space) if is_image(part)]
         if len(found) > 1:
             places = ", ".join(words_of(path) for path, _ in found)
@@ -169,7 +177,7 @@ class Task(gym.Wrapper):
         if not self._pixels:
             return state
         if self._simulator.scene:
-            frame = self._draw(rendering.PIXELS)
+            frame = self._draw(self._size)
         else:
             shown = entry(self._spec.name, method, self._picture_at, obs)
             frame = self._picture(method, shown, self._frame.shape)
@@ -196,7 +204,7 @@ class Task(gym.Wrapper):
         if size in self._cameras and self._cameras[size].model is not model:  # some resets build a new model
             self._cameras.pop(size).close()
         if size not in self._cameras:
-            effects = self._shadows or size != rendering.PIXELS
+            effects = self._shadows or size != self._size
             self._cameras[size] = rendering.Camera(model, size, self._simulator.camera, effects)
         return self._cameras[size].frame(data)
 
