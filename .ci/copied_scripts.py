@@ -36,7 +36,8 @@ SCRIPTS = {  # flags, and what the first and the second start have besides
         "--num-updates 40 --resume",
     ),
     "newt_jax": (
-        f"--tasks mw-reach {NETWORKS} {PLANNER} --num-envs 2 --buffer-size 3000 --demos {DATA} --pretrain-updates 10",
+        f"--tasks mw-reach {NETWORKS} {PLANNER} --num-envs 2 --buffer-size 3000 --seed-steps 50 "
+        f"--demos {DATA} --pretrain-updates 10",
         "--total-timesteps 240",
         "--total-timesteps 480 --resume",
     ),
