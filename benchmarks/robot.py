@@ -17,6 +17,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -49,6 +50,11 @@ class Args:
     json: str | None = None  # write the figures to this file
     checkpoints: tuple[str, ...] = ()  # compare returns of these runs instead
     episodes: int = 5  # of each
+    source_task: tuple[str, ...] = ()  # of each, if they are multi-task agents
+    what: Literal["policy", "planner"] = "planner"  # that acts in them
+    num_samples: int | None = None  # of that planner, if not the run's
+    num_elites: int | None = None  # its elites, if not the run's
+    iterations: int | None = None  # its iterations, if not the run's
     rounds: int = 100  # decisions of each function
     seconds: float = 6.0  # fewer rounds where they would take longer
 
@@ -130,13 +136,14 @@ def row(args: Args, agent: td.Agent, what: str) -> dict:
     return result | dict(figures)
 
 
-def compare_returns(args: Args, checkpoint: str) -> dict:
-    """Returns of the same episodes with the same noise, of the planner in JAX and in ONNX, and how far actions differ
-    on the observations of the former."""
-    trained = deploy.load(deploy.Args(checkpoint, ""))
-    agent, params, task = deploy.one_task(deploy.Args(checkpoint, ""), trained)
-    function = deploy.planner_function(agent)
-    path = Path(args.files, f"{task}.onnx")
+def compare_returns(args: Args, checkpoint: str, source_task: str | None) -> dict:
+    """Returns of the same episodes with the same noise, in JAX and in ONNX, and how far actions differ on the
+    observations of the former."""
+    sizes = {name: getattr(args, name) for name in ("num_samples", "num_elites", "iterations")}
+    asked = deploy.Args(checkpoint, "", source_task=source_task, **sizes)
+    agent, params, task = deploy.one_task(asked, deploy.load(asked))
+    function = deploy.policy_function(agent) if args.what == "policy" else deploy.planner_function(agent)
+    path = Path(args.files, f"{task}-{args.what}-{agent.num_samples}-{agent.iterations}.onnx")
     if not path.exists():
         write_onnx(path, function, params, {}, {"task": task})
     jitted = jax.jit(function.call)
@@ -153,9 +160,12 @@ def compare_returns(args: Args, checkpoint: str) -> dict:
                 rewards = []
                 ended = False
                 while not ended:
-                    key = jax.random.key(1000 * episode + len(rewards))
-                    inputs = deploy.planner_inputs(agent, obs, mean, not rewards, key)
-                    action, mean = call(inputs)
+                    inputs = {"obs": obs}
+                    if args.what == "planner":
+                        key = jax.random.key(1000 * episode + len(rewards))
+                        inputs = deploy.planner_inputs(agent, obs, mean, not rewards, key)
+                    action, *means = call(inputs)
+                    mean = means[0] if means else mean
                     if name == "jax":
                         differ.append(float(np.abs(by_onnx(inputs)[0] - action).max()))
                     obs, reward, terminated, truncated, _ = env.step(np.asarray(action))
@@ -163,15 +173,18 @@ def compare_returns(args: Args, checkpoint: str) -> dict:
                     ended = terminated or truncated
             returns[name].append(sum(rewards))
     worst = {"decisions": len(differ), "largest": max(differ), "above_1e-5": sum(x > 1e-5 for x in differ)}
-    return {"checkpoint": checkpoint, "task": task, "returns": returns, "actions": worst}
+    worst["median"] = float(np.median(differ))
+    planner = {"num_samples": agent.num_samples, "iterations": agent.iterations} if args.what == "planner" else {}
+    return {"task": task, "function": args.what, **planner, "returns": returns, "actions": worst}
 
 
 def main(args: Args) -> None:
     Path(args.files).mkdir(exist_ok=True)
     rows = []
     if args.checkpoints:
-        for checkpoint in args.checkpoints:
-            rows.append(compare_returns(args, checkpoint))
+        source_tasks = args.source_task or [None] * len(args.checkpoints)
+        for checkpoint, source_task in zip(args.checkpoints, source_tasks, strict=True):
+            rows.append(compare_returns(args, checkpoint, source_task))
             print(json.dumps(rows[-1]))
     else:
         agents = [agent_of(*sizes) for sizes in SIZES]
