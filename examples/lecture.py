@@ -315,7 +315,7 @@ plt.show()
 # %% [markdown]
 # ## Learn
 #
-# Now a fresh agent, in a minute: it balances a pole (Gymnasium's InvertedPendulum: 1 for every decision until it
+# Now a fresh agent: it balances a pole (Gymnasium's InvertedPendulum: 1 for every decision until it
 # falls, a thousand at most; a random agent lasts for 5). The same function runs as on the command line.
 
 # %%
