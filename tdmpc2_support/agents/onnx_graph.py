@@ -204,15 +204,13 @@ class Graph:
         params = equation.params
         inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
         if name == "scan":
-            return self._scan(inner, operands, params)
+            return self._scan(equation, operands)
         if params.get("name") == one_layer_norm.__name__ and len(operands[1].shape) == 1:
             inputs = [self.whole(operands[0], equation.invars[0].aval.shape), *operands[1:]]
             shape = inputs[0].shape
             return [self.node("LayerNormalization", inputs, shape, np.float32, axis=-1, epsilon=EPSILON)]
         if inner is not None:  # a function that JAX calls: jit, custom_jvp_call
-            if isinstance(inner, Jaxpr):
-                return self._evaluate(inner, [], operands)
-            return self.function(inner, operands)
+            return self._call(inner, operands)
         size = sum(math.prod(variable.aval.shape) for variable in equation.outvars)
         of_constants = all(operand.constant is not None for operand in operands)
         if of_constants and size <= max(_SMALL, *(operand.constant.size for operand in operands), 0):
@@ -221,6 +219,11 @@ class Graph:
             raise UserError(f"ONNX export: the primitive {name!r} of JAX is not known")
         return _RULES[name](self, operands, equation)
 
+    def _call(self, inner: ClosedJaxpr | Jaxpr, operands: list[Value]) -> list[Value]:
+        if isinstance(inner, ClosedJaxpr):
+            return self.function(inner, operands)
+        return self._evaluate(inner, [], operands)
+
     def _compute(self, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
         """The results of what constants alone decide."""
         shapes = [variable.aval.shape for variable in equation.invars]
@@ -228,21 +231,31 @@ class Graph:
         results = equation.primitive.bind(*arrays, **equation.params)
         return [self.constant(x) for x in (results if equation.primitive.multiple_results else [results])]
 
-    def _scan(self, body: ClosedJaxpr, operands: list[Value], params: Mapping[str, Any]) -> list[Value]:
-        constants = operands[: params["num_consts"]]
-        carry = operands[params["num_consts"] : params["num_consts"] + params["num_carry"]]
-        stacked = operands[params["num_consts"] + params["num_carry"] :]
-        rows_of = body.in_avals[params["num_consts"] + params["num_carry"] :]
-        stacked = [self.whole(x, (params["length"], *row.shape)) for x, row in zip(stacked, rows_of, strict=True)]
+    def _scan(self, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+        """Inputs are constants, what is carried on, and rows; versions of JAX name their numbers in other ways, so that
+        they are told by their axes: stacked rows have one more than a row."""
+        params = equation.params
+        body = params["jaxpr"]
+        inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+        rows_of = [variable.aval for variable in inner.invars]
+        stacked_at = [len(x.aval.shape) > len(row.shape) for x, row in zip(equation.invars, rows_of, strict=True)]
+        outer = [variable.aval.shape for variable in equation.outvars]
+        num_carry = sum(len(x) == len(y.aval.shape) for x, y in zip(outer, inner.outvars, strict=True))
+        num_rows = sum(stacked_at)
+        first_row = len(operands) - num_rows
+        constants = operands[: first_row - num_carry]
+        carry = operands[first_row - num_carry : first_row]
+        shapes = [(params["length"], *row.shape) for row in rows_of[first_row:]]
+        stacked = [self.whole(x, shape) for x, shape in zip(operands[first_row:], shapes, strict=True)]
         outputs = []
         for i in reversed(range(params["length"])) if params["reverse"] else range(params["length"]):
             each = [self.reshape(self.part(x, 0, i, i + 1), x.shape[1:]) for x in stacked]
-            results = self.function(body, [*constants, *carry, *each])
-            carry = results[: params["num_carry"]]
-            outputs.append(results[params["num_carry"] :])
+            results = self._call(body, [*constants, *carry, *each])
+            carry = results[:num_carry]
+            outputs.append(results[num_carry:])
         if params["reverse"]:
             outputs.reverse()
-        shapes = [variable.aval.shape for variable in body.jaxpr.outvars[params["num_carry"] :]]
+        shapes = [variable.aval.shape for variable in inner.outvars[num_carry:]]
         rows = [
             [self.reshape(self.whole(step[k], shape), (1, *shape)) for step in outputs]
             for k, shape in enumerate(shapes)
