@@ -113,3 +113,13 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["100"]
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_arrays_without_numbers_come_back_as_they_were(tmp_path):
+    """The embeddings of an agent of one task."""
+    item = jax.device_put({"empty": jnp.zeros((1, 0)), "full": jnp.arange(3.0)}, jax.devices()[0])
+    with RunFolder(tmp_path / "run", {}) as folder, Checkpoints(folder, "newt_jax") as checkpoints:
+        checkpoints.save(5, COUNT, state=item)
+        back = checkpoints.restore(state=item)[1]["state"]
+    assert back["empty"].shape == (1, 0)
+    np.testing.assert_array_equal(back["full"], item["full"])

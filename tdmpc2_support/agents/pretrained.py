@@ -551,6 +551,8 @@ def _read(path: str, obs: str, scripts: Sequence[str], parts: Sequence[str] = ()
     networks = (*parts, "task_emb") if parts else ()
     state = read_agent(checkpoint, meta, ("params", "target_q", "q_scale"), networks)
     task_emb = state["params"].pop("task_emb", None)
+    if task_emb is not None and task_emb.ndim < 2:  # stands for a table without numbers
+        task_emb = jnp.zeros((len(meta["tasks"]), 0))
     return LoadedAgent(
         params=state["params"],
         target_q=state.get("target_q", {}),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from tdmpc2_support.devices import shapes_on
@@ -176,6 +177,7 @@ def write_checkpoint(manager: ocp.CheckpointManager, step: int, meta: dict[str, 
         UserError: the disk is full, or cannot be written to; what was written of it is removed, and the checkpoints
             before it are kept.
     """
+    items = {name: jax.tree.map(_stand_in, item) for name, item in items.items()}
     meta = meta | {"checksums": checksums(items)}
     meta["checksum"] = _text_sum(meta)
     saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -207,12 +209,27 @@ def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict
     for name, tree in like.items():
         try:
             with ocp.StandardCheckpointer() as reader:
-                items[name] = reader.restore(checkpoint.absolute() / name, tree)
+                items[name] = reader.restore(checkpoint.absolute() / name, jax.tree.map(_stand_in, tree))
             if any(x.dtype != y.dtype for x, y in zip(*map(jax.tree.leaves, (items[name], tree)), strict=True)):
                 raise TypeError("an array is of another type")  # a key whose description is gone is read as numbers
         except Exception as error:  # Orbax raises a different type for every way in which a file can be wrong
             raise _damaged(checkpoint, f"or of another size; {name}: {_first_line(error)}") from error
-    return _compared(checkpoint, meta, items)
+    items = _compared(checkpoint, meta, items)
+    return {name: jax.tree.map(_as_it_was, item, like[name]) for name, item in items.items()}
+
+
+def _stand_in(x: Any) -> Any:
+    """An array, or its shape; of one without numbers, which Orbax does not write, one zero."""
+    if np.prod(x.shape):
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((1,), x.dtype, sharding=x.sharding)
+    return jax.device_put(jnp.zeros(1, x.dtype), x.sharding)
+
+
+def _as_it_was(x: jax.Array, like: Any) -> jax.Array:
+    """What `_stand_in` has made of an array turned back into it."""
+    return x if np.prod(like.shape) else jax.device_put(jnp.zeros(like.shape, like.dtype), x.sharding)
 
 
 def read_agent(
