@@ -52,7 +52,7 @@ SCRIPTS = {  # flags, and what the first and the second start have besides
         "--output 2.safetensors",
     ),
 }
-MAY_BE_INSTALLED = ("tdmpc", "envs.py", "deploy.py", "__pycache__/", "__editable__")
+MAY_BE_INSTALLED = ("tdmpc", "newt_jax", "envs.py", "deploy.py", "__pycache__/", "__editable__")
 
 
 class Failed(Exception):
