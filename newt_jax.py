@@ -202,11 +202,12 @@ def networks(agent: Agent) -> td.Networks:
 def init_params(agent: Agent, key: jax.Array, table: jax.Array | None = None) -> dict[str, Any]:
     """Fresh parameters, one entry per component; `task_emb` is the table [T, E] of embeddings, as it is given or, if it
     is to be learned, drawn."""
+    key, termination_key = jax.random.split(key)
     params = mt.init_params(agent, key)
     model = networks(agent)
     if model.termination:
         inputs = jnp.zeros(agent.latent_dim), jnp.zeros(agent.task_dim)
-        params["termination"] = model.termination.init(jax.random.fold_in(key, 1), *inputs)
+        params["termination"] = model.termination.init(termination_key, *inputs)
     if table is not None:
         params["task_emb"] = jnp.asarray(table, jnp.float32)
     return params
@@ -662,7 +663,8 @@ def evaluate_checkpoint(args: Args) -> None:
     tasks = make_tasks(agent, names, 1)
     envs = make_envs(names, 1, agent, (args.seed, 1), args.capture_video)
     with contextlib.closing(envs), progress(schedule.evaluation_steps(names, args.eval_episodes)) as advance:
-        key, seed = random_streams(args.seed).evaluate, (args.seed, 1)
+        key = random_streams(args.seed).evaluate
+        seed = (args.seed, 1)
         share = prior_share(agent, loaded.decisions)
         result = evaluate(args, agent, tasks, loaded.params, names, envs, key, seed, "plan", share, advance)
     report_scores(args, result)
@@ -772,7 +774,8 @@ def loop(
     burst = max(1, int(args.utd * n))  # updates of one dispatch
     length_of_evaluation = schedule.evaluation_steps(names, args.eval_episodes)
     eval_key = random_streams(args.seed).evaluate
-    state, key = state["train"], state["act_key"]
+    key = state["act_key"]
+    state = state["train"]
     learn = partial(train, agent, mesh, tasks)
     step = saved = count["pretrained"] + count["decisions"]
     info = {}

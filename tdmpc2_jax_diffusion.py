@@ -685,8 +685,8 @@ def plan_by_diffusion(agent: Agent, planner: Planner, obs, best, first, key, exp
     noise."""
     chex.assert_shape(best, (agent.future, agent.action_dim))
     world = planner.world
-    keys = jax.random.split(key, 6)
-    z = encode(agent, world.params, obs, jax.random.fold_in(key, 0))
+    keys = jax.random.split(key, 7)
+    z = encode(agent, world.params, obs, keys[6])
     candidates = candidates_at(agent, planner, z, best, first, keys[0])
     zs = rollout(agent, planner, z, candidates, keys[1])
     every_score = score(agent, planner, zs, candidates, keys[2])  # [N]

@@ -502,11 +502,11 @@ class UpdateNoise(NamedTuple):
 def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
     H, B, A = agent.horizon, agent.batch_size, agent.action_dim
-    keys = jax.random.split(key, 2)
+    keys = jax.random.split(key, 3)
     noise = UpdateNoise(jax.random.normal(keys[0], (H, B, A)), jax.random.normal(keys[1], (H + 1, B, A)))
     if agent.obs == "state":
         return noise
-    return noise._replace(shift=jax.random.randint(jax.random.fold_in(key, 2), (H + 1, B, 2), 0, 2 * SHIFT + 1))
+    return noise._replace(shift=jax.random.randint(keys[2], (H + 1, B, 2), 0, 2 * SHIFT + 1))
 
 
 def optimizers(agent: Agent) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
@@ -765,8 +765,8 @@ def train(agent: Agent, state: TrainState, replay: Replay, num_updates: int):
 def draw_many(agent: Agent, replay: Replay, key: jax.Array, updates: int, num_updates: int) -> tuple[jax.Array, Batch]:
     """Entries [num_updates, B] and their windows for the updates after so many, drawn where the replay lies."""
 
-    def one(key):
-        drawn = draw(replay.tree, key, agent.batch_size)
+    def one(sample_key):
+        drawn = draw(replay.tree, sample_key, agent.batch_size)
         return drawn, windows(agent, replay, drawn)
 
     return jax.lax.map(one, jax.random.split(jax.random.fold_in(key, updates), num_updates))
@@ -788,6 +788,7 @@ def train_on(agent: Agent, state: TrainState, batches: Batch):
 
 @partial(jax.jit, static_argnames="agent", donate_argnames="replay")
 def with_priorities(agent: Agent, replay: Replay, drawn: jax.Array, priority: jax.Array) -> Replay:
+    """The replay after updates whose entries `drawn` [updates, B] have these priorities [updates, B]."""
     return replay._replace(tree=set_priorities(replay.tree, drawn.ravel(), priority.ravel() ** agent.per_alpha))
 
 

@@ -80,6 +80,24 @@ def test_the_table_of_the_papers_equations_names_what_the_script_has():
     assert len(rows) > 10 and named <= blocks("tdmpc2_jax").keys()
 
 
+def arguments_of(function):
+    """Names that a function hands to others, each with the name of the one that it is handed to."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            yield from ((arg.id, called) for arg in node.args if isinstance(arg, ast.Name))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_key_that_numbers_are_folded_into_is_used_for_nothing_else(script):
+    """Folding i into a key gives the one that splitting it puts at place i, which JAX does not notice."""
+    for function in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+        if isinstance(function, ast.FunctionDef):
+            handed = {*arguments_of(function)}
+            folded = {name for name, called in handed if called == "fold_in" and "key" in name}
+            assert not {(name, called) for name, called in handed if name in folded and called != "fold_in"}
+
+
 @pytest.mark.parametrize("script", DIFFERENT)
 def test_blocks_stand_in_the_same_order(script):
     original, copy = blocks("tdmpc2_jax"), blocks(script)

@@ -21,9 +21,8 @@ import jax
 import numpy as np
 
 from tdmpc2_support.agents.onnx_graph import Graph, layer_norms_as_nodes
-from tdmpc2_support.agents.quantized import Params
+from tdmpc2_support.agents.quantized import Params, write_new
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.files import new_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # that a StableHLO file runs on
 
@@ -75,7 +74,7 @@ def write_onnx(
         name: (value, aval.shape) for name, value, aval in zip(function.outputs, results, closed.out_avals, strict=True)
     }
     model = graph.model(outputs, metadata, "tdmpc2-jax-single-file")
-    _write(path, model.SerializeToString())
+    write_new(path, model.SerializeToString())
 
 
 def write_stablehlo(path: str | os.PathLike, function: Function, params: Params, metadata: Mapping[str, str]) -> None:
@@ -84,18 +83,8 @@ def write_stablehlo(path: str | os.PathLike, function: Function, params: Params,
     jitted = jax.jit(lambda *inputs: function.call(params, *inputs))
     exported = jax.export.export(jitted, platforms=PLATFORMS)(*function.inputs.values())
     content = bytes(exported.serialize())
-    _write(f"{path}.json", (json.dumps(dict(metadata), indent=2) + "\n").encode())
-    _write(path, content)
-
-
-def _write(path: str | os.PathLike, content: bytes) -> None:
-    try:
-        with new_file(path, overwrite=False) as temporary:
-            temporary.write_bytes(content)
-    except FileExistsError:
-        raise UserError(f"{path} exists: choose another --output") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    write_new(f"{path}.json", (json.dumps(dict(metadata), indent=2) + "\n").encode())
+    write_new(path, content)
 
 
 def runner(path: str | os.PathLike, kind: str) -> Callable[..., tuple]:

@@ -131,6 +131,11 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     for name in header:
         checksum = zlib.crc32(arrays[name], checksum)
     content = save(arrays, metadata={**record, "crc32": str(checksum)})
+    write_new(path, content)
+
+
+def write_new(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file for --output; UserError if there is such a file, or it cannot be written."""
     try:
         with new_file(path, overwrite=False) as temporary:
             temporary.write_bytes(content)
