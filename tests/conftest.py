@@ -69,18 +69,24 @@ def pytest_xdist_auto_num_workers(config):
     return max(1, min(len(os.sched_getaffinity(0)), int(available_bytes() / (GB_A_WORKER * 1e9))))
 
 
+memory_to_forget_at = 1.4e9
+
+
 @pytest.fixture(autouse=True)
 def forget_programs():
     """Compiled programs go when they have become too many: each takes memory and 100 to 200 of the 65,530 memory maps
     that Linux allows a process. They stay on the disk for the next test that asks for the same."""
+    global memory_to_forget_at
     yield
     maps = Path("/proc/self/maps")
     many = maps.exists() and maps.read_bytes().count(b"\n") > 10_000
-    if many or psutil.Process().memory_info().rss > 1.4e9:
+    memory = psutil.Process().memory_info
+    if many or memory().rss > memory_to_forget_at:
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(AttributeError):  # only glibc returns to the system what was freed
             ctypes.CDLL(None).malloc_trim(0)
+        memory_to_forget_at = max(1.4e9, memory().rss + 0.4e9)  # what remains is not programs: it would be in vain
 
 
 # The longest first: of two processes, neither should end with one of them

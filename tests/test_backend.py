@@ -61,6 +61,7 @@ def test_an_accelerator_values_and_plans_as_a_cpu_does(on_both):
     assert np.abs(plans[0][0]).min() < 1  # not all of it is cut off
 
 
+@pytest.mark.slow
 def test_an_accelerator_learns_as_a_cpu_does(on_both):
     params = with_values(jax.random.key(0))
     state = td.init_state(AGENT, params, params["q"], 1.0, random_streams(0).train)

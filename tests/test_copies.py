@@ -181,12 +181,11 @@ def test_importing_envs_loads_no_simulator_and_no_jax():
     assert not done.stdout.split()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_a_script_starts_nothing(script, tmp_path):
+def test_importing_a_script_starts_nothing(tmp_path):
     """No device (there is none of that name), no thread, no file, no line of output."""
     code = (
         "import sys, threading; before = threading.active_count(), [*sys.argv]; "
-        f"import {script}; assert before == (threading.active_count(), [*sys.argv])"
+        f"import {', '.join(SCRIPTS)}; assert before == (threading.active_count(), [*sys.argv])"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "nothing"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -102,6 +102,7 @@ def test_states_are_taken_from_whole_windows_of_environments_that_run():
     assert len(deploy.whole_windows(obs, action, active, 3, horizon=6).obs) == 0
 
 
+@pytest.mark.slow
 def test_the_table_says_what_each_component_of_an_agent_of_many_tasks_costs(many, quantize):
     _, head, table = quantize(many, "mixed")
     assert "on 400 states that its policy visits" in head
@@ -111,6 +112,7 @@ def test_the_table_says_what_each_component_of_an_agent_of_many_tasks_costs(many
     assert float(table["dynamics"]["z"]) == 0 < float(table["dynamics"]["z3"]) < 10
 
 
+@pytest.mark.slow
 def test_states_of_recorded_episodes_are_used_where_a_folder_is_named(many, quantize, refused, tmp_path):
     write_random_episodes(tmp_path / "data")
     mixed, _, _ = quantize(many, "mixed", name="mixed.safetensors")
@@ -151,6 +153,7 @@ def test_a_file_of_one_task_is_evaluated_as_the_run_is(one, quantize, tmp_path):
     np.testing.assert_allclose(returns[1]["returns"], returns[0]["returns"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_target_values_are_in_the_file_if_they_are_wanted(one, many, quantize):
     for checkpoint in (one, many):
         bare, _, _ = quantize(checkpoint, "float16", name=f"bare-{checkpoint.name}")

@@ -98,6 +98,7 @@ def test_a_denoiser_that_knows_the_answer_is_answered_with_it(steps):
     np.testing.assert_allclose(x, truth, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_denoiser_learns_a_linear_gaussian_future():
     """Mean and spread of the samples, at every step, against the truth."""
     net = diffusion.Denoiser(2, diffusion.Transformer(32, blocks=1, heads=2, dtype="float32"))
@@ -520,6 +521,7 @@ def rewrite_args(folder, **changes):
     (folder / "args.json").write_text(json.dumps(meta["args"]))
 
 
+@pytest.mark.slow
 def test_options_that_are_gone_are_ignored_at_the_value_that_remained_and_refused_at_another(
     finished, files, tmp_path, capsys
 ):
@@ -638,6 +640,7 @@ def pictured(tmp_path_factory):
     return folder, np.stack(seen, 1).reshape(-1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_latent_states_of_recorded_pictures_are_those_of_acting(pictured, monkeypatch):
     folder, pictures = pictured
     monkeypatch.setattr(recorded_data, "PICTURES_AT_ONCE", 150)  # pieces end within episodes

@@ -167,6 +167,7 @@ def whole(data_dir, teacher, tmp_path_factory):
     return runs / FOLDER, done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_teaches_with_its_own_bins(teacher):
     ask = np.ones((2, 5), np.float32), np.ones((2, 1), np.float32), np.arange(2)
     rewards = mt.make_teacher(mt.Args(teacher=str(teacher)), TWO_TASKS)(*ask)
@@ -176,6 +177,7 @@ def test_a_run_of_ours_teaches_with_its_own_bins(teacher):
     assert (np.abs(student - rewards) > 1e-3).all(), "not those of the student"
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_says_what_it_takes_and_logs_the_distance(whole):
     folder, out = whole
     assert "teacher 0.00 GB" in out.splitlines()[0]

@@ -57,6 +57,7 @@ def fork_with(tmp_path, monkeypatch):
     return load
 
 
+@pytest.mark.slow
 def test_a_fork_with_all_of_them_trains_evaluates_and_resumes(fork_with, tmp_path, capsys):
     fork = fork_with(*OF_STATES)
     flags = [*SMALL["tdmpc2_jax.py"], *"--task QuietPendulum-v0 --eval-freq 150 --no-compile-cache".split()]

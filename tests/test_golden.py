@@ -144,6 +144,7 @@ def single_task_outputs(agent, params, target_q, obs, action, z):
     return model.encoder.apply(params["encoder"], obs), dynamics, reward, pi, q, q_target
 
 
+@pytest.mark.slow
 def test_a_folded_agent_computes_what_the_multi_task_agent_does_for_all_tasks(golden):
     tensors = envs.load_pt(golden("multitask.pt"))["model"]
     tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items() if np.ndim(v)}

@@ -213,6 +213,7 @@ def test_a_joint_run_learns_all_networks_and_is_evaluated_without_episodes(finis
     assert [line.split()[0] for line in lines] == ["planner", "pi"]
 
 
+@pytest.mark.slow
 def test_a_joint_run_goes_on_with_its_replay_and_all_that_it_has_learned(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / NAME)
     shutil.rmtree(complete_checkpoints(folder)[0])

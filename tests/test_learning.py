@@ -66,6 +66,7 @@ def fetched(monkeypatch):
     return shapes
 
 
+@pytest.mark.slow
 def test_between_two_decisions_nothing_is_fetched_from_the_device_but_the_action(tmp_path, monkeypatch, fetched):
     at_step = []
     make_envs = tdmpc2_jax.environments.make_envs

@@ -118,6 +118,7 @@ def filled_replay():
     return replay
 
 
+@pytest.mark.slow
 def test_a_burst_of_updates_is_that_many_single_updates(state):
     replay = filled_replay()
     burst, _ = td.train(SMALL, jax.tree.map(jnp.copy, state), replay, num_updates=3)

@@ -277,6 +277,7 @@ def test_as_many_tasks_as_fit_into_memory_are_evaluated_at_a_time_in_the_same_en
     assert results[2] == results[1]
 
 
+@pytest.mark.slow
 def test_a_run_has_environments_during_an_evaluation_only(here, flags, made, monkeypatch):
     events, log_losses = [], mt.Logger.log_losses
 

@@ -106,7 +106,7 @@ def drawn_from(way, seed, *episodes):
 
 
 @BOTH
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_ring(way, seed):
     rng = np.random.default_rng(seed)
     num_envs, capacity = int(rng.integers(1, 5)), int(rng.integers(10, 40))
@@ -403,6 +403,7 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(here, tmp_path):
     assert run("a") == run("b")
 
 
+@pytest.mark.slow
 def test_an_untrained_agent_is_evaluated_by_its_policy_on_a_cpu(here, monkeypatch):
     plans = []
 
