@@ -31,6 +31,8 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where strange_envs.py is
 }
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # every child would compile all modules anew, for seconds
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{os.environ['JAX_COMPILATION_CACHE_DIR']}/bytecode"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and children would inherit that
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does nohup
 sys.path.insert(0, str(ROOT))
