@@ -61,6 +61,7 @@ def test_a_field_that_is_added_to_the_agent_anywhere_is_evaluated_and_compared(f
     fork.main([*TINY, "--resume"])
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_name_seed_and_folder_share_every_program(tmp_path, monkeypatch):
     traced = {"update": 0, "plan": 0, "init_params": 0}
 

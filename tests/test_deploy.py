@@ -122,6 +122,7 @@ def test_states_of_recorded_episodes_are_used_where_a_folder_is_named(many, quan
     assert "nowhere" in refused(many, "--data-dir", tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_a_file_of_many_tasks_is_taken_by_the_scripts_as_the_run_was_started(many, quantize):
     path, _, _ = quantize(many, "int8")
     command = ["--evaluate", "--checkpoint", str(path)]
@@ -136,6 +137,7 @@ def test_a_file_of_many_tasks_is_taken_by_the_scripts_as_the_run_was_started(man
     assert not {"data_dir", "teacher", "exp_name", "runs_dir"} & record.keys(), "no path"
 
 
+@pytest.mark.slow
 def test_a_file_of_one_task_is_evaluated_as_the_run_is(one, quantize, tmp_path):
     path, head, table = quantize(one, "float16")
     assert "states that its policy visits" in head

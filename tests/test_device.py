@@ -78,6 +78,7 @@ def test_a_run_that_was_stopped_goes_on_as_the_one_that_was_not_whatever_its_chu
     assert all((one[name] == other[name]).all() for name in one)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_step_by_step_too(run_200, here):
     for name in (DEVICE, "tdmpc2_jax.py"):
         status, out, err = here("--evaluate", "--checkpoint", run_200, "--eval-episodes", 2, small=False, name=name)
@@ -85,6 +86,7 @@ def test_a_run_is_evaluated_step_by_step_too(run_200, here):
         assert "jax_toys:fixed: return" in out
 
 
+@pytest.mark.slow
 def test_seeds_whose_folders_are_in_use_are_refused(run_200, here, tmp_path):
     status, _, err = here(*FIXED, "--seed", 0, "--num-seeds", 2, name=DEVICE)
     assert status and f"{run_200.relative_to(tmp_path)} holds a run" in err

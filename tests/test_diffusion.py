@@ -412,6 +412,7 @@ def test_refinement_without_iterations_is_the_mean_of_the_best_and_with_some_imp
     assert float(worth(refine(agent, world, z, candidates, jax.random.key(0)))) > float(worth(start))
 
 
+@pytest.mark.slow
 def test_a_refined_plan_begins_with_what_is_refined():
     planner = make_planner()[0]
     action, best, _, _ = act(planner, changed(planner="ssr_mppi"))
@@ -419,6 +420,7 @@ def test_a_refined_plan_begins_with_what_is_refined():
     assert not np.allclose(best, act(planner)[1])
 
 
+@pytest.mark.slow
 def test_mppi_is_that_of_the_first_script_bit_for_bit():
     planner, mean = make_planner()[0], jnp.full((3, 3, A), 0.1)
     fields = {field.name: getattr(SMALL, field.name) for field in dataclasses.fields(td.Agent)}
@@ -546,6 +548,7 @@ def test_options_that_are_gone_are_unknown_to_the_command_line(capsys):
     assert "nrecognized" in message and all(flag in message for flag in flags), message
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_combination_and_what_the_networks_know(finished, tmp_path, capsys, monkeypatch):
     planned = []
     plan = diffusion.plan_by_diffusion
@@ -679,6 +682,7 @@ def test_a_world_model_of_pictures_is_planned_on_and_the_run_resumed(pictured, h
     assert status == 0 and "mppi" in out and "copy" in out, err
 
 
+@pytest.mark.slow
 def test_pictures_and_states_are_not_taken_for_each_other(pictured, refused, tmp_path):
     folder, pictures = pictured
     world = ("--world-model", folder / "world")

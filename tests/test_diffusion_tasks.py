@@ -108,6 +108,7 @@ def test_a_part_answers_what_the_multi_task_networks_do_when_told_the_task(run, 
     assert shared["linear_0"]["kernel"].ndim == 2 and shared["linear_0"]["bias"].shape == (len(tasks), 16)
 
 
+@pytest.mark.slow
 def test_mppi_is_that_of_the_multi_task_script(run, made):
     _, multitask_agent, params = run
     tasks, rng = mt.make_tasks(multitask_agent, NAMES), np.random.default_rng(0)
@@ -216,6 +217,7 @@ def finished(files, tmp_path_factory):
     return runs / "+".join(NAMES) / "tdmpc2_jax_diffusion" / "1"
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_every_task_and_goes_on_as_it_was(finished, files, capsys):
     rows = list(csv.DictReader((finished / "eval.csv").open()))
     assert [(row["step"], row["task"]) for row in rows] == [("40", name) for name in NAMES]

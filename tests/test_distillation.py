@@ -205,6 +205,7 @@ def test_a_run_with_a_teacher_that_was_killed_ends_bit_for_bit_where_it_would_ha
         np.testing.assert_array_equal(mine, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_teacher_that_it_had_only(refused, flags, whole, teacher, monkeypatch):
     monkeypatch.setattr(mt.cli, "set_folder", lambda args: whole[0])
     flags = [*map(str, flags), *SMALL["tdmpc2_jax_mt.py"], "--num-updates", "60", "--resume"]

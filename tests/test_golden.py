@@ -16,6 +16,7 @@ from tdmpc2_support.agents.pretrained import check_shapes, from_torch
 
 pytestmark = pytest.mark.golden
 MODELS = ["single", "wide", "episodic", "two_q"]
+MODELS_UPDATED = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("wide", "two_q"))) for name in MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_networks_equal_the_recording_in_both_layouts(recorded, name, layout):
         close(getattr(pi, field), recording[f"pi_{field}"], 1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS_UPDATED)
 def test_three_updates_equal_the_recording(recorded, name):
     recording, _, agent, params, target_q = recorded(name)
     batch = td.Batch(*(jnp.asarray(recording[f"in_{k}"]) for k in td.Batch._fields))

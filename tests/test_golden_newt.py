@@ -81,6 +81,7 @@ def changes_are_close(mine, theirs, before):
         assert np.linalg.norm(np.asarray(x) - y) <= 2e-3 * change
 
 
+@pytest.mark.slow
 def test_three_updates_of_the_pretraining_and_three_after_it_equal_the_recording(recorded):
     recording, agent, tasks, params, target_q = recorded
     state = newt.init_state(agent, params, target_q, 1.0, jax.random.key(0))

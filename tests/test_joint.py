@@ -199,6 +199,7 @@ def test_until_the_planner_starts_a_joint_run_is_a_run_of_the_first_script_bit_f
     assert curve(finished)[0] == curve(folder)[0]
 
 
+@pytest.mark.slow
 def test_a_joint_run_learns_all_networks_and_is_evaluated_without_episodes(finished, capsys):
     learner = read_joint(complete_checkpoints(finished)[0])["learner"]
     count = meta_of(finished, "tdmpc2_jax_diffusion")["count"]

@@ -231,6 +231,7 @@ def test_a_folded_task_of_an_own_run_acts_as_the_multi_task_agent_does(whole, tm
             td.main(as_flags(td.Args(task="cartpole-balance", source_task=source, **common)))
 
 
+@pytest.mark.slow
 def test_all_tasks_are_planned_for_in_one_call_and_their_episodes_end_by_themselves(whole, monkeypatch):
     calls, act = [], mt.act
     monkeypatch.setattr(mt, "act", lambda *args, **kwargs: calls.append(len(args[3])) or act(*args, **kwargs))

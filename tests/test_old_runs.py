@@ -23,10 +23,8 @@ def old_runs(tmp_path, golden):
     return tmp_path
 
 
-SOME = ["tdmpc2_jax.py", *(pytest.param(name, marks=pytest.mark.slow) for name in list(RUNS)[1:])]
-
-
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_an_earlier_version_is_evaluated_and_goes_on(here, old_runs, name):
     task, length, begin = RUNS[name]
     folder = old_runs / "runs" / task / name.removesuffix(".py") / "1"

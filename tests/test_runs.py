@@ -184,6 +184,7 @@ def test_an_environment_that_raises_ends_the_run_with_its_traceback(here, tmp_pa
     check_that_it_evaluates(here, tmp_path / "runs" / "strange_envs:Raising-v0" / "tdmpc2_jax" / "1")
 
 
+@pytest.mark.slow
 def test_a_task_with_goals_and_matrices_of_actions_trains_as_any_other(here, tmp_path):
     task = "strange_envs:Goal-v0"
     status, out, err = here("--task", task, "--eval-freq", 60, "--total-timesteps", 60)
@@ -210,6 +211,7 @@ def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_ch
     check_that_it_evaluates(here, folder)
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, here, tmp_path):
     number = signal.SIGINT
     flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 60)
@@ -258,6 +260,7 @@ def test_several_environments_with_terminations_share_one_run(here, tmp_path, na
     assert {value for _, value in read_scalars(folder, "charts/episodic_length")} - {40.0}, "some episodes fell"
 
 
+@pytest.mark.slow
 def test_a_video_of_each_evaluation_is_written_to_the_folder(here, tmp_path):
     try:
         envs.check_rendering("InvertedPendulum-v5")

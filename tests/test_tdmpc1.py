@@ -307,6 +307,7 @@ def small():
     return agent, jax.tree.map(lambda x: x + 0.1, params)
 
 
+@pytest.mark.slow
 def test_environments_that_are_planned_for_together_get_what_each_gets_alone_whatever_its_horizon(small):
     agent, params = small
     noise, obs = td.plan_noise(agent, jax.random.key(1), 3), jax.random.normal(jax.random.key(2), (3, 3))
