@@ -81,7 +81,10 @@ def made(run):
 
 
 # ---------------------------------------------------------------------------------------------------------- The parts
-@pytest.mark.parametrize("tasks", [NAMES, ("pendulum-spin", "cartpole-swingup")], ids=["all", "some"])
+SOME = pytest.param(("pendulum-spin", "cartpole-swingup"), id="some")
+
+
+@pytest.mark.parametrize("tasks", [pytest.param(NAMES, id="all", marks=pytest.mark.slow), SOME])
 def test_a_part_answers_what_the_multi_task_networks_do_when_told_the_task(run, tasks):
     folder, multitask_agent, params = run
     agent, world = load(folder, tasks)
@@ -131,6 +134,7 @@ def test_mppi_is_that_of_the_multi_task_script(run, made):
         np.testing.assert_allclose(here[1][..., :real], there[1][..., :real], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_plans_have_zeros_for_actions_that_the_task_lacks_and_depend_on_the_task(made):
     world, state, _ = made
     obs, best, first, key = jnp.ones((1, OBS)), jnp.zeros((1, F, A)), jnp.ones(1, bool), jax.random.key(0)
@@ -272,6 +276,7 @@ def test_tasks_without_episodes_and_worlds_of_one_task_are_refused(refused, file
     assert "cup-catch" in refused(*files, "--data-dir", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_of_the_tasks_of_its_run(refused, finished):
     evaluate = ["--evaluate", "--checkpoint", finished]
     assert "no use of --task" in refused(*evaluate, "--task", "pendulum-spin")

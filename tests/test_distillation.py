@@ -86,6 +86,7 @@ def test_the_gradient_of_the_distance_reaches_encoder_reward_head_and_embedding_
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_three_updates_with_a_teacher_equal_the_recording(student):
     recording, agent, tasks, loaded, args = student
     teacher, update = mt.make_teacher(args, loaded.tasks), jax.jit(mt.update, static_argnums=0)

@@ -75,6 +75,7 @@ def test_windows_of_the_three_networks_lie_in_one_episode_and_all_of_them_are_dr
         assert int(replays.long.size) == len(whole(5)) < int(replays.short.size) == len(whole(3))
 
 
+@pytest.mark.slow
 def test_statistics_are_means_over_the_windows_of_all_updates_and_move_slowly_later():
     world, state = make_planner()[0].world, make_planner()[1]
     windows = make_windows(64, seed=1)  # of as many as the statistics are of that are there

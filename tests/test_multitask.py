@@ -92,6 +92,7 @@ def test_a_run_says_what_it_needs_and_leaves_its_curves_arguments_and_checkpoint
     assert meta["count"]["updates"] == 60 and meta["tasks"] == list(TASKS)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(here, flags, whole, tmp_path):
     folder = tmp_path / "runs" / FOLDER
     for updates in (30, 60):

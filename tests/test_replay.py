@@ -31,7 +31,7 @@ def sample(td, agent, replay, seed):
 
 
 @ALL
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, agent, seed):
     rng = np.random.default_rng(seed)
     num_envs, capacity = int(rng.integers(1, 5)), int(rng.integers(10, 40))

@@ -79,7 +79,7 @@ MORE_KILLS = [pytest.param(name, KILLS * 3, marks=pytest.mark.slow) for name in 
 @pytest.mark.parametrize("name, kills", [("tdmpc2_jax", KILLS[1:]), *MORE_KILLS])
 def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, here, tmp_path, name, kills):
     folder, total = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1", 200 * len(kills) + 300
-    flags = (*POINT, "--total-timesteps", total, "--buffer-size", 200_000, "--resume")
+    flags = (*POINT, "--total-timesteps", total, "--resume")
     for kill, where in enumerate(kills):
         child = start(*flags, name=f"{name}.py")
         reached = 200 * (kill + 1)
@@ -245,6 +245,7 @@ def test_the_success_rate_is_the_headline_of_tasks_that_have_one(here, tmp_path)
 
 
 @BOTH
+@pytest.mark.slow
 def test_several_environments_with_terminations_share_one_run(here, tmp_path, name):
     flags = ("--task", "strange_envs:Falling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
     status, _, err = here(*flags, "--total-timesteps", 400, name=f"{name}.py")
