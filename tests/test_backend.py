@@ -87,6 +87,7 @@ def test_an_accelerator_clips_a_gradient_as_optax_does(on_both):
         assert norm == pytest.approx(np.sqrt(59))
 
 
+@pytest.mark.slow
 def test_after_a_predicted_termination_no_reward_counts():
     """Every reward is 1 and every value 0: a sequence is worth the rewards up to the termination."""
     agent = dataclasses.replace(AGENT, discount=1.0)

@@ -181,6 +181,7 @@ def test_an_original_agent_needs_the_name_of_its_task_if_it_does_not_say_it(gold
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_what_cannot_be_quantised_is_refused_in_one_sentence(golden, many, one, quantize, refused, tmp_path):
     small, _, _ = quantize(many, "int8", name="small")
     half, _, _ = quantize(one, "float16", name="half")

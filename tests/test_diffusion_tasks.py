@@ -166,6 +166,7 @@ def test_windows_are_of_the_tasks_that_they_say_and_some_of_each_are_held_out(ru
 losses_of = static(diffusion.diffusion_losses)
 
 
+@pytest.mark.slow
 def test_losses_of_mixed_windows_are_those_of_each_task_by_itself(made):
     world, state, data = made
     windows = windows_at(data, jnp.concatenate([of_one(data, data.starts, i, 4) for i in range(3)]), F)

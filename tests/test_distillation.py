@@ -65,6 +65,7 @@ def test_a_teacher_of_other_sizes_predicts_what_is_recorded(student):
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_the_gradient_of_the_distance_reaches_encoder_reward_head_and_embedding_as_recorded(student):
     recording, agent, _, loaded, args = student
     batch, params = batch_of(recording), {k: v for k, v in loaded.params.items() if k != "pi"}

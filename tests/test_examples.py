@@ -73,6 +73,7 @@ def test_a_fork_with_all_of_them_trains_evaluates_and_resumes(fork_with, tmp_pat
     assert "QuietPendulum-v0: return" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_network_that_stays_as_it_is_sees_pictures_of_another_size(fork_with):
     fork, task = fork_with(ROOT / "examples" / "own_encoder.diff"), "strange_envs:LargePixels-v0"
     agent = fork.Agent(mlp_dim=16, latent_dim=16, num_q=2, batch_size=8, mpc=False)

@@ -123,6 +123,7 @@ def test_networks_learn_sixteen_windows_by_heart_and_the_world_model_stays():
 
 
 # --------------------------------------------------------------------------------------------------------- Exploration
+@pytest.mark.slow
 def test_exploring_plays_one_of_the_best_the_likelier_the_better(monkeypatch):
     truth = lambda actions: -((actions - 0.3) ** 2).sum((1, 2))  # noqa: E731
     monkeypatch.setattr(diffusion, "score", lambda agent, planner, zs, actions, key: truth(actions))
