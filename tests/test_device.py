@@ -63,7 +63,6 @@ def test_a_run_is_that_of_the_first_script_with_the_same_draws(run_200, here, tm
     assert_close(learned(run_200), learned(other))
 
 
-@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_the_one_that_was_not_whatever_its_chunks(run_200, here, tmp_path):
     """To the last bit. It is stopped amid an episode."""
     flags = [*FIXED, "--exp-name", "stopped", "--checkpoint-freq", 30]
