@@ -482,7 +482,9 @@ def diffusion_update(agent: Agent, state: DiffusionState, world: World, windows:
         return sum(losses.values()), losses
 
     grads, losses = jax.grad(loss, has_aux=True)(state.params)
-    params, opt, info = {}, {}, {}
+    params = {}
+    opt = {}
+    info = {}
     for name in grads:
         change, opt[name] = tx.update(grads[name], state.opt[name])
         params[name] = optax.apply_updates(state.params[name], change)
@@ -715,7 +717,8 @@ def act(agent: Agent, planner: Planner, obs, best, first, key, explore: bool, ra
         plan_one = partial(plan_by_diffusion, agent, planner, explore=explore)
         action, best, failed = jax.vmap(plan_one)(obs, best, first, jax.random.split(plan_key, len(obs)))
         return action, best, failed, key
-    world, H = planner.world, agent.horizon
+    world = planner.world
+    H = agent.horizon
     agent = dataclasses.replace(agent, mpc=agent.planner == "mppi")
     decide = partial(script_of(agent).act, explore=explore, random=random)
     action, mean, key = decide(agent, world.params, obs, best[:, :H], first, key)
@@ -730,7 +733,8 @@ def make_eval_envs(args: Args, stack: contextlib.ExitStack) -> tuple[list, list[
     options |= {"obs": args.agent.obs, "shadows": args.agent.shadows}
     if args.tasks:
         options["sizes"] = environments.set_sizes(cli.task_names(args))
-    envs, agents = [], []
+    envs = []
+    agents = []
     for name in cli.task_names(args):
         made = environments.make_envs([name] if args.tasks else name, args.eval_episodes, (args.seed, 1), **options)
         envs.append(stack.enter_context(contextlib.closing(made)))
@@ -743,8 +747,11 @@ def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advanc
     how many plans failed, if any did."""
     E = envs.num_envs
     obs, _ = envs.reset(seed=seed)
-    first, running = np.ones(E, bool), np.ones(E, bool)
-    returns, successes, failures = np.zeros(E), np.zeros(E), 0
+    first = np.ones(E, bool)
+    running = np.ones(E, bool)
+    returns = np.zeros(E)
+    successes = np.zeros(E)
+    failures = 0
     frames = [envs.render()[0]] if film else []
     best, key = committed((jnp.zeros((E, agent.future, agent.action_dim)), key))
     seen = None
@@ -772,7 +779,8 @@ def answers(agent: Agent, planner: Planner, windows: Windows, key: jax.Array) ->
     """What the networks answer on windows [B, ...], for `measures`: futures of p_d and of d under the actions and under
     those of another window, and of a latent state that stays; advantages by the world model's heads and by J, of true,
     p_d's and d's futures; actions of rho and of the record."""
-    F, B, world = agent.future, len(windows.z), planner.world
+    F, B = agent.future, len(windows.z)
+    world = planner.world
     keys = jax.random.split(key, B)
     shuffled = jnp.roll(windows.action, B // 2, axis=0)
     futures = {}
@@ -859,7 +867,8 @@ def encoded(args: Args, agent: Agent, world: World) -> Recorded:
 
 def no_statistics(agent: Agent) -> Stats:
     """Those of before the first window."""
-    Z, of_rest = agent.latent_dim, (len(scales_of(agent)), agent.future, agent.latent_dim)
+    Z = agent.latent_dim
+    of_rest = (len(scales_of(agent)), agent.future, Z)
     return Stats(jnp.zeros(Z), jnp.ones(Z), jnp.zeros(of_rest), jnp.ones(of_rest), jnp.zeros(()), jnp.ones(()))
 
 
@@ -882,7 +891,8 @@ def offline_shapes(args: Args, agent: Agent) -> dict[str, Any]:
 def start_or_resume(args: Args, agents: list[Agent], checkpoints: Checkpoints):
     """World model, learning state and counters of the run's last checkpoint, or those of --world-model and new ones;
     and the recorded episodes in the latent states of that model."""
-    agent, names = agents[0], cli.task_names(args)
+    agent = agents[0]
+    names = cli.task_names(args)
     count = {"updates": 0, "evaluated": 0, "seconds": 0.0}  # no evaluation before the first update
     if restored := checkpoints.restore(**offline_shapes(args, agent)):
         meta, items = restored
@@ -993,10 +1003,13 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
     burst = max(1, int(args.utd * n))  # updates of one dispatch
     by_mppi = dataclasses.replace(agent, planner="mppi")
     by_policy = dataclasses.replace(agent, planner="pi")
-    model_state, state, key = learner["train"], learner["state"], learner["act_key"]
+    model_state = learner["train"]
+    state = learner["state"]
+    key = learner["act_key"]
     world = world_of(agent, model_state)
     step = saved = count["decisions"] * spec.action_repeat
-    info, diffusion_info = {}, {}
+    info = {}
+    diffusion_info = {}
     best = committed(jnp.zeros((n, agent.future, agent.action_dim)))
     obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
     action = np.zeros((n, agent.action_dim), np.float32)

@@ -752,8 +752,10 @@ def evaluate(agent: Agent, tasks: Tasks, params, task_ids, envs, key, film=0, ad
     """
     E = envs.num_envs
     obs, _ = envs.reset()
-    first, running = np.ones(E, bool), np.arange(E)  # these have not ended
-    returns, successes = np.zeros(E), np.zeros(E)
+    first = np.ones(E, bool)
+    running = np.arange(E)  # these have not ended
+    returns = np.zeros(E)
+    successes = np.zeros(E)
     frames = [thumbnails(envs.render(), film)] if film else []
     action = np.zeros((E, agent.action_dim), np.float32)
     mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))

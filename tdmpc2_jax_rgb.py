@@ -929,8 +929,10 @@ def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: 
     E = envs.num_envs
     obs, _ = envs.reset(seed=seed)
     seen = None
-    first, running = np.ones(E, bool), np.ones(E, bool)
-    returns, successes = np.zeros(E), np.zeros(E)
+    first = np.ones(E, bool)
+    running = np.ones(E, bool)
+    returns = np.zeros(E)
+    successes = np.zeros(E)
     frames = [envs.render()[0]] if film else []
     mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
     while running.any():

@@ -826,8 +826,10 @@ def evaluate(
     E = envs.num_envs
     limits = schedule(agent, decisions, np.ones(E, bool), np.int32(0))
     obs, _ = envs.reset(seed=seed)
-    first, running = np.ones(E, bool), np.ones(E, bool)
-    returns, successes = np.zeros(E), np.zeros(E)
+    first = np.ones(E, bool)
+    running = np.ones(E, bool)
+    returns = np.zeros(E)
+    successes = np.zeros(E)
     frames = [envs.render()[0]] if film else []
     mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
     seen = None

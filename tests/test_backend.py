@@ -51,7 +51,6 @@ def with_values(key):
     return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
 
 
-@pytest.mark.slow
 def test_an_accelerator_values_and_plans_as_a_cpu_does(on_both):
     params = with_values(jax.random.key(0))
     obs = jax.random.normal(jax.random.key(1), (2, 5))

@@ -85,7 +85,8 @@ def arguments_of(function):
     for node in ast.walk(function):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func).rpartition(".")[2]
-            yield from ((arg.id, called) for arg in node.args if isinstance(arg, ast.Name))
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            yield from ((value.id, called) for value in values if isinstance(value, ast.Name))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -59,7 +59,6 @@ def test_two_heads_are_different_and_all_pairs_equally_likely():
     assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
 
 
-@pytest.mark.slow
 def test_a_plan_for_many_environments_is_the_plan_for_each(state):
     rng = np.random.default_rng(0)
     obs, mean = rng.normal(size=(3, 4)).astype(np.float32), rng.uniform(-1, 1, (3, 3, 2)).astype(np.float32)

@@ -76,7 +76,7 @@ KILLS = ["training", "checkpoint"]  # where it is killed
 MORE_KILLS = [pytest.param(name, KILLS * 3, marks=pytest.mark.slow) for name in ("tdmpc2_jax", "tdmpc_jax")]
 
 
-@pytest.mark.parametrize("name, kills", [("tdmpc2_jax", KILLS[1:]), *MORE_KILLS])
+@pytest.mark.parametrize("name, kills", [("tdmpc2_jax", ["checkpoint"]), *MORE_KILLS])
 def test_a_run_killed_again_and_again_goes_on_and_counts_no_step_twice(start, here, tmp_path, name, kills):
     folder, total = tmp_path / "runs" / "strange_envs:Point-v0" / name / "1", 200 * len(kills) + 300
     flags = (*POINT, "--total-timesteps", total, "--resume")
@@ -211,7 +211,6 @@ def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_ch
     check_that_it_evaluates(here, folder)
 
 
-@pytest.mark.slow
 def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, here, tmp_path):
     number = signal.SIGINT
     flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 60)
@@ -245,7 +244,6 @@ def test_the_success_rate_is_the_headline_of_tasks_that_have_one(here, tmp_path)
 
 
 @BOTH
-@pytest.mark.slow
 def test_several_environments_with_terminations_share_one_run(here, tmp_path, name):
     flags = ("--task", "strange_envs:Falling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
     status, _, err = here(*flags, "--total-timesteps", 400, name=f"{name}.py")
