@@ -725,6 +725,8 @@ def compile_train(args: Args, agent: Agent, mesh: Mesh, tasks: Tasks, source, te
         "parameters": devices.bytes_of((state.params, state.target_q)),
         "optimiser": devices.bytes_of((state.model_opt, state.pi_opt)),
         "data": devices.bytes_of(source) if isinstance(source, DeviceData) else 0,
+        # At least what one layer of all heads leaves for its gradient, in bfloat16; counted once it is compiled
+        "activations": 2 * agent.num_q * agent.horizon * agent.batch_size * agent.mlp_dim // mesh.size,
     }
     if teacher is not None:
         parts["teacher"] = devices.bytes_of(teacher_shapes)

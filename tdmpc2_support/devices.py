@@ -318,12 +318,13 @@ def compile_within_memory(
     """The function compiled for inputs of these shapes, types and places. Prints what memory of each device it takes.
 
     Args:
-        parts: bytes of the inputs on each device, by what they are called.
+        parts: bytes of the inputs on each device, by what they are called; "activations", if it is one of them: what
+            they take at least.
         ways: to take less, for the sentence.
         options: of jax.jit.
 
     Raises:
-        UserError: it does not fit; without compiling, if the inputs alone do not.
+        UserError: it does not fit; without compiling, if the parts do not.
     """
     free = least_available_bytes()
     program = None

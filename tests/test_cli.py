@@ -83,7 +83,7 @@ def test_checkpoints_of_the_other_version_are_refused(refused, golden):
 
 def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, golden):
     def evaluation_of(path, *flags):
-        return refused(*CARTPOLE, "--evaluate", "--checkpoint", path, *flags)
+        return refused(*CARTPOLE, "--evaluate", "--eval-episodes", 1, "--checkpoint", path, *flags)
 
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint" in evaluation_of(tmp_path / "empty")
@@ -102,8 +102,8 @@ def test_checkpoints_that_are_damaged_or_foreign_are_refused(refused, tmp_path, 
     assert "--source-task" in evaluation_of(golden("multitask.pt"))
     assert "single-task" in evaluation_of(golden("single.pt"), "--source-task", "walker-walk")
     assert "dog-run" in evaluation_of(golden("multitask.pt"), "--source-task", "dog-run")
-    larger = refused("--task", "mw-push", "--checkpoint", golden("multitask.pt"), "--source-task", "walker-walk")
-    assert "it knows 24 observations and 6 actions, the task has 39 and 4" in larger
+    larger = refused("--task", "humanoid-walk", "--checkpoint", golden("multitask.pt"), "--source-task", "walker-walk")
+    assert "it knows 24 observations and 6 actions, the task has 67 and 21" in larger
 
 
 def test_a_folder_in_use_or_with_another_run_is_refused(refused, tmp_path):

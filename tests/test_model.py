@@ -137,15 +137,18 @@ def test_all_products_of_an_update_are_bfloat16_if_asked_for():
     assert {(product.lhs_dtype, product.rhs_dtype) for product in products} == {("bfloat16", "bfloat16")}
 
 
-def test_no_random_number_is_used_twice(state):
-    """JAX checks it while a program is traced and run."""
-    replay = filled_replay()
-    with jax.debug_key_reuse(True):
+def test_no_random_number_is_used_twice():
+    """JAX checks it while a program is traced."""
+
+    def learn_and_act(replay):
         streams = random_streams(3)
         learner = td.fresh_state(SMALL, streams)
-        td.train(SMALL, learner["train"], replay, num_updates=2)
+        state, _ = td.train(SMALL, learner["train"], replay, num_updates=2)
         obs, mean, first = jnp.zeros((2, 4)), jnp.zeros((2, 3, 2)), jnp.ones(2, bool)
         key = learner["act_key"]
         for explore in (True, False):
             *_, key = td.act(SMALL, state.params, obs, mean, first, key, explore=explore)
-        td.act(SMALL, state.params, obs, mean, first, streams.evaluate, explore=False)
+        return td.act(SMALL, state.params, obs, mean, first, streams.evaluate, explore=False)[0]
+
+    with jax.debug_key_reuse(True):
+        assert jax.eval_shape(learn_and_act, td.init_replay(SMALL, 50, 1)).shape == (2, 2)
