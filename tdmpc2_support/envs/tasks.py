@@ -322,9 +322,7 @@ def _suite_id(name: str) -> str | None:
     """`quadruped-run` → `dm_control/quadruped-run-v0`: a task of dm_control's suite that is not in the table."""
     if not re.fullmatch("[a-z-]+-[a-z0-9-]+", name) or name.startswith("mw-") or re.search(r"-v\d+$", name):
         return None
-    import_simulator("DMControl")
-    import shimmy  # noqa: F401  registers the dm_control/ ids
-
+    register_dm_control()
     return next((i for i in gym.registry if i.startswith("dm_control/") and _canonical_suite(i) == name), None)
 
 
@@ -333,11 +331,17 @@ def _canonical_suite(task: str) -> str:
     return re.sub(r"^dm_control/(.*)-v0$|^dm_control/(.*)$", r"\1\2", task).replace("_", "-").lower()
 
 
+def register_dm_control() -> None:
+    """Registers the dm_control/ ids with Gymnasium."""
+    import_simulator("DMControl")
+    with contextlib.redirect_stdout(None):  # where labmaze is not installed, it prints that some ids are missing
+        import shimmy  # noqa: F401
+
+
 def gym_spec(task: str) -> Any:
     """The Gymnasium registry's entry of an id; UserError where there is none."""
     if task.startswith("dm_control/"):
-        import_simulator("DMControl")
-        import shimmy  # noqa: F401  registers the dm_control/ ids
+        register_dm_control()
     module, _, env_id = task.rpartition(":")
     if module:
         import_module_of(task, module)
