@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SMALL
 
 import tdmpc2_jax as td
 import tdmpc2_jax_device as SCRIPT
@@ -47,12 +48,12 @@ def run_of(tmp_path, task, name="tdmpc2_jax_device", seed=1):
 FIXED = "--task jax_toys:fixed --eval-freq 100 --num-elites 1 --num-pi-trajs 1".split()
 
 
-@pytest.fixture
-def run_200(here, tmp_path):
+@pytest.fixture(scope="module")
+def run_200(tmp_path_factory):
     """A run of 200 decisions, in a task that terminates and has one first state only."""
-    status, _, err = here(*FIXED, "--total-timesteps", 200, name=DEVICE)
-    assert not status, err
-    return run_of(tmp_path, "fixed")
+    folder = tmp_path_factory.mktemp("device")
+    SCRIPT.main([*SMALL[DEVICE], *FIXED, "--total-timesteps", "200", "--runs-dir", str(folder / "runs")])
+    return run_of(folder, "fixed")
 
 
 def test_a_run_is_that_of_the_first_script_with_the_same_draws(run_200, here, tmp_path):
@@ -87,9 +88,10 @@ def test_a_run_is_evaluated_step_by_step_too(run_200, here):
 
 
 @pytest.mark.slow
-def test_seeds_whose_folders_are_in_use_are_refused(run_200, here, tmp_path):
-    status, _, err = here(*FIXED, "--seed", 0, "--num-seeds", 2, name=DEVICE)
-    assert status and f"{run_200.relative_to(tmp_path)} holds a run" in err
+def test_seeds_whose_folders_are_in_use_are_refused(run_200, here):
+    runs = run_200.parents[2]
+    status, _, err = here(*FIXED, "--seed", 0, "--num-seeds", 2, "--runs-dir", runs, name=DEVICE)
+    assert status and f"{run_200} holds a run" in err
     assert not (run_200.parent / "0").exists()
 
 
