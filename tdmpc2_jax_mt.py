@@ -725,11 +725,11 @@ def compile_train(args: Args, agent: Agent, mesh: Mesh, tasks: Tasks, source, te
         "parameters": devices.bytes_of((state.params, state.target_q)),
         "optimiser": devices.bytes_of((state.model_opt, state.pi_opt)),
         "data": devices.bytes_of(source) if isinstance(source, DeviceData) else 0,
-        # At least what one layer of all heads leaves for its gradient, in bfloat16; counted once it is compiled
-        "activations": 2 * agent.num_q * agent.horizon * agent.batch_size * agent.mlp_dim // mesh.size,
     }
     if teacher is not None:
         parts["teacher"] = devices.bytes_of(teacher_shapes)
+    # At least what one layer of all heads leaves for its gradient, in bfloat16; counted once it is compiled
+    parts["activations"] = 2 * agent.num_q * agent.horizon * agent.batch_size * agent.mlp_dim // mesh.size
     places, teacher_places = jax.tree.map(lambda x: x.sharding, (state, teacher_shapes))
     options = {"donate_argnums": 1, "out_shardings": (places, devices.replicated(mesh))}
     ways = "a smaller --model-size or --batch-size, more devices, --shard-params yes or --storage disk"

@@ -203,6 +203,15 @@ def test_a_program_that_does_not_fit_beside_its_inputs_is_refused(monkeypatch, c
     assert "activations" not in capsys.readouterr().out, "it was not compiled"
 
 
+def test_a_program_that_takes_too_much_at_least_is_not_even_traced(monkeypatch):
+    def function(x):
+        raise AssertionError("it is traced")
+
+    monkeypatch.setattr(devices, "least_available_bytes", lambda: GB)
+    with pytest.raises(UserError, match="2.00 GB do not fit into 1.00 GB"):
+        devices.compile_within_memory(function, (1.0,), {"input": 4, "activations": 2 * 10**9}, "a smaller batch")
+
+
 def test_a_loop_that_starts_with_committed_arrays_compiles_its_step_once(caplog):
     @jax.jit
     def a_step_of_the_loop(state, constant):

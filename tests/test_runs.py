@@ -214,7 +214,8 @@ def test_a_killed_worker_ends_the_run_with_its_task_named_and_leaves_a_usable_ch
 def test_a_signal_during_an_evaluation_ends_the_run_in_order(start, here, tmp_path):
     number = signal.SIGINT
     flags = ("--task", "strange_envs:Slow-v0", "--num-envs", 2, "--eval-episodes", 8, "--eval-freq", 60)
-    child = start(*flags, "--checkpoint-freq", 50, "--total-timesteps", 1_000_000, "--no-mpc")
+    flags = (*flags, "--checkpoint-freq", 50, "--no-mpc")  # its plans would take longer to compile than all else
+    child = start(*flags, "--total-timesteps", 1_000_000)
     folder = tmp_path / "runs" / "strange_envs:Slow-v0" / "tdmpc2_jax" / "1"
     wait_for(lambda: (folder / "checkpoints" / "50").exists(), child)
     wait_for(lambda: (tmp_path / "slow").exists(), child)  # it is in the evaluation, of at least 40 slow steps
@@ -246,7 +247,7 @@ def test_the_success_rate_is_the_headline_of_tasks_that_have_one(here, tmp_path)
 @BOTH
 def test_several_environments_with_terminations_share_one_run(here, tmp_path, name):
     flags = ("--task", "strange_envs:Falling-v0", "--num-envs", 4, "--utd", 0.5, "--eval-freq", 10_000)
-    status, _, err = here(*flags, "--total-timesteps", 400, "--no-mpc", name=f"{name}.py")  # plans take long to compile
+    status, _, err = here(*flags, "--total-timesteps", 400, name=f"{name}.py")
     assert status == 0, err
     folder = tmp_path / "runs" / "strange_envs:Falling-v0" / name / "1"
     meta = meta_of(folder, name)

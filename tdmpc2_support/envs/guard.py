@@ -26,6 +26,8 @@ from tdmpc2_support.errors import UserError, one_line
 UNBOUNDED = 1e30  # of actions: larger bounds are written by those who mean that there are none
 LARGEST_REWARD = 22_025.0  # symexp(10), the last of the bins in which rewards and values are predicted by default
 FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
 
 
 # --------------------------------------------------------------------------------------------------------- Observations
@@ -115,9 +117,11 @@ class Observations:
             vector = self._numbers(method, (), self.shape, value)
         else:
             vector = np.concatenate([self._part(method, path, part, value) for path, part in self.parts])
+        if vector.dtype is FLOAT64 and vector.dot(vector) < LARGEST_SQUARE:  # so all are numbers of 32 bits, too
+            return vector.astype(np.float32)
         numbers = vector
         if vector is not value:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore"):  # takes four times as long as the conversion
                 numbers = vector.astype(np.float32)
         if np.isfinite(numbers, self._finite).tobytes().find(0) >= 0:  # a third of the time of all()
             entry = int(self._finite.argmin())
