@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import jitter
 
 import envs
+import tdmpc2_jax as td
 import tdmpc2_jax_diffusion as diffusion
 from tdmpc2_support.agents.worlds import World
 from tdmpc2_support.data.recorded import Windows
@@ -44,14 +46,8 @@ TINY = """--width 16 --heads 2 --dynamics-blocks 1 --proposal-blocks 1 --objecti
 --num-policy 1 --diffusion-batch-size 8 --eval-episodes 1 --no-compile-cache""".split()
 
 static = partial(jax.jit, static_argnums=0)  # one program in place of one for each operation
+encode = jax.jit(td.networks(SMALL).encoder.apply)
 changed = partial(dataclasses.replace, SMALL)
-
-
-def jitter(params, scale, seed=0):
-    """Parameters that are all different from zero."""
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [p + scale * rng.normal(size=p.shape).astype(np.float32) for p in leaves])
 
 
 def make_windows(number, seed=0, steps=4 * F):
@@ -59,12 +55,18 @@ def make_windows(number, seed=0, steps=4 * F):
     z = rng.dirichlet(np.ones(8), (number, steps + 1, 2)).reshape(number, steps + 1, Z)
     action = rng.uniform(-1, 1, (number, steps, A))
     reward = rng.random((number, steps))
-    return Windows(*(jnp.asarray(x, jnp.float32) for x in (z, action, reward, np.zeros((number, steps)))))
+    return Windows(*(x.astype(np.float32) for x in (z, action, reward, np.zeros((number, steps)))))
 
 
 def one(tree, i=0):
     """The element i of every array."""
     return jax.tree.map(lambda x: x[i], tree)
+
+
+@jax.jit
+def policy_mean(params, z):
+    """The policy's actions [..., A] without noise, in latent states [..., Z]."""
+    return td.policy(SMALL, params["pi"], z, jnp.zeros((*z.shape[:-1], A))).mean
 
 
 @cache

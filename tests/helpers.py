@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,6 +63,14 @@ def gone(pids):
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def jitter(params, scale, seed=0):
+    """Parameters that are all different from zero, as fresh ones are not."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    jittered = [np.asarray(p) + scale * rng.normal(size=p.shape).astype(np.float32) for p in leaves]
+    return jax.device_put(jax.tree.unflatten(tree, jittered))
+
+
 def write_episodes(td, agent, seed, capacity, num_envs, steps, ends=0.15):
     """A replay after `steps` steps of environments whose episodes end at random; entries name themselves.
 
@@ -69,7 +78,7 @@ def write_episodes(td, agent, seed, capacity, num_envs, steps, ends=0.15):
     would call valid, computed from the full history, by the observations of their first entries.
     """
     rng = np.random.default_rng(seed)
-    replay = td.init_replay(agent, capacity, num_envs)
+    replay = jax.jit(td.init_replay, static_argnums=(0, 1, 2))(agent, capacity, num_envs)
     first, episode, place = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
     history = []
     for _ in range(steps):

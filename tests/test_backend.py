@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ROOT
+from helpers import ROOT, jitter
 
 import tdmpc2_jax as td
 from tdmpc2_support import backend
@@ -44,18 +44,15 @@ def equal_but_for_rounding(one, other):
 
 def with_values(key):
     """Parameters with rewards, values and terminations that are not all the same, as fresh ones are."""
-    params = td.init_params(AGENT, key)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+    params = jax.jit(td.init_params, static_argnums=0)(AGENT, key)
+    return jitter(params, 0.1)
 
 
 def test_an_accelerator_values_and_plans_as_a_cpu_does(on_both):
     params = with_values(jax.random.key(0))
-    obs = jax.random.normal(jax.random.key(1), (2, 5))
-    noise, heads = td.plan_noise(AGENT, jax.random.key(2), 2)
-    mean, first = jnp.zeros((2, AGENT.horizon, 3)), jnp.array([True, False])
+    obs = np.random.default_rng(1).normal(size=(2, 5)).astype(np.float32)
+    noise, heads = jax.jit(td.plan_noise, static_argnums=(0, 2))(AGENT, jax.random.key(2), 2)
+    mean, first = np.zeros((2, AGENT.horizon, 3), np.float32), np.array([True, False])
     plans = on_both(lambda: td.plan(AGENT, params, obs, mean, first, noise, heads, explore=True))
     equal_but_for_rounding(*plans)
     assert np.abs(plans[0][0]).min() < 1  # not all of it is cut off

@@ -227,14 +227,15 @@ def test_an_exported_planner_plans_as_jax_does(one, exported):
     agent, params, _ = deploy.one_task(args, deploy.load(args))
     assert agent.can_terminate and agent.discount == td.discount_of(agent, 40)
     plan = jax.jit(partial(td.plan, agent, explore=False))
+    plan_noise = jax.jit(partial(td.plan_noise, agent, n=1))
     rng = np.random.default_rng(0)
     mean = np.zeros((1, agent.horizon, 1), np.float32)
     moved = []
     for i in range(100):
         obs = rng.normal(size=(1, 2)).astype(np.float32)
-        noise, heads = td.plan_noise(agent, jax.random.key(i), 1)
+        noise, heads = plan_noise(jax.random.key(i))
         first = np.array([i % 10 == 0])
-        action, new_mean = plan(params, obs, mean, first, noise, heads)
+        action, new_mean = jax.device_get(plan(params, obs, mean, first, noise, heads))
         draws = {f"normal_{name}": getattr(noise, name) for name in ("pi", "sample", "terminal")}
         inputs = {"obs": obs, "previous_mean": mean, "first": first, **draws, "gumbel": noise.gumbel}
         inputs = {name: np.array(np.asarray(value)[0]) for name, value in inputs.items()} | {"heads": np.asarray(heads)}
@@ -242,7 +243,7 @@ def test_an_exported_planner_plans_as_jax_does(one, exported):
         np.testing.assert_allclose(found[0], action[0], atol=1e-5)
         np.testing.assert_allclose(found[1], new_mean[0], atol=1e-5)
         moved.append(float(action[0, 0]))
-        mean = np.asarray(new_mean)
+        mean = new_mean
     assert np.std(moved) > 0.1, "it would be as easy to agree on one action"
 
 
@@ -256,7 +257,7 @@ def test_an_exported_policy_is_that_of_its_task_and_says_what_it_is_about(many, 
     trained = deploy.load(deploy.Args(str(many), ""))
     obs = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32)
     windows = deploy.Windows(obs, np.zeros((1, 100, 1), np.float32), np.zeros(100, int))
-    expected = deploy.outputs(trained, trained.loaded.params, windows)["action"]
+    expected = jax.jit(lambda params: deploy.outputs(trained, params, windows))(trained.loaded.params)["action"]
     found = [session.run(None, {"obs": row})[0] for row in obs]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

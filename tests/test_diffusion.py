@@ -21,13 +21,14 @@ from diffusion_helpers import (
     Z,
     cartpole_episodes,
     changed,
-    jitter,
+    encode,
     make_planner,
     make_windows,
     one,
+    policy_mean,
     static,
 )
-from helpers import meta_of
+from helpers import jitter, meta_of
 
 import envs
 import tdmpc2_jax as td
@@ -93,9 +94,9 @@ def test_samples_of_exact_denoisers_have_the_moments_that_this_many_steps_leave(
 @pytest.mark.parametrize("steps", [1, 8, 32])
 def test_a_denoiser_that_knows_the_answer_is_answered_with_it(steps):
     """With any other power than 1 behind the last level, noise would come out."""
-    truth = jnp.linspace(-0.9, 0.9, 24).reshape(4, 6)
-    x = diffusion.sample_ddim(lambda x, k: truth, jax.random.key(0), (4, 6), steps, 10.0)
-    np.testing.assert_allclose(x, truth, atol=1e-5)
+    truth = np.linspace(-0.9, 0.9, 24).reshape(4, 6)
+    sample = jax.jit(lambda key: diffusion.sample_ddim(lambda x, k: truth, key, (4, 6), steps, 10.0))
+    np.testing.assert_allclose(sample(jax.random.key(0)), truth, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -157,9 +158,8 @@ def test_latent_states_are_those_of_the_observations(recorded):
     data, folder = recorded
     world = make_planner()[0].world
     args = diffusion.Args(task="cartpole-swingup", data_dir=str(folder))
-    encoder = td.networks(SMALL).encoder
     encoded = diffusion.encoded(args, SMALL, world).obs
-    np.testing.assert_allclose(encoded, encoder.apply(world.params["encoder"], data.obs), atol=1e-6)
+    np.testing.assert_allclose(encoded, encode(world.params["encoder"], data.obs), atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------- What p_d diffuses, and y
@@ -191,16 +191,18 @@ def test_a_network_that_answers_zero_leaves_the_one_step_roll_out():
     stats = planner.stats._replace(mu=jnp.zeros_like(planner.stats.mu))
     planner = planner._replace(nets=jax.tree.map(jnp.zeros_like, planner.nets), stats=stats)
     actions, z, key = make_windows(5).action, make_windows(1).z[0, 0], jax.random.key(0)
+    step = jax.jit(td.networks(SMALL).dynamics.apply)
     for scale, steps in enumerate((1, 4)):
         zs = roll_out(SMALL, planner, z, actions[:, : F * steps], key, scale)
         onestep = roll_out(changed(rollouts="onestep"), planner, z, actions[:, : F * steps], key, scale)
         np.testing.assert_allclose(zs, onestep, atol=1e-5)
-        np.testing.assert_allclose(zs.reshape(-1, 2, 8).sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(np.reshape(zs, (-1, 2, 8)).sum(-1), 1, atol=1e-5)
         state = z
         for action in actions[2, :steps]:
-            state = td.networks(SMALL).dynamics.apply(planner.world.params["dynamics"], state, action)
-        np.testing.assert_allclose(zs[2, 1], state, atol=1e-5)
-    other = diffusion.denormalise(SMALL, stats, 5 * jax.random.normal(key, (7, Z)))
+            state = step(planner.world.params["dynamics"], state, action)
+        np.testing.assert_allclose(np.asarray(zs)[2, 1], state, atol=1e-5)
+    far = np.random.default_rng(0).normal(0, 5, (7, Z)).astype(np.float32)
+    other = np.asarray(static(diffusion.denormalise)(SMALL, stats, far))
     assert (other > 0).all()
     np.testing.assert_allclose(other.reshape(-1, 2, 8).sum(-1), 1, atol=1e-5)
 
@@ -208,7 +210,7 @@ def test_a_network_that_answers_zero_leaves_the_one_step_roll_out():
 @pytest.mark.parametrize("ends", [0.0, 1.0])
 def test_the_advantage_is_that_of_a_plain_loop_with_the_target_values(ends):
     world, window = make_planner()[0].world, one(make_windows(1))
-    window = window._replace(terminated=window.terminated.at[F - 1].set(ends))
+    window.terminated[F - 1] = ends
 
     @jax.jit
     def v(z):
@@ -226,11 +228,13 @@ def test_the_models_score_is_that_of_a_plain_loop_and_ends_where_an_end_is_predi
     zs, actions = make_windows(3).z[:, : F + 1], make_windows(3).action[:, :F]
     terminating = changed(can_terminate=True)
     net = td.networks(terminating).termination
-    head = jitter(net.init(jax.random.key(0), zs[0, 0]), 1.0)
-    head["params"]["linear_2"]["bias"] -= jnp.sort(net.apply(head, zs[:, 1:]).ravel())[-4]  # three of twelve are ends
+    logit = jax.jit(net.apply)
+    head = jitter(jax.jit(net.init)(jax.random.key(0), zs[0, 0]), 1.0)
+    fourth = np.sort(np.ravel(logit(head, zs[:, 1:])))[-4]
+    head["params"]["linear_2"]["bias"] -= fourth  # three of twelve are ends
     episodic = world._replace(params=world.params | {"termination": head})
     reward = jax.jit(lambda z, a: td.two_hot_inv(SMALL, td.networks(SMALL).reward.apply(world.params["reward"], z, a)))
-    value, logits = static(diffusion.value), np.asarray(net.apply(head, zs)[..., 0])
+    value, logits = static(diffusion.value), np.asarray(logit(head, zs))[..., 0]
     plain, ending = [], []
     for z, action, logit in zip(zs, actions, logits, strict=True):
         values = [float(reward(*pair)) for pair in zip(z[:-1], action, strict=True)]
@@ -267,27 +271,33 @@ def test_actions_that_the_task_lacks_are_zero_and_without_effect():
     planner, state = make_planner()
     world = planner.world._replace(mask=jnp.array([1.0, 0.0]))
     z, key = make_windows(1).z[0, 0], jax.random.key(0)
-    best = jnp.zeros((F, A))
-    candidates = candidates_at(SMALL, planner._replace(world=world), z, best, jnp.array(False), key)
+    best = np.zeros((F, A), np.float32)
+    candidates = np.asarray(candidates_at(SMALL, planner._replace(world=world), z, best, np.array(False), key))
     assert (candidates[..., 1] == 0).all() and (candidates[:-1, :, 0] != 0).any()
     window, loss = one(make_windows(1)), static(diffusion.proposal_loss)
-    other = window._replace(action=window.action.at[:, 1].set(0.7))
+    other = window._replace(action=window.action * np.float32([1, 0]) + np.float32([0, 0.7]))
     losses = [loss(SMALL, state.params, state.stats, world, w, key) for w in (window, other)]
     assert losses[0] == losses[1] != 0
     apply = diffusion.diffusion_networks(SMALL)["proposal"].apply
-    denoise = partial(apply, state.params["proposal"], diffusion.normalise(state.stats, window.z[0]))
-    errors = jax.jit(lambda w: diffusion.denoising_loss(denoise, w.action[:F], key, world.mask))(window)
+
+    @jax.jit
+    def errors_of(window):
+        denoise = partial(apply, state.params["proposal"], diffusion.normalise(state.stats, window.z[0]))
+        return diffusion.denoising_loss(denoise, window.action[:F], key, world.mask)
+
+    errors = np.asarray(errors_of(window))
     assert float(losses[0]) == pytest.approx(float(errors[:, 0].mean()), rel=1e-5), "divided by the real actions"
 
 
 def test_slots_of_a_chunk_beyond_its_scale_are_without_effect():
     actions = make_windows(1).action[0]
-    fine, coarse = diffusion.chunks(SMALL, actions, 1), diffusion.chunks(SMALL, actions, 4)
+    chunks = jax.jit(diffusion.chunks, static_argnums=(0, 2))
+    fine, coarse = (np.asarray(chunks(SMALL, actions, scale)) for scale in (1, 4))
     assert fine.shape == coarse.shape == (F, 4 * (A + 1))
     np.testing.assert_array_equal(coarse[1], [*actions[4:8].ravel(), 1, 1, 1, 1])
     np.testing.assert_array_equal(fine[2], [*actions[2], *np.zeros(3 * A), 1, 0, 0, 0])
-    np.testing.assert_array_equal(diffusion.chunks(SMALL, actions[:F], 1), fine)
-    np.testing.assert_array_equal(diffusion.chunks(changed(scales="1"), actions[:F], 1), actions[:F])
+    np.testing.assert_array_equal(chunks(SMALL, actions[:F], 1), fine)
+    np.testing.assert_array_equal(chunks(changed(scales="1"), actions[:F], 1), actions[:F])
 
 
 # --------------------------------------------------------------------------------------------------------- Networks
@@ -308,21 +318,26 @@ def test_answers_depend_on_all_inputs_their_order_and_nothing_else():
     planner, _ = make_planner()
     windows = make_windows(3)
     z, actions, key = windows.z[0, 0], windows.action[:, :F], jax.random.key(0)
-    zs = roll_out(SMALL, planner, z, actions, key, 0)
+    zs = np.asarray(roll_out(SMALL, planner, z, actions, key, 0))
     assert zs.shape == (3, F + 1, Z)
     for i in range(F):
-        other = roll_out(SMALL, planner, z, actions.at[0, i].add(0.5), key, 0)
+        moved = actions.copy()
+        moved[0, i] += 0.5
+        other = np.asarray(roll_out(SMALL, planner, z, moved, key, 0))
         assert not np.allclose(other[0], zs[0], atol=1e-6), f"action {i}"
         np.testing.assert_allclose(other[1:], zs[1:], atol=1e-6)
-    assert not np.allclose(roll_out(SMALL, planner, z, actions[:, ::-1], key, 0)[0, F], zs[0, F], atol=1e-5)
-    assert not np.allclose(roll_out(SMALL, planner, windows.z[1, 0], actions, key, 0)[:, 1:], zs[:, 1:], atol=1e-5)
-    coarse = roll_out(SMALL, planner, z, windows.action, key, 1)
+    turned = np.asarray(roll_out(SMALL, planner, z, actions[:, ::-1], key, 0))
+    assert not np.allclose(turned[0, F], zs[0, F], atol=1e-5)
+    elsewhere = np.asarray(roll_out(SMALL, planner, windows.z[1, 0], actions, key, 0))
+    assert not np.allclose(elsewhere[:, 1:], zs[:, 1:], atol=1e-5)
+    coarse = np.asarray(roll_out(SMALL, planner, z, windows.action, key, 1))
     assert not np.allclose(coarse[:, 1:], zs[:, 1:], atol=1e-5)
     apply = jax.jit(partial(diffusion.diffusion_networks(SMALL)["dynamics"].apply, planner.nets["dynamics"]))
-    chunk, now, x = diffusion.chunks(SMALL, actions[0], 1), diffusion.normalise(planner.stats, z), jnp.ones((F, Z))
+    chunk = np.asarray(jax.jit(diffusion.chunks, static_argnums=(0, 2))(SMALL, actions[0], 1))
+    now, x = jax.jit(diffusion.normalise)(planner.stats, z), np.ones((F, Z), np.float32)
     for other in ((now, x, 500.0, chunk, 1), (now, x, 10.0, chunk, 0), (now, x[::-1] * 2, 500.0, chunk, 0)):
         assert not np.allclose(apply(*other), apply(now, x, 500.0, chunk, 0), atol=1e-5)
-    three = jnp.tile(zs[:1], (3, 1, 1))
+    three = np.tile(zs[:1], (3, 1, 1))
     score = score_by_objective(SMALL, planner, three, actions)
     assert not np.allclose(score, score_by_objective(SMALL, planner, three, actions[:, ::-1]), atol=1e-6)
     assert not np.allclose(score, score_by_objective(SMALL, planner, three[:, ::-1], actions), atol=1e-6)
@@ -341,13 +356,13 @@ def test_every_loss_moves_its_own_network_only():
 
 
 # --------------------------------------------------------------------------------------------------------- Planning
-OBSERVED = jnp.asarray(np.random.default_rng(0).normal(size=(3, OBS)), jnp.float32)
+OBSERVED = np.random.default_rng(0).normal(size=(3, OBS)).astype(np.float32)
 
 
 def act(planner, agent=SMALL, key=0, best=None):
     """What `diffusion.act` returns at the start of three episodes, or after these plans."""
-    first = jnp.full(3, best is None)
-    best = jnp.zeros((3, F, A)) if best is None else best
+    first = np.full(3, best is None)
+    best = np.zeros((3, F, A), np.float32) if best is None else best
     return diffusion.act(agent, planner, OBSERVED, best, first, jax.random.key(key), explore=False)
 
 
@@ -356,7 +371,7 @@ def test_plans_depend_on_the_key_and_on_the_slow_copies_alone():
     agent = changed(num_policy=0)  # then all candidates are rho's
     action, best, failed, _ = act(planner, agent)
     assert action.shape == (3, A) and best.shape == (3, F, A) and not failed.any()
-    np.testing.assert_array_equal(action, best[:, 0])
+    np.testing.assert_array_equal(action, np.asarray(best)[:, 0])
     same = act(diffusion.planner_of(state._replace(params=jitter(state.params, 1.0)), planner.world), agent)
     np.testing.assert_array_equal(same[0], action)
     assert not np.array_equal(act(planner, agent, key=1)[0], action)
@@ -365,13 +380,14 @@ def test_plans_depend_on_the_key_and_on_the_slow_copies_alone():
 
 
 def test_the_last_plan_shifted_by_one_is_a_candidate():
-    planner, best = make_planner()[0], jnp.arange(F * A).reshape(F, A) / 10.0
+    planner, best = make_planner()[0], np.arange(F * A, dtype=np.float32).reshape(F, A) / 10
     z, key = make_windows(1).z[0, 0], jax.random.key(0)
-    later, begin = (candidates_at(SMALL, planner, z, best, jnp.array(first), key) for first in (False, True))
+    of = lambda first: np.asarray(candidates_at(SMALL, planner, z, best, np.array(first), key))  # noqa: E731
+    later, begin = of(False), of(True)
     assert later.shape == (4 + 3 + 1, F, A)
-    np.testing.assert_array_equal(later[-1], best[jnp.array([1, 2, 3, 3])])
+    np.testing.assert_array_equal(later[-1], best[[1, 2, 3, 3]])
     np.testing.assert_array_equal(begin[-1], begin[0])
-    mean = td.policy(SMALL, planner.world.params["pi"], z, jnp.zeros(A)).mean
+    mean = policy_mean(planner.world.params, z)
     np.testing.assert_allclose(later[4, 0], mean, atol=1e-6)  # of the policy's candidates the first is without noise
 
 
@@ -379,21 +395,20 @@ def test_the_candidate_that_is_truly_best_is_played(monkeypatch):
     planner, key = make_planner()[0], jax.random.key(0)
     truth = lambda actions: -((actions - 0.3) ** 2).sum((1, 2))  # noqa: E731
     monkeypatch.setattr(diffusion, "score", lambda agent, planner, zs, actions, key: truth(actions))
-    begin = jnp.zeros((F, A)), jnp.array(True)
+    begin = np.zeros((F, A), np.float32), np.array(True)
     action, best, failed = jax.jit(partial(diffusion.plan_by_diffusion, SMALL))(planner, OBSERVED[0], *begin, key)
-    z = td.networks(SMALL).encoder.apply(planner.world.params["encoder"], OBSERVED[0])
-    candidates = candidates_at(SMALL, planner, z, *begin, jax.random.split(key, 6)[0])
+    z = encode(planner.world.params["encoder"], OBSERVED[0])
+    candidates = np.asarray(candidates_at(SMALL, planner, z, *begin, jax.random.split(key, 6)[0]))
     np.testing.assert_allclose(best, candidates[np.argmax(truth(candidates))], atol=1e-6)
-    np.testing.assert_array_equal(action, best[0])
+    np.testing.assert_array_equal(action, np.asarray(best)[0])
 
 
 def test_where_nothing_can_be_scored_the_policy_acts_and_that_is_counted():
     planner = make_planner()[0]
-    nan = jax.tree.map(lambda p: p * jnp.nan, planner.nets["dynamics"])
+    nan = jax.tree.map(lambda p: np.full(p.shape, np.nan, np.float32), planner.nets["dynamics"])
     action, best, failed, _ = act(planner._replace(nets=planner.nets | {"dynamics": nan}))
     assert failed.all() and (best == 0).all()
-    z = td.networks(SMALL).encoder.apply(planner.world.params["encoder"], OBSERVED)
-    mean = td.policy(SMALL, planner.world.params["pi"], z, jnp.zeros((3, A))).mean
+    mean = policy_mean(planner.world.params, encode(planner.world.params["encoder"], OBSERVED))
     np.testing.assert_allclose(action, mean, atol=1e-6)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from diffusion_helpers import SMALL, TINY, F, Z, jitter, one, static, write_episodes
+from diffusion_helpers import SMALL, TINY, F, Z, one, static, write_episodes
+from helpers import jitter
 
 import envs
 import tdmpc2_jax as td
@@ -89,6 +90,19 @@ def test_a_part_answers_what_the_multi_task_networks_do_when_told_the_task(run, 
     folder, multitask_agent, params = run
     agent, world = load(folder, tasks)
     theirs, ours = mt.networks(multitask_agent), td.networks(agent)
+
+    @jax.jit
+    def answers_of_all(obs, emb, action):
+        z = theirs.encoder.apply(params["encoder"], obs, emb)
+        nets = {net: getattr(theirs, net).apply(params[net], z, emb, action) for net in ("dynamics", "reward")}
+        return z, nets | {"q": mt.q_logits(multitask_agent, params["q"], z, emb, action)}
+
+    @jax.jit
+    def answers_of_one(part, obs, z, action):
+        nets = {net: getattr(ours, net).apply(part.params[net], z, action) for net in ("dynamics", "reward")}
+        nets["q"] = td.q_logits(agent, part.params["q"], z, action)
+        return ours.encoder.apply(part.params["encoder"], obs), nets
+
     rng, close = np.random.default_rng(0), partial(np.testing.assert_allclose, atol=1e-5)
     for i, name in enumerate(tasks):
         part, row = of_task(world, i), TASKS[name]
@@ -97,13 +111,10 @@ def test_a_part_answers_what_the_multi_task_networks_do_when_told_the_task(run, 
         obs[:, : row.obs_size] = rng.normal(size=(7, row.obs_size))
         action[:, : row.action_size] = rng.uniform(-1, 1, (7, row.action_size))
         own_obs, own_action = obs[:, : agent.obs_dim], action[:, : agent.action_dim]
-        z = theirs.encoder.apply(params["encoder"], obs, emb)
-        close(ours.encoder.apply(part.params["encoder"], own_obs), z)
-        for net in ("dynamics", "reward"):
-            answer = getattr(theirs, net).apply(params[net], z, emb, action)
-            close(getattr(ours, net).apply(part.params[net], z, own_action), answer)
-        logits = mt.q_logits(multitask_agent, params["q"], z, emb, action)
-        close(td.q_logits(agent, part.params["q"], z, own_action), logits)
+        z, answers = answers_of_all(obs, emb, action)
+        own_z, own_answers = answers_of_one(part, own_obs, z, own_action)
+        close(own_z, z)
+        jax.tree.map(close, own_answers, answers)
         close(part.emb, emb)
         assert part.mask.tolist() == [1.0] * row.action_size + [0.0] * (agent.action_dim - row.action_size)
         assert float(part.discount) == pytest.approx(0.9 + 0.01 * i)

@@ -36,8 +36,8 @@ def student(golden):
 
 
 def batch_of(recording):
-    arrays = [jnp.asarray(recording[f"in_{name}"]) for name in ("obs", "action", "reward", "task")]
-    return mt.Batch(arrays[0], arrays[1], arrays[2][..., 0], arrays[3].astype(jnp.int32))
+    obs, action, reward, task = (recording[f"in_{name}"] for name in ("obs", "action", "reward", "task"))
+    return mt.Batch(obs, action, reward[..., 0], task.astype(np.int32))
 
 
 def noise_of(recording, i):
@@ -52,14 +52,20 @@ def test_a_teacher_of_other_sizes_predicts_what_is_recorded(student):
     model = mt.networks(teacher.func.args[0])
     (params,) = teacher.args
     emb = mt.embed(params["task_emb"], batch.task)
+
+    @jax.jit
+    def answers(params, obs, action):
+        z = model.encoder.apply(params["encoder"], obs, emb)
+        return z, model.reward.apply(params["reward"], z, emb, action)
+
     assert (np.linalg.norm(params["task_emb"], axis=1) > 1).any(), "rows that are scaled back when they are read"
-    z = model.encoder.apply(params["encoder"], batch.obs[0], emb)
+    ask = batch.obs[0], batch.action[0]
+    z, logits = answers(params, *ask)
     close(z, recording["teacher_encode_obs0"], 1e-4)
-    logits = model.reward.apply(params["reward"], z, emb, batch.action[0])
     close(logits, recording["teacher_reward_logits"], 1e-4)
-    rewards = teacher(batch.obs[0], batch.action[0], batch.task)
+    rewards = jax.jit(lambda teacher, *ask: teacher(*ask))(teacher, *ask, batch.task)
     close(rewards, recording["teacher_reward"], 1e-4)
-    mine = mt.predict_reward(agent, loaded.params, batch.obs[0], batch.action[0], batch.task)
+    mine = jax.jit(mt.predict_reward, static_argnums=0)(agent, loaded.params, *ask, batch.task)
     close(mine, recording["student_reward"], 1e-4)
     close(((mine - rewards) ** 2).mean(), recording["distillation_loss"], 1e-4)
 

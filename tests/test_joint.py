@@ -36,7 +36,7 @@ def changed(scales="1", **fields):
 def replays_of(agent, steps):
     """Replays after so many steps of two environments whose episodes end at random; entries name themselves."""
     rng, n = np.random.default_rng(0), 2
-    replays = diffusion.init_replays(agent, 30, n)
+    replays = jax.jit(diffusion.init_replays, static_argnums=(0, 1, 2))(agent, 30, n)
     first, episode, place = np.ones(n, bool), np.zeros(n), np.zeros(n)
     for _ in range(steps):
         obs = np.stack([np.arange(n), episode, place], -1).astype(np.float32)
@@ -51,10 +51,10 @@ def replays_of(agent, steps):
 def test_windows_of_the_three_networks_lie_in_one_episode_and_all_of_them_are_drawn(sample):
     agent = changed(future=5, sample=sample, obs_dim=3, action_dim=1, diffusion_batch_size=2000)
     replays = replays_of(agent, 100)
-    encoder = {"encoder": td.networks(agent).encoder.init(jax.random.key(0), jnp.zeros(3))}
+    encoder = {"encoder": jax.jit(td.networks(agent).encoder.init)(jax.random.key(0), jnp.zeros(3))}
     world = diffusion.World(encoder, {}, jnp.ones(1), jnp.float32(0.9))
-    windows = static(diffusion.sample_windows)(agent, world, replays, jax.random.key(0))
-    places = np.asarray(windows.action[..., 0] * 100).round()  # of the entries behind the first
+    windows = jax.device_get(static(diffusion.sample_windows)(agent, world, replays, jax.random.key(0)))
+    places = (windows.action[..., 0] * 100).round()  # of the entries behind the first
     assert windows.z.shape == (2000, 6, Z) and windows.action.shape == (2000, 5, 1)
     np.testing.assert_array_equal(np.diff(places), 1)
     np.testing.assert_allclose(windows.reward, places, atol=1e-4)
@@ -68,8 +68,8 @@ def test_windows_of_the_three_networks_lie_in_one_episode_and_all_of_them_are_dr
     ]  # fmt: skip
     z = {np.asarray(row, np.float32).tobytes() for row in windows.z[:, 0]}
     encode = jax.jit(lambda obs: td.networks(agent).encoder.apply(encoder["encoder"], obs))
-    expected = encode(jnp.asarray(whole(5)))
-    distance = jnp.abs(expected[:, None] - windows.z[None, :, 0]).max(-1)  # [windows that there are, drawn]
+    expected = np.asarray(encode(np.array(whole(5))))
+    distance = np.abs(expected[:, None] - windows.z[None, :, 0]).max(-1)  # [windows that there are, drawn]
     assert (distance.min(0) < 1e-6).all() and (distance.min(1) < 1e-6).all() and len(z) >= 10
     if sample == "windows":
         assert int(replays.long.size) == len(whole(5)) < int(replays.short.size) == len(whole(3))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import jitter
 
 import tdmpc2_jax as td
 from benchmarks.timing import count_products
@@ -19,9 +20,7 @@ SMALL = td.Agent(
 def state():
     """Learning state of a small agent with 4 observations, 2 actions and a termination head."""
     state = td.fresh_state(SMALL, random_streams(0))["train"]
-    noise = iter(jax.random.split(jax.random.key(1), 200))
-    jitter = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(noise), p.shape), state.params)
-    return state._replace(params=jitter)
+    return state._replace(params=jitter(state.params, 0.3, 1))
 
 
 @pytest.mark.parametrize("size", td.MODEL_SIZES)
@@ -63,14 +62,14 @@ def test_a_plan_for_many_environments_is_the_plan_for_each(state):
     rng = np.random.default_rng(0)
     obs, mean = rng.normal(size=(3, 4)).astype(np.float32), rng.uniform(-1, 1, (3, 3, 2)).astype(np.float32)
     first = np.array([False, True, False])
-    noise, heads = td.plan_noise(SMALL, jax.random.key(3), 3)
+    noise, heads = jax.device_get(jax.jit(td.plan_noise, static_argnums=(0, 2))(SMALL, jax.random.key(3), 3))
     plan = jax.jit(td.plan, static_argnums=(0, 7))
-    action, means = plan(SMALL, state.params, obs, mean, first, noise, heads, True)
+    action, means = jax.device_get(plan(SMALL, state.params, obs, mean, first, noise, heads, True))
     assert (np.abs(action) <= 1).all() and not np.allclose(action[0], action[2])
     for i in range(3):
         only = td.PlanNoise(*(x[i : i + 1] for x in noise))
         one = slice(i, i + 1)
-        alone = plan(SMALL, state.params, obs[one], mean[one], first[one], only, heads, True)
+        alone = jax.device_get(plan(SMALL, state.params, obs[one], mean[one], first[one], only, heads, True))
         np.testing.assert_allclose(alone[0][0], action[i], atol=1e-4)
         np.testing.assert_allclose(alone[1][0], means[i], atol=1e-4)
 
@@ -78,12 +77,13 @@ def test_a_plan_for_many_environments_is_the_plan_for_each(state):
 def test_bfloat16_changes_the_products_only(state):
     half = td.dataclasses.replace(SMALL, compute_dtype="bfloat16")
     obs, action = jnp.ones((5, 4)), jnp.full((5, 2), 0.5)
-    z, z_half = (td.networks(agent).encoder.apply(state.params["encoder"], obs) for agent in (SMALL, half))
+    z, z_half = (jax.jit(td.networks(a).encoder.apply)(state.params["encoder"], obs) for a in (SMALL, half))
     assert z_half.dtype == jnp.float32 and not (z == z_half).all()
     np.testing.assert_allclose(z, z_half, atol=0.02)
-    logits = td.q_logits(half, state.params["q"], z, action)
+    q_logits = jax.jit(td.q_logits, static_argnums=0)
+    logits = q_logits(half, state.params["q"], z, action)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(td.q_logits(SMALL, state.params["q"], z, action), logits, atol=0.15)
+    np.testing.assert_allclose(q_logits(SMALL, state.params["q"], z, action), logits, atol=0.15)
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():

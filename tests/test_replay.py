@@ -4,7 +4,6 @@ from collections import Counter
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import likelihoods, write_episodes
@@ -20,14 +19,19 @@ AGENTS = {
     "first version": (tdmpc_jax, tdmpc_jax.Agent(**SIZES)),
 }
 ALL = pytest.mark.parametrize("td, agent", AGENTS.values(), ids=AGENTS)
-draw = partial(jax.jit, static_argnums=0)(tdmpc2_jax.sample)
+
+
+@partial(jax.jit, static_argnums=0)
+def draw_by_priority(agent, replay, key):
+    return tdmpc_jax.windows(agent, replay, tdmpc_jax.draw(replay.tree, key, agent.batch_size))
+
+
+DRAW = {tdmpc2_jax: jax.jit(tdmpc2_jax.sample, static_argnums=0), tdmpc_jax: draw_by_priority}
 
 
 def sample(td, agent, replay, seed):
     """Windows as the script draws them, when all priorities are what they were at the start."""
-    if td is tdmpc2_jax:
-        return draw(agent, replay, jax.random.key(seed))
-    return td.windows(agent, replay, td.draw(replay.tree, jax.random.key(seed), agent.batch_size))
+    return jax.device_get(DRAW[td](agent, replay, jax.random.key(seed)))
 
 
 @ALL
@@ -102,4 +106,4 @@ def test_an_update_never_sees_filler(td, agent):
         replay = td.add(agent, replay, step)
     for seed in range(2):
         batch = sample(td, agent, replay, seed)
-        assert jnp.isfinite(batch.action).all() and jnp.isfinite(batch.reward).all()
+        assert np.isfinite(batch.action).all() and np.isfinite(batch.reward).all()

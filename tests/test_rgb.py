@@ -56,19 +56,21 @@ def test_shifts_are_drawn_uniformly_for_every_picture_and_axis():
 def test_convolutions_by_matrix_products_are_xlas_and_so_are_their_gradients(size, stride, height, channels):
     rng, out = np.random.default_rng(0), (height - size) // stride + 1
     shapes = (2, height, height, channels), (size, size, channels, 5), (2, out, out, 5)
-    x, kernel, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    x, kernel, weights = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
     def xlas(x, kernel):
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
 
-    for mine, others in zip(
-        jax.vjp(lambda *args: convolve_on_cpu(*args, stride), x, kernel)[1](weights),
-        jax.vjp(xlas, x, kernel)[1](weights),
-        strict=True,
-    ):
-        np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(convolve_on_cpu(x, kernel, stride), xlas(x, kernel), rtol=1e-4, atol=1e-4)
+    def with_gradients(convolve):
+        answer, backward = jax.vjp(convolve, x, kernel)
+        return answer, *backward(weights)
+
+    mine, others = jax.jit(
+        lambda: (with_gradients(lambda *args: convolve_on_cpu(*args, stride)), with_gradients(xlas))
+    )()
+    for one, other in zip(mine, others, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_stacks_are_encoded_alike_however_many_there_are(learner):
@@ -97,12 +99,16 @@ class Named:
 BOTH = pytest.mark.parametrize("way", ["episodes", "windows"])
 
 
+@partial(jax.jit, static_argnums=0)
+def stacked_windows(agent, replay, key):
+    return rgb.stack_windows(rgb.sample(agent, replay, key))
+
+
 def drawn_from(way, seed, *episodes):
     """500 windows from a replay of random episodes (see `write_episodes`), and which windows are valid."""
     agent = rgb.Agent(action_dim=1, batch_size=500, sample=way)
     replay, valid = write_episodes(Named, agent, seed, *episodes)
-    batch = rgb.stack_windows(rgb.sample(agent, replay, jax.random.key(seed))) if valid else None
-    return agent, replay, valid, batch
+    return agent, replay, valid, stacked_windows(agent, replay, jax.random.key(seed)) if valid else None
 
 
 @BOTH
@@ -126,7 +132,7 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
         expected = newest - [0, 0, age]
         expected[..., 2] = np.maximum(expected[..., 2], 0)
         np.testing.assert_array_equal(names[:, :, 2 - age], expected)
-    np.testing.assert_array_equal(batch.action[..., 0], newest[1:, :, 2])
+    np.testing.assert_array_equal(np.asarray(batch.action)[..., 0], newest[1:, :, 2])
     np.testing.assert_array_equal(batch.reward, newest[1:, :, 2] * 10)
 
 
@@ -134,8 +140,8 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
 def test_windows_are_as_likely_as_they_should_be(way):
     agent, replay, valid, _ = drawn_from(way, 1, 25, 3, 90, 0.15)
     sample = jax.jit(partial(rgb.sample, agent, replay))
-    names = [sample(jax.random.key(i)).obs[rgb.FRAMES - 1, :, 0, 0] for i in range(16)]  # of the windows' first entries
-    names = np.concatenate(names)
+    pictures = [np.asarray(sample(jax.random.key(i)).obs) for i in range(16)]
+    names = np.concatenate([x[rgb.FRAMES - 1, :, 0, 0] for x in pictures])  # of the windows' first entries
     drawn = Counter(map(tuple, names.tolist()))
     assert drawn.keys() <= valid
     expected = len(names) * likelihoods(agent, valid)
@@ -291,7 +297,7 @@ class NamedTwice(Named):
 def test_states_are_those_of_the_newest_pictures_of_their_stacks():
     agent = rgb.Agent(obs="rgb+state", obs_dim=3, action_dim=1, batch_size=500)
     replay, _ = write_episodes(NamedTwice, agent, 0, 25, 3, 90)
-    batch = rgb.stack_windows(rgb.sample(agent, replay, jax.random.key(0)))
+    batch = jax.device_get(stacked_windows(agent, replay, jax.random.key(0)))
     assert batch.obs["rgb"].shape == (H + 1, 500, 64, 64, 9) and batch.obs["state"].dtype == jnp.float32
     np.testing.assert_array_equal(batch.obs["state"], batch.obs["rgb"][:, :, 0, 0, 6:])
     assert np.unique(batch.obs["state"][0], axis=0).shape[0] > 10
@@ -319,12 +325,12 @@ def test_what_the_encoders_of_pictures_and_of_states_have_before_simnorm_is_norm
     encode = jax.jit(rgb.encode, static_argnums=0)
     z = encode(both, {"params": params["params"] | of_state}, {"rgb": stack, "state": state}, shift)
     one_group = dataclasses.replace(pixels, simnorm_dim=16)  # its logarithm is what was before SimNorm, and a constant
-    logits = jnp.log(encode(one_group, params, stack, shift))
-    logits = (logits - logits.mean(-1, keepdims=True)) / jnp.sqrt(logits.var(-1, keepdims=True) + 1e-5)
-    of_pictures = td.simnorm(logits, 8)
+    logits = np.log(encode(one_group, params, stack, shift))
+    logits = (logits - logits.mean(-1, keepdims=True)) / np.sqrt(logits.var(-1, keepdims=True) + 1e-5)
+    of_pictures = jax.jit(td.simnorm, static_argnums=1)(logits, 8)
     mlp = td.MLP((8,), 16, simnorm_dim=8)  # the encoder of states alone, as tdmpc2_jax.py has it
-    of_states = mlp.apply({"params": of_state["state"] | {"norm_1": of_state["state_norm"]}}, state)
-    product = (of_pictures * of_states).reshape(3, -1, 8)
+    of_states = jax.jit(mlp.apply)({"params": of_state["state"] | {"norm_1": of_state["state_norm"]}}, state)
+    product = np.asarray(of_pictures * of_states).reshape(3, -1, 8)
     np.testing.assert_allclose(z, (product / product.sum(-1, keepdims=True)).reshape(3, 16), atol=1e-5)
 
 

@@ -45,25 +45,36 @@ def recorded(golden):
 def test_networks_equal_the_recording(recorded):
     recording, agent, params, target = recorded
     model = td.networks(agent)
-    obs, action = recording["in_obs"][0], recording["in_action"][0]
-    z = model.encoder.apply(params["encoder"], obs)
-    close(z, recording["encode_obs0"], 1e-5)
-    close(model.encoder.apply(target["encoder"], obs), recording["encode_target_obs0"], 1e-5)
-    close(model.dynamics.apply(params["dynamics"], z, action), recording["next"], 1e-5)
-    close(model.reward.apply(params["reward"], z, action), recording["reward"], 1e-5)
-    close(td.q_values(agent, params["q"], z, action), recording["q"], 1e-5)
-    close(td.q_values(agent, target["q"], z, action), recording["q_target"], 1e-5)
-    pi = td.policy(agent, params["pi"], z, draws_of(recording, "pi")[0])
-    close(pi.mean, recording["pi_mean"], 1e-5)
-    close(pi.action, recording["pi_action"], 1e-5)
+
+    @jax.jit
+    def answers(params, target, obs, action, draw):
+        z = model.encoder.apply(params["encoder"], obs)
+        pi = td.policy(agent, params["pi"], z, draw)
+        return {
+            "encode_obs0": z,
+            "encode_target_obs0": model.encoder.apply(target["encoder"], obs),
+            "next": model.dynamics.apply(params["dynamics"], z, action),
+            "reward": model.reward.apply(params["reward"], z, action),
+            "q": td.q_values(agent, params["q"], z, action),
+            "q_target": td.q_values(agent, target["q"], z, action),
+            "pi_mean": pi.mean,
+            "pi_action": pi.action,
+        }
+
+    inputs = recording["in_obs"][0], recording["in_action"][0], draws_of(recording, "pi")[0]
+    for name, value in answers(params, target, *inputs).items():
+        close(value, recording[name], 1e-5)
+
+
+init_state = jax.jit(td.init_state, static_argnums=0)
 
 
 def check_update(recorded, state, recording, name, inputs, weight, tolerance=1e-5):
     """Makes the recorded update `name` on the batch `inputs`; losses, norms, targets and priorities must be equal."""
     _, agent, _, _ = recorded
-    obs, action, reward = (jnp.asarray(recording[f"{inputs}in_{k}"]) for k in ("obs", "action", "reward"))
-    batch = td.Batch(obs, action, reward[..., 0], jnp.zeros(action.shape[:2]), jnp.asarray(weight))
-    draws = jnp.stack(draws_of(recording, name))
+    obs, action, reward = (recording[f"{inputs}in_{k}"] for k in ("obs", "action", "reward"))
+    batch = td.Batch(obs, action, reward[..., 0], np.zeros(action.shape[:2], np.float32), weight)
+    draws = np.stack(draws_of(recording, name))
     noise = td.UpdateNoise(draws[: agent.horizon], draws[agent.horizon :])
     target = jax.jit(td.td_target, static_argnums=0)(agent, state, batch, noise)
     close(target, recording[f"{name}_td_target"], tolerance)
@@ -84,6 +95,7 @@ def check_parameters(recorded, state, recording, name):
         tensors = {n.removeprefix(prefix): v for n, v in recording.items() if n.startswith(prefix)}
         original = {k: v for k, v in pretrained.tdmpc_from_torch(tensors).items() if k in mine}
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
+        before, mine, original = jax.device_get((before, mine, original))
         jax.tree.map(lambda o, a, b: close(a - o, b - o, 1e-2), before, mine, original)
 
 
@@ -92,8 +104,8 @@ def check_parameters(recorded, state, recording, name):
 def test_three_updates_equal_the_recording(recorded, bits, tolerance):
     recording, agent, *networks = recorded
     with jax.enable_x64(bits == 64):  # with twice the digits what is left of the differences is those of the recording
-        params, target = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), f"float{bits}"), networks)
-        state = td.init_state(agent, params, target, jax.random.key(0))
+        params, target = jax.tree.map(lambda x: np.asarray(x, f"float{bits}"), networks)
+        state = init_state(agent, params, target, jax.random.key(0))
         for i in range(3):
             state = check_update(recorded, state, recording, f"update{i}", "", recording["in_weights"][i], tolerance)
         check_parameters(recorded, state, recording, "update2")
@@ -102,7 +114,7 @@ def test_three_updates_equal_the_recording(recorded, bits, tolerance):
 @pytest.mark.golden
 def test_an_update_with_windows_beyond_the_bounds_equals_the_recording(recorded):
     recording, agent, params, target = recorded
-    state = td.init_state(agent, params, target, jax.random.key(0))
+    state = init_state(agent, params, target, jax.random.key(0))
     state = check_update(recorded, state, recording, "bounded", "bounded_", recording["bounded_in_weights"])
     check_parameters(recorded, state, recording, "bounded")
 

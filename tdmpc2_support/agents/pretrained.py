@@ -154,7 +154,7 @@ def _from_newt(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _float32(arrays: Any) -> Any:
-    return jax.tree.map(lambda array: jnp.array(array, jnp.float32), arrays)
+    return jax.tree.map(lambda array: jax.device_put(np.array(array, np.float32)), arrays)  # nothing to compile
 
 
 def _arrays(part: Any) -> dict[str, np.ndarray]:

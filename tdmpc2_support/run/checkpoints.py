@@ -264,27 +264,24 @@ def checksums(items: dict[str, Any]) -> dict[str, int]:
     for name, item in items.items():  # one may lie on another device than the others
         leaves, _ = jax.tree_util.tree_flatten_with_path(item)
         names = [f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in leaves]
-        numbers = jax.device_get(_array_sums([leaf for _, leaf in leaves]))
+        numbers = jax.device_get([_array_sum(leaf) for _, leaf in leaves])
         sums |= dict(zip(names, map(int, numbers), strict=True))
     return sums
 
 
 @jax.jit
-def _array_sums(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Sums of an array's words, each times an odd number of its own (modulo 2^32), computed where the array lies."""
-
-    def array_sum(x: jax.Array) -> jax.Array:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if x.dtype != jnp.bool_:
-            x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")  # of 8 bytes: two words
-        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
-
-    return [array_sum(x) for x in arrays]
+def _array_sum(x: jax.Array) -> jax.Array:
+    """The sum of an array's words, each times an odd number of its own (modulo 2^32), computed where the array lies.
+    One array at a time: many have equal shapes, and one program does for them."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype != jnp.bool_:
+        x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")  # of 8 bytes: two words
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
 def _compared(checkpoint: Path, meta: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
