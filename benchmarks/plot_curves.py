@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = ("#1f6fb2", "#c8502d", "#3b8f4f", "#7b4fa3", "#b0892c", "#2f9c9c", "#d4669f", "#3f3f3f", "#8fbf3f")
+COLOURS += ("#7f3f2f", "#58c1e8", "#b9b9d9")
 GREY = "#6b6b6b"
 STYLE = {
     "font.size": 10,
