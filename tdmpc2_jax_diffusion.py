@@ -505,8 +505,8 @@ class Replays(NamedTuple):
 
 def of_long_windows(agent: Agent) -> Agent:
     """The agent as functions of `td` need it to write and sample the second replay."""
-    steps, batch_size = window_steps(agent), agent.diffusion_batch_size
-    return dataclasses.replace(agent, horizon=steps, batch_size=batch_size, obs_dim=1, action_dim=1)
+    sizes = {"horizon": window_steps(agent), "batch_size": agent.diffusion_batch_size}
+    return dataclasses.replace(agent, **sizes, obs_dim=1, action_dim=1)
 
 
 def init_replays(agent: Agent, capacity: int, num_envs: int) -> Replays:
@@ -963,9 +963,11 @@ def offline_loop(args: Args, agents, world, state, data, count, envs, checkpoint
 def run_offline(args: Args) -> None:
     """Trains the three networks on recorded episodes, and keeps the run's files."""
     names = cli.task_names(args)
-    columns, head = RETURNS_COLUMNS, returns_head(environments.task_spec(names[0]))
+    columns = RETURNS_COLUMNS
+    head = returns_head(environments.task_spec(names[0]))
     if args.tasks:
-        columns, head = SCORES_COLUMNS, SCORES_HEAD
+        columns = SCORES_COLUMNS
+        head = SCORES_HEAD
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args), may_change=MAY_CHANGE))

@@ -264,15 +264,19 @@ def checksums(items: dict[str, Any]) -> dict[str, int]:
     for name, item in items.items():  # one may lie on another device than the others
         leaves, _ = jax.tree_util.tree_flatten_with_path(item)
         names = [f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in leaves]
-        numbers = jax.device_get([_array_sum(leaf) for _, leaf in leaves])
+        numbers = jax.device_get(_array_sums([leaf for _, leaf in leaves]))
         sums |= dict(zip(names, map(int, numbers), strict=True))
     return sums
 
 
-@jax.jit
+@jax.jit  # one program, which is kept for the next start
+def _array_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_array_sum(x) for x in arrays]
+
+
+@jax.jit  # traced once for all arrays of a shape
 def _array_sum(x: jax.Array) -> jax.Array:
-    """The sum of an array's words, each times an odd number of its own (modulo 2^32), computed where the array lies.
-    One array at a time: many have equal shapes, and one program does for them."""
+    """The sum of an array's words, each times an odd number of its own (modulo 2^32), computed where the array lies."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype != jnp.bool_:
