@@ -199,6 +199,7 @@ def make_envs(
     action_repeat: int | None = None,
     first: int = 0,
     pixels: int = PIXELS,
+    share: tuple[int, int] = (0, 1),
 ) -> gym.vector.VectorEnv:
     """Makes `num_envs` environments that step together; environment i is `make_env(task, env_seeds(seed, …)[i])`.
 
@@ -221,6 +222,7 @@ def make_envs(
             should be fastest for this task and number of cores (`default_workers`).
         sizes: of observation and action, if larger ones than those of the largest of several tasks are wanted.
         first: environment i is number first + i of those with this seed, until `reset` is given another one.
+        share: (k, P): of all these environments only k, k + P, k + 2P, ..., each as it is among all.
 
     Raises:
         UserError: as `make_env`, or num_envs < 1.
@@ -235,15 +237,18 @@ def make_envs(
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]
     seeds = vector.env_seeds(seed, first + len(one_each))[first:]
+    mine = slice(share[0], None, share[1])
+    one_each, seeds = one_each[mine], seeds[mine]
     makers = [
         functools.partial(_make_one, sizes, name, env_seed, obs, mode, shadows, action_repeat, pixels)
         for (name, mode), env_seed in zip(one_each, seeds, strict=True)
     ]
+    tasks = [name for name, _ in one_each]
     if num_workers is None:
-        num_workers = default_workers(names, num_envs, obs=obs)
+        num_workers = default_workers(tasks, 1, obs=obs)
     if num_workers == 0:
-        return vector.TaskVectorEnv(names, makers, render_mode)
-    return vector.WorkerVectorEnv(names, makers, min(num_workers, len(makers)), render_mode)
+        return vector.TaskVectorEnv(tasks, makers, render_mode, share)
+    return vector.WorkerVectorEnv(min(num_workers, len(makers)), tasks, makers, render_mode, share)
 
 
 def _make_one(sizes: tuple[int, int] | None, *arguments: Any) -> gym.Env:

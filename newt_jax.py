@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 import envs as environments
 import tdmpc2_jax as td
@@ -147,6 +147,12 @@ class Args:
     wandb_project_name: str = "tdmpc2-jax"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
     compile_cache: bool = True  # keep compiled programs in ~/.cache/tdmpc2-jax: the second start is faster
+
+    # Devices
+    distributed: bool = False  # one of several processes, of SLURM or as the next three say; all see one --runs-dir
+    coordinator: str | None = None  # HOST:PORT of process 0
+    num_processes: int | None = None  # number of processes
+    process_id: int | None = None  # number of this process, from 0
 
 
 MODEL_SIZES = {  # (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
@@ -339,10 +345,11 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, share, no
     return jax.vmap(plan_one)(envs) if n <= at_once else jax.lax.map(plan_one, envs, batch_size=at_once)
 
 
-@partial(jit_with_graphs, static_argnames=("agent", "by", "explore"))
-def act(agent: Agent, tasks: Tasks, params, obs, prev_mean, first, share, key, by, explore: bool):
-    """Actions [n, A] for obs [n, O] of all environments, the planner's means, and a new key. by: "plan"; "policy", a
-    sample of it or, without exploring, its mean; or "chance"."""
+@partial(jit_with_graphs, static_argnames=("agent", "mesh", "by", "explore"))
+def act(agent: Agent, mesh: Mesh, tasks: Tasks, params, obs, prev_mean, first, share, key, by, explore: bool):
+    """Actions [n, A] for obs [n, O] of all environments, the planner's means, and a new key. by: "plan", of which every
+    device does its share of the environments, if they can be split evenly; "policy", a sample of it or, without
+    exploring, its mean; or "chance"."""
     n = len(obs)
     key, noise_key = jax.random.split(key)
     task = task_input(agent, tasks, params["task_emb"], tasks.of_env)
@@ -350,11 +357,17 @@ def act(agent: Agent, tasks: Tasks, params, obs, prev_mean, first, share, key, b
         action = jax.random.uniform(noise_key, (n, agent.action_dim), minval=-1, maxval=1) * task.mask
     elif by == "plan" and agent.mpc:
         noise, heads = mt.plan_noise(agent, noise_key, n)
-        action, prev_mean = plan(agent, params, obs, task, prev_mean, first, share, noise, heads, explore)
+        plans = partial(plan, agent, explore=explore)
+        if mesh.size > 1 and n % mesh.size == 0:
+            copy, part = PartitionSpec(), PartitionSpec("devices")
+            places = (copy, part, part, part, part, copy, part, copy)
+            plans = jax.shard_map(plans, mesh=mesh, in_specs=places, out_specs=part, check_vma=False)
+        action, prev_mean = plans(params, obs, task, prev_mean, first, share, noise, heads)
     else:
         z = networks(agent).encoder.apply(params["encoder"], obs, task.emb)
         sample = mt.policy(agent, params["pi"], z, task, jax.random.normal(noise_key, (n, agent.action_dim)))
         action = sample.action if explore else sample.mean
+    action, prev_mean = jax.lax.with_sharding_constraint((action, prev_mean), devices.replicated(mesh))
     return action, prev_mean, key
 
 
@@ -607,15 +620,18 @@ def train(agent: Agent, mesh: Mesh, tasks, state: TrainState, replay, demos, num
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def make_envs(names: tuple[str, ...], num_envs: int, agent: Agent, seed, capture_video: bool):
-    """`num_envs` environments of each task, in the order of `Tasks.of_env`."""
+    """`num_envs` environments of each task, in the order of `Tasks.of_env`; several processes share them out."""
     for name in names if capture_video else ():
         environments.check_rendering(name)
     sizes = (agent.obs_dim, agent.action_dim)
     render_mode = "rgb_array" if capture_video else None
-    return environments.make_envs(names, num_envs, seed, sizes=sizes, render_mode=render_mode)
+    make = partial(environments.make_envs, names, num_envs, seed, sizes=sizes, render_mode=render_mode)
+    return make() if jax.process_count() == 1 else devices.EnvsOfAllProcesses(make)
 
 
-def evaluate(args, agent, tasks, params, names, envs, key, seed, by, share, advance=lambda: None, stop=()):
+def evaluate(
+    args, agent, mesh, tasks, params, names, envs, key, seed, by, share, advance=lambda: None, stop=lambda: False
+):
     """All environments begin anew and go on, without exploration, until each has finished --eval-episodes. All that are
     finished by then count: there are more of short ones. --capture-video films the first of each task.
 
@@ -623,7 +639,7 @@ def evaluate(args, agent, tasks, params, names, envs, key, seed, by, share, adva
         names: of the tasks.
         by, share: as in `act`.
         advance: called after every step.
-        stop: true when the evaluation is to be left; then None is returned.
+        stop: called after every step, whether the evaluation is to be left; then None is returned.
     """
     n = envs.num_envs
     task_of = np.asarray(tasks.of_env)
@@ -635,12 +651,12 @@ def evaluate(args, agent, tasks, params, names, envs, key, seed, by, share, adva
     over = np.zeros(n, bool)  # the next step of these is a reset, and ignores the action
     returns = np.zeros(n)
     mean = jnp.zeros((n, agent.horizon, agent.action_dim))
-    mean, key = jax.device_put((mean, key), params["task_emb"].sharding)  # as `act` returns them: it compiles once
+    mean, key = devices.copies((mean, key), devices.replicated(mesh))  # as `act` returns them: it compiles once
     while (left > 0).any():
         if args.capture_video and not all(finished):
             for task, picture in enumerate(thumbnails(envs.render(), len(names))):
                 films[task] += [] if finished[task] else [picture]
-        action, mean, key = act(agent, tasks, params, obs, mean, first, share, key, by, explore=False)
+        action, mean, key = act(agent, mesh, tasks, params, obs, mean, first, share, key, by, explore=False)
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
         first = over
         over = terminated | truncated
@@ -649,7 +665,7 @@ def evaluate(args, agent, tasks, params, names, envs, key, seed, by, share, adva
             finished[task_of[i]].append((returns[i], info["success"][i]))
         left -= over
         advance()
-        if stop:
+        if stop():
             return None
     returns, successes = zip(*[np.array(episodes).T for episodes in finished], strict=True)
     return SetEvaluation(names, returns, successes, side_by_side(films) if args.capture_video else [])
@@ -660,26 +676,36 @@ def evaluate_checkpoint(args: Args) -> None:
     loaded = load_newt(args.checkpoint, *SCRIPTS)
     names = environments.online_tasks(args.tasks, loaded.tasks)
     agent, _, loaded = fit_loaded(args, names, loaded)
-    tasks = make_tasks(agent, names, 1)
+    mesh = Mesh(np.array(jax.devices()[:1]), "devices")
+    tasks, params = devices.copies((make_tasks(agent, names, 1), loaded.params), devices.replicated(mesh))
     envs = make_envs(names, 1, agent, (args.seed, 1), args.capture_video)
     with contextlib.closing(envs), progress(schedule.evaluation_steps(names, args.eval_episodes)) as advance:
         key = random_streams(args.seed).evaluate
         seed = (args.seed, 1)
         share = prior_share(agent, loaded.decisions)
-        result = evaluate(args, agent, tasks, loaded.params, names, envs, key, seed, "plan", share, advance)
+        result = evaluate(args, agent, mesh, tasks, params, names, envs, key, seed, "plan", share, advance)
     report_scores(args, result)
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-class Inputs(NamedTuple):
-    """What a run begins with: opened and compared before anything starts."""
+class Start(NamedTuple):
+    """The agent that a run begins with."""
 
     agent: Agent
     table: np.ndarray | None  # [T, E] embeddings; None if they are drawn, or in the run's checkpoint
     loaded: LoadedAgent | None  # of --checkpoint
 
 
-def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> Inputs:
+class Inputs(NamedTuple):
+    """What a run begins with: opened and compared before anything starts."""
+
+    start: Start
+    demos: td.Step | None  # [R, n] the demonstrations, in the columns of the replay
+    num_demos: int  # episodes of them
+    record: dict[str, Any]  # what checkpoints hold of these beside arrays
+
+
+def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> Start:
     """The agent of --checkpoint for these tasks, with the sizes that it has. Of tasks that it does not know the
     embeddings are those of --embeddings."""
     table = embeddings_of(loaded, names, args.embeddings, args.checkpoint)
@@ -688,29 +714,51 @@ def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> Input
     loaded = loaded._replace(params=loaded.params | {"task_emb": jnp.asarray(table)})
     like = jax.eval_shape(partial(init_params, agent), jax.random.key(0))
     check_shapes(loaded.params, like, args.checkpoint, "these tasks")
-    return Inputs(agent, table, loaded)
+    return Start(agent, table, loaded)
 
 
-def open_inputs(args: Args, names: tuple[str, ...], meta: dict[str, Any] | None) -> Inputs:
-    """The agent as the run's checkpoint has it (meta), as --checkpoint has it, or a new one. Refuses in one sentence
-    what cannot be opened, or does not fit."""
+def start_of(args: Args, names: tuple[str, ...], meta: dict[str, Any] | None) -> Start:
+    """The agent as the run's checkpoint has it (meta), as --checkpoint has it, or a new one."""
     if meta:
         sizes = {name: meta["args"][name] for name in (*SIZE_FIELDS, "pad_obs", "pad_action")}
         given = dataclasses.replace(args.agent, **sizes)
         warm_up = bool(args.demos) and not args.checkpoint
-        return Inputs(for_tasks(given, names, meta["task_dim"], meta["learned_emb"], warm_up), None, None)
+        return Start(for_tasks(given, names, meta["task_dim"], meta["learned_emb"], warm_up), None, None)
     if args.checkpoint:
         return fit_loaded(args, names, load_newt(args.checkpoint, *SCRIPTS))
     table = read_embeddings(names, args.embeddings)
     size = LEARNED_DIM if table is None else table.shape[1]
-    return Inputs(for_tasks(args.agent, names, size, table is None, bool(args.demos)), table, None)
+    return Start(for_tasks(args.agent, names, size, table is None, bool(args.demos)), table, None)
+
+
+def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpoints) -> Inputs:
+    """Refuses in one sentence what cannot be opened, does not fit, or is not what the run was started with."""
+    environments.check_simulators(names)
+    episodes = read_demonstrations(names, args.demos, args.demo_episodes) if args.demos else []
+    meta = checkpoints.read_meta()
+    start = start_of(args, names, meta)
+    agent = start.agent
+    demos = None
+    if episodes:
+        demos = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
+    record = {"args": cli.settings(dataclasses.replace(args, agent=agent)), "tasks": names}
+    record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
+    record["demos"] = sum(checksums({"demos": demos}).values())
+    if meta:
+        begun = "than those that the run was started with"
+        cli.require(tuple(meta["tasks"]) == names, f"--tasks {args.tasks} are others here {begun}")
+        cli.require(meta["demos"] == record["demos"], f"--demos {args.demos} holds others {begun}")
+    return Inputs(start, demos, len(episodes), record)
 
 
 @partial(jax.jit, static_argnames="agent")
-def fresh_state(agent: Agent, streams: Streams, table: jax.Array | None) -> dict[str, Any]:
-    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
-    params = init_params(agent, streams.init, table)
-    return {"train": init_state(agent, params, params["q"], 1.0, streams.train), "act_key": streams.act}
+def fresh_state(agent: Agent, streams: Streams, table: jax.Array | None, loaded=None) -> dict[str, Any]:
+    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting. Parameters, target
+    values and Q scale are fresh ones, or those of `loaded`."""
+    if loaded is None:
+        params = init_params(agent, streams.init, table)
+        loaded = params, params["q"], 1.0
+    return {"train": init_state(agent, *loaded, streams.train), "act_key": streams.act}
 
 
 def new_replay(args: Args, agent: Agent, capacity: int, n: int) -> td.Replay:
@@ -739,34 +787,36 @@ def fill(args: Args, agent: Agent, mesh: Mesh, capacity: int, n: int, demos: td.
     return jax.device_put(replay, places)
 
 
-def start_or_resume(args: Args, inputs: Inputs, mesh: Mesh, n: int, demos: td.Step | None, checkpoints: Checkpoints):
+def start_or_resume(args: Args, inputs: Inputs, mesh: Mesh, n: int, checkpoints: Checkpoints):
     """Learning state with the key of the acting, replay and counters of the run's last checkpoint; without one all is
     fresh, but for the agent if --checkpoint names one, and for the demonstrations with which the replay begins."""
-    agent = inputs.agent
+    agent, table, loaded = inputs.start
     evaluated = 0 if pretraining_of(args) else -1  # no evaluation before anything is learned
     count = {"pretrained": 0, "decisions": 0, "updates": 0, "evaluated": evaluated, "seconds": 0.0}
     streams = random_streams(args.seed)
     capacity = args.buffer_size // n
-    state_shapes = jax.eval_shape(partial(fresh_state, agent), streams, inputs.table)
+    state_shapes = jax.eval_shape(partial(fresh_state, agent), streams, table)
     replay_shapes = jax.eval_shape(partial(new_replay, args, agent, capacity, n))
     places = {"state": devices.placed(state_shapes, mesh, "no"), "replay": devices.columns_split(replay_shapes, mesh)}
     if restored := checkpoints.restore(**places):
         meta, items = restored
         return items["state"], items["replay"], count | meta["count"]
-    state = fresh_state(agent, streams, inputs.table)
-    if loaded := inputs.loaded:
-        state["train"] = init_state(agent, loaded.params, loaded.target_q, loaded.q_scale, streams.train)
-    return jax.device_put(state, devices.replicated(mesh)), fill(args, agent, mesh, capacity, n, demos), count
+    parts = None
+    if loaded is not None:
+        parts = jax.tree.map(np.asarray, (loaded.params, loaded.target_q, loaded.q_scale))  # of no device, to go to any
+    make = jax.jit(partial(fresh_state, agent), out_shardings=devices.replicated(mesh))
+    return make(streams, table, parts), fill(args, agent, mesh, capacity, n, inputs.demos), count
 
 
 def loop(
-    args: Args, agent: Agent, mesh: Mesh, names, envs, state, replay, demos, count, record, checkpoints, logger
+    args: Args, inputs: Inputs, mesh: Mesh, names, envs, state, replay, demos, count, checkpoints, logger, signals
 ) -> int:
     """Learns from the demonstrations; then acts, learns and steps the environments; evaluates, saves and logs, until
     --total-timesteps or a signal. A step of the run is an update of the pretraining and later a decision. Returns the
     step at which it has stopped."""
+    agent = inputs.start.agent
     n = envs.num_envs
-    tasks = jax.device_put(make_tasks(agent, names, n // len(names)), devices.replicated(mesh))
+    tasks = devices.copies(make_tasks(agent, names, n // len(names)), devices.replicated(mesh))
     eval_freq = args.eval_freq or 10_000 * n
     checkpoint_freq = args.checkpoint_freq or 5 * eval_freq
     pretraining = pretraining_of(args)
@@ -780,30 +830,32 @@ def loop(
     step = saved = count["pretrained"] + count["decisions"]
     info = {}
     entry = None  # what the environments have returned last; None: they are to be reset
-    prev_mean = jax.device_put(jnp.zeros((n, agent.horizon, agent.action_dim)), devices.replicated(mesh))
+    prev_mean = devices.copies(jnp.zeros((n, agent.horizon, agent.action_dim)), devices.replicated(mesh))
     while True:
         # Evaluate: in the same environments, whose episodes under way are left
         finished = step >= pretraining + args.total_timesteps
         share = prior_share(agent, count["decisions"])
-        if due(step, count["evaluated"], eval_freq, finished or step == pretraining):
+        evaluating = due(step, count["evaluated"], eval_freq, finished or step == pretraining)
+        if evaluating:
             how = "plan" if count["decisions"] or args.checkpoint else "policy", share
             with logger.paused(f"evaluating at step {step}", length_of_evaluation) as advance:
                 draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
-                parts = agent, tasks, state.params, names, envs
-                result = evaluate(args, *parts, *draws, *how, advance, logger.signals)
+                parts = agent, mesh, tasks, state.params, names, envs
+                result = evaluate(args, *parts, *draws, *how, advance, signals.in_any_process)
             entry = None
             if result is not None:
                 count["evaluated"] = step
                 logger.record_scores(step, result)
 
         # Save
-        if due(step, saved, checkpoint_freq, finished or logger.signals or step == pretraining):
+        stopping = signals.in_any_process(now=evaluating or finished) or finished
+        if due(step, saved, checkpoint_freq, stopping or step == pretraining):
             check_finite(logger.folder, f"step {step}", **jax.device_get(info))
             count["seconds"] = logger.seconds()
             with logger.paused():
-                checkpoints.save(step, count, record, state={"train": state, "act_key": key}, replay=replay)
+                checkpoints.save(step, count, inputs.record, state={"train": state, "act_key": key}, replay=replay)
             saved = step
-        if finished or logger.signals:
+        if stopping:
             return step
 
         # Learn from the demonstrations alone
@@ -831,7 +883,7 @@ def loop(
         if count["decisions"] < seed_steps:
             by = "chance" if demos is None and not args.checkpoint else "policy"
         seen = entry.obs, prev_mean, entry.first
-        action, prev_mean, key = act(agent, tasks, state.params, *seen, share, key, by, explore=True)
+        action, prev_mean, key = act(agent, mesh, tasks, state.params, *seen, share, key, by, explore=True)
 
         # Learn: utd per decision from the seed steps on; computed while the environments step
         made = count["decisions"], count["updates"]
@@ -867,61 +919,57 @@ def pretraining_of(args: Args) -> int:
 
 
 def run(args: Args) -> None:
-    """Trains one agent and keeps the run's files."""
+    """Trains one agent and keeps the run's files; with --distributed, process 0 writes them."""
     names = environments.online_tasks(args.tasks)
     n = cli.number_of_envs(args, names)
+    devices.check_shares(args.agent.batch_size, n)
     mesh = Mesh(np.array(jax.devices()), "devices")
+    primary = jax.process_index() == 0
     signals = Signals()
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(cli.online_folder(args), cli.settings(args)))
+        folder = RunFolder(cli.online_folder(args), cli.settings(args), primary)
+        devices.on_all_processes(lambda: stack.enter_context(folder))
         checkpoints = stack.enter_context(Checkpoints(folder, "newt_jax"))
-        environments.check_simulators(names)
-        episodes = read_demonstrations(names, args.demos, args.demo_episodes) if args.demos else []
-        meta = checkpoints.read_meta()
-        inputs = open_inputs(args, names, meta)
-        agent = inputs.agent
-        demos = None
-        if episodes:
-            demos = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
-        record = {"args": cli.settings(dataclasses.replace(args, agent=agent)), "tasks": names}
-        record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
-        record["demos"] = sum(checksums({"demos": demos}).values())
-        if meta:
-            begun = "than those that the run was started with"
-            cli.require(tuple(meta["tasks"]) == names, f"--tasks {args.tasks} are others here {begun}")
-            cli.require(meta["demos"] == record["demos"], f"--demos {args.demos} holds others {begun}")
+        inputs = devices.on_all_processes(lambda: open_inputs(args, names, n, checkpoints))
+        agent = inputs.start.agent
         replay_of = partial(new_replay, args, agent, args.buffer_size // n, n)
-        devices.check_memory(replay_of, args.buffer_size, args.total_timesteps)
+        devices.on_all_processes(lambda: devices.check_memory(replay_of, args.buffer_size, args.total_timesteps))
         envs = make_envs(names, n // len(names), agent, (args.seed, 0), args.capture_video)
         stack.enter_context(contextlib.closing(envs))
-        state, replay, count = start_or_resume(args, inputs, mesh, n, demos, checkpoints)
+        state, replay, count = start_or_resume(args, inputs, mesh, n, checkpoints)
+        demos = inputs.demos
         own = None if demos is None else fill(args, agent, mesh, len(demos.first), n, demos)
         cli.require(own is None or own.size, f"all demonstrations are shorter than --horizon {agent.horizon}")
         folder.begin()
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "step", signals=signals))
-        title = f"{len(names)} task(s), {n} environment(s), {len(episodes)} demonstration(s): {agent.obs_dim} "
+        title = f"{len(names)} task(s), {n} environment(s), {inputs.num_demos} demonstration(s): {agent.obs_dim} "
         title += f"observations, {agent.action_dim} actions, embeddings of {agent.task_dim} numbers"
         step = count["pretrained"] + count["decisions"]
         total = pretraining_of(args) + args.total_timesteps
         head = SCORES_HEAD.replace("update", "  step")
         logger.begin(title, head, state["train"].params, step, total, count)
         stack.enter_context(signals)
-        step = loop(args, agent, mesh, names, envs, state, replay, own, count, record, checkpoints, logger)
-    signals.exit_if_received(f"step {step}")
+        step = loop(args, inputs, mesh, names, envs, state, replay, own, count, checkpoints, logger, signals)
+    signals.exit_if_received(f"step {step}", primary)
 
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent, many=True)))
+    devices.check_cluster(args)
+    film = "--capture-video films in one process: leave out --distributed, or film a checkpoint with --evaluate"
+    cli.require(not (args.capture_video and args.distributed), film)
     if not args.evaluate:
-        cli.check_online(args, environments.online_tasks(args.tasks), jax.device_count())
+        cli.check_online(args, environments.online_tasks(args.tasks))
 
 
 def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.online_folder, SCRIPTS, ()))
-        set_up_jax(args.compile_cache)
         check_args(args)
+        set_up_jax(args.compile_cache, args.distributed)
+        if args.distributed:
+            devices.start_distributed(args)
         if args.evaluate:
             evaluate_checkpoint(args)
         else:

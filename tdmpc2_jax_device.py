@@ -322,7 +322,8 @@ def loop(args: Args, agent: td.Agent, env: JaxEnv, runs: Run, files: list[RunFil
 
         # Save: all runs at the same time
         finished = [s for s in active if steps[s] >= args.total_timesteps]
-        if signals or finished or any(due(steps[s], saved[s], args.checkpoint_freq) for s in active):
+        stopping = bool(signals)  # asked once: a signal may come between the two uses
+        if stopping or finished or any(due(steps[s], saved[s], args.checkpoint_freq) for s in active):
             for s in active:
                 if steps[s] != saved[s]:
                     save(files[s], steps[s], of_seed(runs, s))
@@ -330,7 +331,7 @@ def loop(args: Args, agent: td.Agent, env: JaxEnv, runs: Run, files: list[RunFil
         active = [s for s in active if s not in finished]
         if broken and not active:
             raise UserError("; ".join(broken))
-        if signals or not active:
+        if stopping or not active:
             return max(steps)
 
         # Advance

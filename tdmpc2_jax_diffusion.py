@@ -938,14 +938,15 @@ def offline_loop(args: Args, agents, world, state, data, count, envs, checkpoint
                 logger.record_evaluations(step, names, results)
 
         # Save
-        if due(step, saved, args.checkpoint_freq, finished or signals):
+        stopping = finished or bool(signals)  # asked once: a signal may come between the two uses
+        if due(step, saved, args.checkpoint_freq, stopping):
             check_finite(logger.folder, f"update {step}", **jax.device_get(info))
             count["updates"] = step
             count["seconds"] = logger.seconds()
             with logger.paused():
                 checkpoints.save(step, count, world=world, state=state)
             saved = step
-        if finished or signals:
+        if stopping:
             return step
 
         # Learn
@@ -1039,14 +1040,15 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
                 logger.record_returns(step, spec, result)
 
         # Save
-        if due(step, saved, args.checkpoint_freq, finished or signals):
+        stopping = finished or bool(signals)  # asked once: a signal may come between the two uses
+        if due(step, saved, args.checkpoint_freq, stopping):
             check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info | diffusion_info))
             count["seconds"] = logger.seconds()
             learner = {"train": model_state, "state": state, "act_key": key}
             with logger.paused():
                 checkpoints.save(step, count, learner=learner, replay=replays)
             saved = step
-        if finished or signals:
+        if stopping:
             return step
 
         # Learn

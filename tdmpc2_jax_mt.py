@@ -867,8 +867,6 @@ def open_inputs(args: Args, names: tuple[str, ...], checkpoints: Checkpoints) ->
     """Refuses in one sentence what cannot be opened, or is not what the run was started with."""
     data = environments.load_dataset(cli.task_set(args.tasks), args.data_dir)
     data.window_table(args.agent.horizon)
-    uneven = f"--batch-size {args.agent.batch_size} cannot be split over {jax.device_count()} devices evenly"
-    cli.require(args.agent.batch_size % jax.device_count() == 0, uneven)
     if jax.process_index() == 0:  # the others evaluate nothing
         environments.check_simulators(names)
     teacher = make_teacher(args, names)
@@ -918,32 +916,29 @@ def loop(args: Args, inputs: Inputs, mesh: Mesh, state, program, batches, count,
     while True:
         # Evaluate
         finished = step >= args.num_updates
-        interrupted = False
-        if due(step, count["evaluated"], args.eval_freq, finished):
+        evaluating = due(step, count["evaluated"], args.eval_freq, finished)
+        if evaluating:
             params = devices.local_replica(state.params, mesh)
             result = None
             if logger.primary:
                 draws = (args.seed, 1, step), jax.random.fold_in(eval_key, step)
                 bar = partial(logger.paused, f"evaluating at update {step}")
                 result = evaluate_tasks(args, agent, params, names, names, *draws, bar, signals)
-            interrupted = devices.any_process(logger.primary and result is None)
-            if not interrupted:
+            if not devices.any_process(logger.primary and result is None):
                 count["evaluated"] = step
             if result is not None:
                 logger.record_scores(step, result)
 
         # Save
-        stopping = False
-        if interrupted or finished or jax.process_count() == 1 or step % 20 == 0:  # to ask takes longer than an update
-            stopping = signals.in_any_process()
-        if due(step, saved, args.checkpoint_freq, finished or stopping):
+        stopping = signals.in_any_process(now=evaluating or finished) or finished
+        if due(step, saved, args.checkpoint_freq, stopping):
             check_finite(logger.folder, f"update {step}", **jax.device_get(info))
             count["updates"] = step
             count["seconds"] = logger.seconds()
             with logger.paused():
                 checkpoints.save(step, count, inputs.record, state=state)
             saved = step
-        if finished or stopping:
+        if stopping:
             return step
 
         # Learn: dispatched here and computed while the next batch is fetched, at most eight updates after it
@@ -962,6 +957,7 @@ def loop(args: Args, inputs: Inputs, mesh: Mesh, state, program, batches, count,
 def run(args: Args) -> None:
     """Trains one agent and keeps the run's files; with --distributed, process 0 writes them."""
     names = environments.set_tasks(cli.task_set(args.tasks))
+    devices.check_shares(args.agent.batch_size)
     mesh = Mesh(np.array(jax.devices()), "devices")
     primary = jax.process_index() == 0
     signals = Signals()
@@ -996,9 +992,7 @@ def check_args(args: Args) -> None:
     cli.require(args.evaluate or args.data_dir, "training needs the dataset's folder: --data-dir")
     taught = args.evaluate or args.teacher or args.agent.distill_coef == Agent.distill_coef
     cli.require(taught, "--distill-coef goes with --teacher")
-    alone = "--evaluate runs in one process: leave out --distributed"
-    cli.require(not (args.evaluate and args.distributed), alone)
-    devices.check_cluster(args.distributed, args.coordinator, args.num_processes, args.process_id)
+    devices.check_cluster(args)
     for task in tasks if args.capture_video else ():
         environments.check_rendering(task)
 
@@ -1010,7 +1004,7 @@ def main(argv: list[str] | None = None) -> None:
         check_args(args)
         set_up_jax(args.compile_cache, args.distributed)
         if args.distributed:
-            devices.start_distributed(args.coordinator, args.num_processes, args.process_id)
+            devices.start_distributed(args)
         if args.evaluate:
             evaluate_checkpoint(args)
         else:

@@ -166,9 +166,9 @@ def newt(script, call: str, n: int, capacity: int, model_size: int = 5, device=N
         acting = jnp.ones((n, 128)), jnp.zeros((n, agent.horizon, 16)), jnp.zeros(n, bool), jnp.ones(())
         return tasks, state.params, *acting, jax.random.key(0)
 
-    if call == "plan":
-        return Program(script.act, (agent,), inputs, {"by": "plan", "explore": True}, agent)
     mesh = jax.sharding.Mesh([device or jax.devices()[0]], "devices")
+    if call == "plan":
+        return Program(script.act, (agent, mesh), inputs, {"by": "plan", "explore": True}, agent)
     options = {"num_updates": 1, "pretraining": False}
     return Program(script.train, (agent, mesh), inputs, options, agent, state_at=1)
 

@@ -176,14 +176,12 @@ def number_of_envs(args: Any, names: Sequence[str]) -> int:
     return len(names) * (args.num_envs or (10 if len(names) == 1 else 1))
 
 
-def check_online(args: Any, names: Sequence[str], num_devices: int) -> None:
+def check_online(args: Any, names: Sequence[str]) -> None:
     """Refuses a batch or a replay of an online run of several tasks that cannot be used, and episodes shorter than a
     window.
 
     args has the fields num_envs, buffer_size, agent.batch_size and agent.horizon."""
     agent = args.agent
-    uneven = f"--batch-size {agent.batch_size} cannot be split over {num_devices} devices evenly"
-    require(agent.batch_size % num_devices == 0, uneven)
     require(agent.batch_size > 1, "--batch-size must be 2 or more: a half is for the demonstrations")
     for name in names:
         length = task_spec(name).episode_length

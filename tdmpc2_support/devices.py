@@ -26,6 +26,8 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 
+ELSEWHERE = "another process could not go on"
+
 
 # Settings of JAX that the programs here are written for, whatever the shell has set for others
 NEEDED = {
@@ -358,39 +360,113 @@ def any_process(flag: Any) -> bool:
     return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
 
 
-def on_all_processes(prepare: Callable[[], Any]) -> Any:
-    """What prepare() returns in this process. If it raises a UserError in any process, it ends all of them: that one
-    with its sentence, the others with another."""
-    result = None
-    problem = None
+def on_all_processes(do: Callable[[], T]) -> T:
+    """What do() returns in this process. If it raises an exception in any process, it ends all of them: that one with
+    the exception, the others with a sentence."""
+    if jax.process_count() == 1:
+        return do()
     try:
-        result = prepare()
-    except UserError as error:
-        problem = error
-    if any_process(problem is not None):
-        raise problem or UserError("another process could not start")
+        result = do()
+    except Exception:
+        any_process(True)
+        raise
+    if any_process(False):
+        raise UserError(ELSEWHERE)
     return result
 
 
-def check_cluster(distributed: bool, *cluster: Any) -> None:
+def copies(values: Any, sharding: NamedSharding) -> Any:
+    """Arrays that are equal in all processes, with this sharding, which is to be a copy on every device."""
+    if jax.process_count() == 1:
+        return jax.device_put(values, sharding)
+    return jax.jit(lambda x: x, out_shardings=sharding)(values)  # device_put takes no keys to another process
+
+
+def gather_rows(values: Any) -> Any:
+    """NumPy arrays [n / P, ...] of each of P processes as the arrays [n, ...] of all, the same in each: row i is one of
+    process i modulo P."""
+    arrays, structure = jax.tree.flatten(values)
+    rows = len(arrays[0])
+    packed = [np.ascontiguousarray(x).view(np.uint8).reshape(rows, -1) for x in arrays]  # JAX would round 8 bytes to 4
+    gathered = multihost_utils.process_allgather(np.concatenate(packed, axis=1))  # [P, n / P, bytes]
+    gathered = np.concatenate(gathered.swapaxes(0, 1))
+    ends = np.cumsum([x.shape[1] for x in packed])
+    parts = np.split(gathered, ends[:-1], axis=1)
+    parts = [
+        np.ascontiguousarray(part).view(x.dtype).reshape(-1, *x.shape[1:])
+        for part, x in zip(parts, arrays, strict=True)
+    ]
+    return jax.tree.unflatten(structure, parts)
+
+
+class EnvsOfAllProcesses:
+    """A vector environment whose environments are shared out among processes: each steps its own, and is told what all
+    return. An exception in one ends all. They draw no frames.
+
+    Args:
+        make: called with share=(k, P), makes the k-th of P shares: environments k, k + P, ... of all.
+    """
+
+    def __init__(self, make: Callable[..., Any]):
+        share = jax.process_index(), jax.process_count()
+        self._mine = slice(share[0], None, share[1])
+        self._envs = on_all_processes(lambda: make(share=share))
+        self.num_envs = self._envs.num_envs * share[1]
+
+    def reset(self, *, seed: int | Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """An episode begins in every environment → obs [n, ...], infos."""
+        obs, info = on_all_processes(lambda: self._envs.reset(seed=seed))
+        zeros, no = np.zeros(len(obs)), np.zeros(len(obs), bool)
+        self._last = obs, zeros, no, no, info
+        return gather_rows((obs, info))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """One decision in every environment, actions [n, A] → obs, rewards, terminated, truncated, infos, of all."""
+        problem = None
+        try:
+            self._last = self._envs.step(actions[self._mine])
+        except Exception as error:  # told to the others with the results: they would wait for this process
+            problem = error
+        result, failed = gather_rows((self._last, np.full(self._envs.num_envs, problem is not None)))
+        if failed.any():
+            raise problem or UserError(ELSEWHERE)
+        return result
+
+    def close(self) -> None:
+        """Frees the simulators of this process."""
+        self._envs.close()
+
+
+def check_shares(batch_size: int, num_envs: int = 0) -> None:
+    """Refuses a batch or environments of which devices or processes cannot have equal shares."""
+    number = jax.device_count()
+    if batch_size % number:
+        raise UserError(f"--batch-size {batch_size} cannot be split over {number} devices evenly")
+    if num_envs % jax.process_count():
+        raise UserError(f"{num_envs} environments cannot be shared out among {jax.process_count()} processes evenly")
+
+
+def check_cluster(args: Any) -> None:
     """Refuses arguments of `start_distributed` that do not go together, or stand without --distributed."""
     flags = "--coordinator, --num-processes and --process-id"
-    given = [value is not None for value in cluster]
-    if any(given) and not distributed:
+    given = [value is not None for value in (args.coordinator, args.num_processes, args.process_id)]
+    if any(given) and not args.distributed:
         raise UserError(f"{flags} go with --distributed")
     if any(given) and not all(given):
         raise UserError(f"{flags} go together")
+    if args.evaluate and args.distributed:
+        raise UserError("--evaluate runs in one process: leave out --distributed")
 
 
-def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes, as SLURM or the arguments describe them.
+def start_distributed(args: Any) -> None:
+    """Joins the other processes, as SLURM or args.coordinator, args.num_processes and args.process_id describe them.
 
     Raises:
         UserError: they cannot be joined.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM before we do
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         ways = "start it under SLURM, or give --coordinator, --num-processes and --process-id"

@@ -1,6 +1,7 @@
 """What tests share: runs and what they leave, processes, replays with episodes whose windows are known."""
 
 import csv
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -102,3 +103,12 @@ def likelihoods(agent, valid):
         return np.full(len(valid), 1 / len(valid))
     windows_of = Counter(window[:2] for window in valid)  # by environment and episode
     return np.array([1 / len(windows_of) / windows_of[window[:2]] for window in sorted(valid)])
+
+
+def two_processes():
+    """The flags of each of two processes that join each other on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cluster = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2)
+    return [(*cluster, "--process-id", i) for i in range(2)]

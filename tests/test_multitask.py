@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import json
 import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import SMALL, with_devices
-from helpers import ROOT, as_flags, meta_of, read_scalars, wait_for
+from helpers import ROOT, as_flags, meta_of, read_scalars, two_processes, wait_for
 from imageio_ffmpeg import get_ffmpeg_exe
 from many_tasks import state_of
 
@@ -134,14 +133,8 @@ def test_a_run_killed_on_eight_devices_with_parameters_spread_goes_on_on_one(sta
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns_until_a_signal_comes_to_either(start, flags, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2)
     lengths = ("--num-updates", 1_000_000, "--eval-freq", 60)
-    children = [
-        start(*flags, *lengths, *cluster, "--process-id", i, name="tdmpc2_jax_mt.py", devices=1) for i in range(2)
-    ]
+    children = [start(*flags, *lengths, *process, name="tdmpc2_jax_mt.py", devices=1) for process in two_processes()]
     folder = tmp_path / "runs" / FOLDER
     curve = folder / "eval.csv"
     wait_for(lambda: curve.exists() and curve.read_text().count("\n") > 2, children[0])

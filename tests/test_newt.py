@@ -1,6 +1,7 @@
 """Newt: what is stored of episodes of different lengths, runs as a user sees them, demonstrations, embeddings, devices.
 The tasks are three that count their steps, with episodes of 12, 6 and 4 decisions."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import with_devices
-from helpers import ROOT, likelihoods, meta_of, read_scalars, wait_for, write_episodes
+from helpers import ROOT, likelihoods, meta_of, read_scalars, two_processes, wait_for, write_episodes
 
 import envs
 import newt_jax as newt
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
+from tdmpc2_support import devices
 from tdmpc2_support.agents.fold import fold_task
 from tdmpc2_support.agents.pretrained import load_newt
 from tdmpc2_support.data.demonstrations import Episode, in_columns, read_demonstrations
@@ -347,6 +349,8 @@ def test_terminations_are_learned_and_planned_with_in_tasks_that_have_them_only(
 
 # ------------------------------------------------------------------------------------------------------------- Devices
 DEVICES = """
+import dataclasses
+from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
 import newt_jax as newt, tdmpc2_jax as td
@@ -376,17 +380,83 @@ def losses(number):
             rows.append([float(info[name]) for name in ("total_loss", "value_loss", "pi_prior_loss", "grad_norm")])
     return np.array(rows)
 
+def plans(number):
+    mesh = Mesh(np.array(jax.devices()[:number]), "devices")
+    params = newt.fresh_state(planner, random_streams(1), table)["train"].params
+    inputs = tasks, params, steps.obs[0], np.zeros((n, 3, 3), np.float32), first[0], 0.5, jax.random.key(1)
+    inputs = jax.device_put(inputs, devices.replicated(mesh))
+    program = newt.act.lower(planner, mesh, *inputs, by="plan", explore=True).compile()
+    return program(*inputs)[:2], program.cost_analysis()["flops"]
+
 np.testing.assert_allclose(losses(8), losses(1), rtol=1e-4, atol=1e-6)
+planner = dataclasses.replace(agent, num_samples=64, num_elites=8, iterations=2)
+(one, work), (eight, share) = plans(1), plans(8)
+jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), eight, one)
+assert share < work / 6, (share, work)
 print("equal")
 """
 
 
 @pytest.mark.slow
-def test_eight_devices_learn_what_one_learns_in_both_stages():
+def test_eight_devices_learn_what_one_learns_in_both_stages_and_share_its_plans():
     done = subprocess.run(
         [sys.executable, "-c", DEVICES], env=with_devices(8), cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_environments_and_learn_what_one_does_until_a_signal_comes_to_either(
+    start, here, demos, tmp_path
+):
+    flags = (*TASKS, "--num-envs", 2, "--demos", demos, "--pretrain-updates", 20, "--seed-steps", 60, "--utd", 0.2)
+    flags = (*flags, "--eval-freq", 60, "--log-freq", 10)
+    status, out, err = here(*flags, "--total-timesteps", 240, "--exp-name", "one", name="newt_jax.py")
+    assert status == 0, err
+    forever = ("--total-timesteps", 1_000_000, "--exp-name", "two")
+    children = [start(*flags, *forever, *process, name="newt_jax.py") for process in two_processes()]
+    one, two = (tmp_path / "runs" / FOLDER / name / "1" for name in ("one", "two"))
+    curve = two / "eval.csv"
+    wait_for(lambda: curve.exists() and len(curve.read_text().splitlines()) > 12, children[0])
+    children[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [128 + signal.SIGTERM] * 2, outputs
+    assert "on 2 x cpu" in outputs[0][0] and "normalized score" in outputs[0][0]
+    assert "normalized score" not in outputs[1][0], "process 0 prints"
+    count = meta_of(two, "newt_jax")["count"]
+    assert f"at step {count['pretrained'] + count['decisions']}; --resume continues" in outputs[0][1]
+    assert [row["task"] for row in csv.DictReader(curve.open())][:6] == [*NAMES, *NAMES], "each row once"
+    for tag in ("losses/consistency_loss", "losses/reward_loss", "losses/pi_prior_loss"):
+        values, expected = (dict(read_scalars(run, tag)) for run in (two, one))
+        assert {*expected} <= {*values}
+        for step in [*expected][:5]:
+            np.testing.assert_allclose(values[step], expected[step], rtol=1e-3, err_msg=f"{tag} {step}")
+    status, out, err = here(*flags, *forever[2:], "--total-timesteps", 1, "--resume", name="newt_jax.py")
+    assert status == 0 and "on cpu;" in out, err
+
+
+def test_rows_that_processes_gather_keep_their_types():
+    rows = np.arange(3)
+    values = {"a": rows / 3, "b": np.float32([[1, 2], [3, 4], [5, 6]]), "c": rows > 1}
+    gathered = devices.gather_rows(values)
+    for name, value in values.items():
+        assert gathered[name].dtype == value.dtype
+        np.testing.assert_array_equal(gathered[name], value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shares_of_environments_are_together_what_all_of_them_are(num_workers):
+    def begun(share):
+        """First observations of all episodes that begin, with the seed of the environments and with another."""
+        tasks = ("strange_envs:Point-v0", NAMES[0])
+        make = envs.make_envs(tasks, 3, 7, sizes=(4, 1), share=share, num_workers=num_workers)
+        with contextlib.closing(make) as some:
+            return np.stack([some.reset()[0], some.reset(seed=3)[0]])
+
+    whole = begun((0, 1))
+    assert len(np.unique(whole[:, :3, 0])) == 6
+    for k in range(2):
+        np.testing.assert_array_equal(begun((k, 2)), whole[:, k::2])
 
 
 def test_environments_are_shared_out_among_workers_by_what_they_cost():

@@ -102,15 +102,17 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     What an environment returns depends on its seed and its actions only.
 
     Args:
-        tasks: names, for sentences.
+        tasks: name of each environment's task [num_envs].
         makers: functions that make the environments [num_envs].
         render_mode: None if no environment draws.
+        share: (k, of how many), if these are the environments k, k + how many, ... of all.
     """
 
     metadata: dict[str, Any]
 
-    def __init__(self, tasks: list[str], makers: list[Any], render_mode: str | None):
-        self._task = tasks[0] if len(tasks) == 1 else f"{tasks[0]}, … {tasks[-1]}"
+    def __init__(self, tasks: list[str], makers: list[Any], render_mode: str | None, share: tuple[int, int] = (0, 1)):
+        self._task = tasks[0] if tasks[0] == tasks[-1] else f"{tasks[0]}, … {tasks[-1]}"
+        self._share = share
         self.num_envs, self.render_mode, self._envs = len(makers), render_mode, []
         self._open(tasks, makers)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -131,9 +133,13 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Starts an episode in every environment → obs [num_envs, …], infos. Environment i gets number i of
-        `env_seeds(seed, num_envs)`; without a seed its random stream goes on."""
-        self._reset_all([None] * self.num_envs if seed is None else env_seeds(seed, self.num_envs), options)
+        """Starts an episode in every environment → obs [num_envs, …], infos. Environment i of all gets number i of
+        `env_seeds(seed, …)`; without a seed its random stream goes on."""
+        k, parts = self._share
+        seeds: list[int | None] = [None] * self.num_envs
+        if seed is not None:
+            seeds = [*env_seeds(seed, self.num_envs * parts)[k::parts]]
+        self._reset_all(seeds, options)
         return self._observations(), self._infos()
 
     def _reset_all(self, seeds: list[int | None], options: dict | None) -> None:
@@ -185,16 +191,15 @@ class WorkerVectorEnv(TaskVectorEnv):
     Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
     """
 
-    def __init__(self, tasks: list[str], makers: list[Any], num_workers: int, render_mode: str | None):
+    def __init__(self, num_workers: int, tasks: list[str], *arguments: Any):
         self.processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
-        each = len(makers) // len(tasks)
-        self._rows_of = shared_out([cost_of(task) for task in tasks for _ in range(each)], num_workers)
-        super().__init__(tasks, makers, render_mode)
+        self._rows_of = shared_out([cost_of(task) for task in tasks], num_workers)
+        super().__init__(tasks, *arguments)
 
     def _open(self, tasks: list[str], makers: list[Any]) -> None:
         # Tasks that the user's script registered are unknown to a fresh Python
-        registered = [gym.registry[task] for task in tasks if task in gym.registry]
+        registered = [gym.registry[task] for task in dict.fromkeys(tasks) if task in gym.registry]
         num_workers = len(self._rows_of)
         with tempfile.TemporaryFile() as shared:  # nameless: the kernel frees it with the last process, come what may
             try:

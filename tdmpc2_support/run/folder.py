@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 
 from tdmpc2_support.agents.pretrained import read_record
@@ -248,6 +249,8 @@ class Signals:
         self.problem: UserError | None = None  # another reason to end
         self._interrupted: float | None = None  # when the first Ctrl-C came
         self._before: dict[int, Any] = {}
+        self._calls = 0  # of in_any_process
+        self._agreed = False  # what it has returned last
 
     def __enter__(self) -> "Signals":
         for number in self.NUMBERS:
@@ -266,13 +269,17 @@ class Signals:
         """Asks for the end in order for another reason, such as a curve that cannot be written."""
         self.problem = self.problem or problem
 
-    def in_any_process(self) -> bool:
+    def in_any_process(self, now: bool = False) -> bool:
         """Whether a signal has come to any of several processes, which all must ask at the same time; from then on this
-        one is true in all of them."""
-        stopping = any_process(self)
-        if stopping and self.received is None:
+        one is true in all of them. To ask the others takes as long as an update: only every twentieth call does, or one
+        for `now`."""
+        self._calls += 1
+        if jax.process_count() > 1 and not now and self._calls % 20:
+            return self._agreed
+        self._agreed = any_process(self)
+        if self._agreed and self.received is None:
             self.received = signal.SIGTERM
-        return stopping
+        return self._agreed
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -248,6 +248,8 @@ class Logger:
     def _record(
         self, step: int, line: str, rows: list[list], scalars: dict[str, Any], frames: list[np.ndarray], fps: int
     ) -> None:
+        if not self.primary:
+            return
         self._bar.write(self.label + line)
         sys.stdout.flush()
         self._count["evaluated"] = self._evaluated  # an evaluation that is not written is made again
