@@ -417,7 +417,7 @@ def test_two_processes_share_the_environments_and_learn_what_one_does_until_a_si
     children = [start(*flags, *forever, *process, name="newt_jax.py") for process in two_processes()]
     one, two = (tmp_path / "runs" / FOLDER / name / "1" for name in ("one", "two"))
     curve = two / "eval.csv"
-    wait_for(lambda: curve.exists() and len(curve.read_text().splitlines()) > 12, children[0])
+    wait_for(lambda: curve.exists() and len(curve.read_text().splitlines()) > 12, children[0], seconds=900)
     children[1].send_signal(signal.SIGTERM)
     outputs = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [128 + signal.SIGTERM] * 2, outputs
