@@ -428,8 +428,7 @@ def test_two_processes_share_the_environments_and_learn_what_one_does_until_a_si
     assert [row["task"] for row in csv.DictReader(curve.open())][:6] == [*NAMES, *NAMES], "each row once"
     for tag in ("losses/consistency_loss", "losses/reward_loss", "losses/pi_prior_loss"):
         values, expected = (dict(read_scalars(run, tag)) for run in (two, one))
-        assert {*expected} <= {*values}
-        for step in [*expected][:5]:
+        for step in [*expected][:9]:  # the last of them is online
             np.testing.assert_allclose(values[step], expected[step], rtol=1e-3, err_msg=f"{tag} {step}")
     status, out, err = here(*flags, *forever[2:], "--total-timesteps", 1, "--resume", name="newt_jax.py")
     assert status == 0 and "on cpu;" in out, err
