@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tdmpc2_support.envs.tasks import task_spec
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.run import folder as module
 from tdmpc2_support.run.checkpoints import Checkpoints
-from tdmpc2_support.run.folder import RunFolder, Signals, started_with
+from tdmpc2_support.run.folder import RunFolder, Signals, recorded_settings, started_with
 from tdmpc2_support.run.logging import Logger, append
 from tdmpc2_support.run.reports import Evaluation
 
@@ -52,6 +53,14 @@ def test_a_folder_without_its_curve_is_a_run_all_the_same(tmp_path):
 def test_a_resumed_run_may_differ_in_what_does_not_define_it(tmp_path):
     path = begun(tmp_path / "run")
     start(path, resume=True, total_timesteps=20, eval_freq=3, save_episodes="data")
+
+
+def test_a_resumed_run_takes_what_it_was_started_with_but_not_the_processes_of_that_start(tmp_path):
+    path = begun(tmp_path / "run", distributed=True, coordinator="host:1", num_processes=2, process_id=0)
+    args = SimpleNamespace(resume=True, evaluate=False, checkpoint=None)
+    record = recorded_settings(args, lambda args: path, ("x",))
+    assert record.items() >= {"task": "x", "lr": 1.0, "seed": 1, "total_timesteps": 10}.items()
+    assert not record.keys() & {"distributed", "coordinator", "num_processes", "process_id"}
 
 
 @pytest.mark.parametrize("content", ["", '{"lr": 1.0, ', "[]", "{}", '{"lr": null}', "\xff\x00", None])

@@ -32,6 +32,7 @@ from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
 from tdmpc2_support.run.reports import film_path
 
 BEFORE = {"sample": "windows", "obs": "rgb", "state_keys": None}  # what was fixed before it became an argument
+OF_ONE_START = "resume runs_dir distributed coordinator num_processes process_id".split()  # given anew to every one
 WRITTEN = "args.json eval.csv .wandb_run_id events.out.tfevents.* videos wandb checkpoints".split()  # in the folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 
@@ -227,7 +228,7 @@ def _recorded(args: Any, run_folder: Callable[[Any], Path], scripts: tuple[str, 
             if not folder.holds_run:  # at most one that has only begun
                 stack.enter_context(contextlib.suppress(UserError))
             record = started_with(folder.path)
-        return {name: value for name, value in record.items() if name not in ("resume", "runs_dir")}
+        return {name: value for name, value in record.items() if name not in OF_ONE_START}
     return {}
 
 
