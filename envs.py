@@ -248,7 +248,7 @@ def make_envs(
         num_workers = default_workers(tasks, 1, obs=obs)
     if num_workers == 0:
         return vector.TaskVectorEnv(tasks, makers, render_mode, share)
-    return vector.WorkerVectorEnv(min(num_workers, len(makers)), tasks, makers, render_mode, share)
+    return vector.WorkerVectorEnv(tasks, makers, render_mode, share, num_workers=min(num_workers, len(makers)))
 
 
 def _make_one(sizes: tuple[int, int] | None, *arguments: Any) -> gym.Env:

@@ -12,6 +12,7 @@ size, Z latent size, K bins, q an ensemble of value heads, T tasks, E size of th
     python newt_jax.py --tasks soup                              # all that can be made here of the paper's 200 tasks
     python newt_jax.py --tasks walker-walk --num-envs 10         # one task; a killed run goes on with --resume
     python newt_jax.py --evaluate --checkpoint soup-L.pt --tasks walker-walk,cup-catch
+    srun python newt_jax.py --distributed --tasks soup --num-envs 2    # processes share out the environments
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from tdmpc2_support.data.demonstrations import in_columns, read_demonstrations
 from tdmpc2_support.data.embeddings import read_embeddings
 from tdmpc2_support.devices import keep_freed_memory, set_up_jax
 from tdmpc2_support.run import schedule
-from tdmpc2_support.run.checkpoints import Checkpoints, checksums
+from tdmpc2_support.run.checkpoints import Checkpoints, checksums, complete_checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
 from tdmpc2_support.run.reports import SCORES_COLUMNS, SCORES_HEAD, SetEvaluation, progress, report_scores
@@ -360,7 +361,7 @@ def act(agent: Agent, mesh: Mesh, tasks: Tasks, params, obs, prev_mean, first, s
         plans = partial(plan, agent, explore=explore)
         if mesh.size > 1 and n % mesh.size == 0:
             copy, part = PartitionSpec(), PartitionSpec("devices")
-            places = (copy, part, part, part, part, copy, part, copy)
+            places = (copy, part, part, part, part, copy, part, copy)  # as the arguments below
             plans = jax.shard_map(plans, mesh=mesh, in_specs=places, out_specs=part, check_vma=False)
         action, prev_mean = plans(params, obs, task, prev_mean, first, share, noise, heads)
     else:
@@ -700,7 +701,7 @@ class Inputs(NamedTuple):
     """What a run begins with: opened and compared before anything starts."""
 
     start: Start
-    demos: td.Step | None  # [R, n] the demonstrations, in the columns of the replay
+    demo_steps: td.Step | None  # [R, n] the demonstrations, in the columns of the replay
     num_demos: int  # episodes of them
     record: dict[str, Any]  # what checkpoints hold of these beside arrays
 
@@ -738,17 +739,17 @@ def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpo
     meta = checkpoints.read_meta()
     start = start_of(args, names, meta)
     agent = start.agent
-    demos = None
+    steps = None
     if episodes:
-        demos = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
+        steps = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
     record = {"args": cli.settings(dataclasses.replace(args, agent=agent)), "tasks": names}
     record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
-    record["demos"] = sum(checksums({"demos": demos}).values())
+    record["demos"] = sum(checksums({"demos": steps}).values())
     if meta:
         begun = "than those that the run was started with"
         cli.require(tuple(meta["tasks"]) == names, f"--tasks {args.tasks} are others here {begun}")
         cli.require(meta["demos"] == record["demos"], f"--demos {args.demos} holds others {begun}")
-    return Inputs(start, demos, len(episodes), record)
+    return Inputs(start, steps, len(episodes), record)
 
 
 @partial(jax.jit, static_argnames="agent")
@@ -772,18 +773,18 @@ def as_stored(args: Args, steps: td.Step) -> td.Step:
     return steps._replace(obs=steps.obs.astype(args.obs_dtype))
 
 
-def fill(args: Args, agent: Agent, mesh: Mesh, capacity: int, n: int, demos: td.Step | None) -> td.Replay:
+def fill(args: Args, agent: Agent, mesh: Mesh, capacity: int, n: int, steps: td.Step | None) -> td.Replay:
     """A replay that begins with the demonstrations, or with the last of them that it can hold; its columns are split
     over the devices, if they can be evenly."""
     make = partial(new_replay, args, agent, capacity, n)
     places = jax.tree.map(lambda x: x.sharding, devices.columns_split(jax.eval_shape(make), mesh))
     replay = jax.jit(make, out_shardings=places)()
     rows = 0
-    if demos is not None:
-        rows = len(demos.first)
-        demos = as_stored(args, demos)
+    if steps is not None:
+        rows = len(steps.first)
+        steps = as_stored(args, steps)
     for start in range(max(0, rows - capacity) // PIECE * PIECE, rows, PIECE):
-        replay = add_all(agent, replay, jax.tree.map(lambda x, i=start: x[i : i + PIECE], demos))
+        replay = add_all(agent, replay, jax.tree.map(lambda x, i=start: x[i : i + PIECE], steps))
     return jax.device_put(replay, places)
 
 
@@ -805,7 +806,7 @@ def start_or_resume(args: Args, inputs: Inputs, mesh: Mesh, n: int, checkpoints:
     if loaded is not None:
         parts = jax.tree.map(np.asarray, (loaded.params, loaded.target_q, loaded.q_scale))  # of no device, to go to any
     make = jax.jit(partial(fresh_state, agent), out_shardings=devices.replicated(mesh))
-    return make(streams, table, parts), fill(args, agent, mesh, capacity, n, inputs.demos), count
+    return make(streams, table, parts), fill(args, agent, mesh, capacity, n, inputs.demo_steps), count
 
 
 def loop(
@@ -848,7 +849,7 @@ def loop(
                 logger.record_scores(step, result)
 
         # Save
-        stopping = signals.in_any_process(now=evaluating or finished) or finished
+        stopping = signals.in_any_process(now=evaluating or finished or step < pretraining) or finished
         if due(step, saved, checkpoint_freq, stopping or step == pretraining):
             check_finite(logger.folder, f"step {step}", **jax.device_get(info))
             count["seconds"] = logger.seconds()
@@ -922,6 +923,7 @@ def run(args: Args) -> None:
     """Trains one agent and keeps the run's files; with --distributed, process 0 writes them."""
     names = environments.online_tasks(args.tasks)
     n = cli.number_of_envs(args, names)
+    devices.require_same("--tasks", names)
     devices.check_shares(args.agent.batch_size, n)
     mesh = Mesh(np.array(jax.devices()), "devices")
     primary = jax.process_index() == 0
@@ -931,25 +933,27 @@ def run(args: Args) -> None:
         devices.on_all_processes(lambda: stack.enter_context(folder))
         checkpoints = stack.enter_context(Checkpoints(folder, "newt_jax"))
         inputs = devices.on_all_processes(lambda: open_inputs(args, names, n, checkpoints))
+        saved = [path.name for path in complete_checkpoints(folder.path)]
+        devices.require_same("--demos and --runs-dir", inputs.record["demos"], saved)
         agent = inputs.start.agent
         replay_of = partial(new_replay, args, agent, args.buffer_size // n, n)
         devices.on_all_processes(lambda: devices.check_memory(replay_of, args.buffer_size, args.total_timesteps))
         envs = make_envs(names, n // len(names), agent, (args.seed, 0), args.capture_video)
         stack.enter_context(contextlib.closing(envs))
         state, replay, count = start_or_resume(args, inputs, mesh, n, checkpoints)
-        demos = inputs.demos
-        own = None if demos is None else fill(args, agent, mesh, len(demos.first), n, demos)
-        cli.require(own is None or own.size, f"all demonstrations are shorter than --horizon {agent.horizon}")
-        folder.begin()
+        steps = inputs.demo_steps
+        demos = None if steps is None else fill(args, agent, mesh, len(steps.first), n, steps)
+        cli.require(demos is None or demos.size, f"all demonstrations are shorter than --horizon {agent.horizon}")
+        devices.on_all_processes(folder.begin)
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "step", signals=signals))
         title = f"{len(names)} task(s), {n} environment(s), {inputs.num_demos} demonstration(s): {agent.obs_dim} "
         title += f"observations, {agent.action_dim} actions, embeddings of {agent.task_dim} numbers"
         step = count["pretrained"] + count["decisions"]
         total = pretraining_of(args) + args.total_timesteps
         head = SCORES_HEAD.replace("update", "  step")
-        logger.begin(title, head, state["train"].params, step, total, count)
+        devices.on_all_processes(partial(logger.begin, title, head, state["train"].params, step, total, count))
         stack.enter_context(signals)
-        step = loop(args, inputs, mesh, names, envs, state, replay, own, count, checkpoints, logger, signals)
+        step = loop(args, inputs, mesh, names, envs, state, replay, demos, count, checkpoints, logger, signals)
     signals.exit_if_received(f"step {step}", primary)
 
 
@@ -966,8 +970,8 @@ def check_args(args: Args) -> None:
 def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
         args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.online_folder, SCRIPTS, ()))
-        check_args(args)
         set_up_jax(args.compile_cache, args.distributed)
+        check_args(args)
         if args.distributed:
             devices.start_distributed(args)
         if args.evaluate:

@@ -976,10 +976,11 @@ def run(args: Args) -> None:
         devices.on_all_processes(source.load)
         batches = source.batches(args.seed, count["updates"], args.readers)
         stack.enter_context(contextlib.closing(batches))
-        folder.begin()
+        devices.on_all_processes(folder.begin)
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "update", signals=signals))
         title = f"{len(names)} task(s): {agent.obs_dim} observations, {agent.action_dim} actions, {source}"
-        logger.begin(title, SCORES_HEAD, state.params, count["updates"], args.num_updates, count)
+        begin = partial(logger.begin, title, SCORES_HEAD, state.params, count["updates"], args.num_updates, count)
+        devices.on_all_processes(begin)
         stack.enter_context(signals)
         step = loop(args, inputs, mesh, state, program, batches, count, checkpoints, logger, signals)
     signals.exit_if_received(f"update {step}", primary)

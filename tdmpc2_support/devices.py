@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdmpc2_support.backend import graph_options
+from tdmpc2_support.envs.tasks import jax_domain
 from tdmpc2_support.errors import UserError, one_line
 
 T = TypeVar("T")
@@ -206,7 +208,7 @@ def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, total_
 def check_memory(make: Callable[[], Any], buffer_size: int, total_timesteps: int) -> None:
     """Refuses the replay that make() returns if it does not fit into the memory of the device that learns, with its
     copies; UserError names the buffer_size that does."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
     place = "the machine's memory" if device.platform == "cpu" else "device memory"
     check_replay_fits(size, device, place, buffer_size, total_timesteps)
@@ -362,7 +364,7 @@ def any_process(flag: Any) -> bool:
 
 def on_all_processes(do: Callable[[], T]) -> T:
     """What do() returns in this process. If it raises an exception in any process, it ends all of them: that one with
-    the exception, the others with a sentence."""
+    the exception, the others with a sentence. While others do it, do() must not wait for them."""
     if jax.process_count() == 1:
         return do()
     try:
@@ -373,6 +375,15 @@ def on_all_processes(do: Callable[[], T]) -> T:
     if any_process(False):
         raise UserError(ELSEWHERE)
     return result
+
+
+def require_same(what: str, *values: Any) -> None:
+    """Refuses processes in which these values, called `what` in the sentence, have not the same text."""
+    if jax.process_count() == 1:
+        return
+    numbers = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(values).encode())))
+    if (numbers != numbers[0]).any():
+        raise UserError(f"--distributed: the processes do not see the same {what}")
 
 
 def copies(values: Any, sharding: NamedSharding) -> Any:
@@ -443,7 +454,8 @@ def check_shares(batch_size: int, num_envs: int = 0) -> None:
     if batch_size % number:
         raise UserError(f"--batch-size {batch_size} cannot be split over {number} devices evenly")
     if num_envs % jax.process_count():
-        raise UserError(f"{num_envs} environments cannot be shared out among {jax.process_count()} processes evenly")
+        uneven = f"{num_envs} environments cannot be shared out among {jax.process_count()} processes evenly"
+        raise UserError(f"{uneven}: give another --num-envs")
 
 
 def check_cluster(args: Any) -> None:
@@ -456,13 +468,15 @@ def check_cluster(args: Any) -> None:
         raise UserError(f"{flags} go together")
     if args.evaluate and args.distributed:
         raise UserError("--evaluate runs in one process: leave out --distributed")
+    if args.distributed and any(map(jax_domain, args.tasks.split(","))):
+        raise UserError("tasks that are compiled are for one process: leave out --distributed")
 
 
 def start_distributed(args: Any) -> None:
     """Joins the other processes, as SLURM or args.coordinator, args.num_processes and args.process_id describe them.
 
     Raises:
-        UserError: they cannot be joined.
+        UserError: they cannot be joined, or one of them does not see args.checkpoint.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM before we do
     try:
@@ -471,3 +485,5 @@ def start_distributed(args: Any) -> None:
         reason = str(error).splitlines()[0]
         ways = "start it under SLURM, or give --coordinator, --num-processes and --process-id"
         raise UserError(f"--distributed: {reason} ({ways})") from error
+    if args.checkpoint:
+        require_same(f"{args.checkpoint}", Path(args.checkpoint).exists())

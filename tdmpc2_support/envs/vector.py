@@ -191,7 +191,7 @@ class WorkerVectorEnv(TaskVectorEnv):
     Our workers end when their pipe is closed, so none outlives its parent by more than the step under way.
     """
 
-    def __init__(self, num_workers: int, tasks: list[str], *arguments: Any):
+    def __init__(self, tasks: list[str], *arguments: Any, num_workers: int):
         self.processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
         self._rows_of = shared_out([cost_of(task) for task in tasks], num_workers)

@@ -272,8 +272,8 @@ class Signals:
 
     def in_any_process(self, now: bool = False) -> bool:
         """Whether a signal has come to any of several processes, which all must ask at the same time; from then on this
-        one is true in all of them. To ask the others takes as long as an update: only every twentieth call does, or one
-        for `now`."""
+        one is true in all of them. To ask the others takes as long as an update: where there are any, only every
+        twentieth call does, or one for `now`."""
         self._calls += 1
         if jax.process_count() > 1 and not now and self._calls % 20:
             return self._agreed
