@@ -960,7 +960,7 @@ def run(args: Args) -> None:
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent, many=True)))
-    devices.check_cluster(args)
+    cli.check_cluster(args)
     film = "--capture-video films in one process: leave out --distributed, or film a checkpoint with --evaluate"
     cli.require(not (args.capture_video and args.distributed), film)
     if not args.evaluate:

@@ -993,7 +993,7 @@ def check_args(args: Args) -> None:
     cli.require(args.evaluate or args.data_dir, "training needs the dataset's folder: --data-dir")
     taught = args.evaluate or args.teacher or args.agent.distill_coef == Agent.distill_coef
     cli.require(taught, "--distill-coef goes with --teacher")
-    devices.check_cluster(args)
+    cli.check_cluster(args)
     for task in tasks if args.capture_video else ():
         environments.check_rendering(task)
 

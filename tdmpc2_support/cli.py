@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from tdmpc2_support.bounds import Bounds
-from tdmpc2_support.envs.tasks import TASK_SETS, TaskSpec, set_tasks, task_spec
+from tdmpc2_support.envs.tasks import TASK_SETS, TaskSpec, jax_domain, set_tasks, task_spec
 from tdmpc2_support.errors import UserError, one_line
 
 T = TypeVar("T")
@@ -190,6 +190,20 @@ def check_online(args: Any, names: Sequence[str]) -> None:
     n = number_of_envs(args, names)
     small = f"--buffer-size {args.buffer_size} does not hold a window of each of the {n} environments"
     require(args.buffer_size // n > agent.horizon + 1, small)
+
+
+def check_cluster(args: Any) -> None:
+    """Refuses arguments of `devices.start_distributed` that do not go together, or stand without --distributed."""
+    flags = "--coordinator, --num-processes and --process-id"
+    given = [value is not None for value in (args.coordinator, args.num_processes, args.process_id)]
+    if any(given) and not args.distributed:
+        raise UserError(f"{flags} go with --distributed")
+    if any(given) and not all(given):
+        raise UserError(f"{flags} go together")
+    if args.evaluate and args.distributed:
+        raise UserError("--evaluate runs in one process: leave out --distributed")
+    if args.distributed and any(map(jax_domain, args.tasks.split(","))):
+        raise UserError("tasks that are compiled are for one process: leave out --distributed")
 
 
 def as_flag(name: str, *value: Any) -> str:

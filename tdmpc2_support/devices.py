@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdmpc2_support.backend import graph_options
-from tdmpc2_support.envs.tasks import jax_domain
 from tdmpc2_support.errors import UserError, one_line
 
 T = TypeVar("T")
@@ -456,20 +455,6 @@ def check_shares(batch_size: int, num_envs: int = 0) -> None:
     if num_envs % jax.process_count():
         uneven = f"{num_envs} environments cannot be shared out among {jax.process_count()} processes evenly"
         raise UserError(f"{uneven}: give another --num-envs")
-
-
-def check_cluster(args: Any) -> None:
-    """Refuses arguments of `start_distributed` that do not go together, or stand without --distributed."""
-    flags = "--coordinator, --num-processes and --process-id"
-    given = [value is not None for value in (args.coordinator, args.num_processes, args.process_id)]
-    if any(given) and not args.distributed:
-        raise UserError(f"{flags} go with --distributed")
-    if any(given) and not all(given):
-        raise UserError(f"{flags} go together")
-    if args.evaluate and args.distributed:
-        raise UserError("--evaluate runs in one process: leave out --distributed")
-    if args.distributed and any(map(jax_domain, args.tasks.split(","))):
-        raise UserError("tasks that are compiled are for one process: leave out --distributed")
 
 
 def start_distributed(args: Any) -> None:
