@@ -99,9 +99,16 @@ def by_seed(rows: list[dict[str, str]], column: str) -> dict[str, tuple[np.ndarr
 
 
 def shared_steps(seeds: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The steps [n] that all seeds reached, and their values there [seeds, n]."""
-    steps = sorted(set.intersection(*(set(step.tolist()) for step, _ in seeds.values())))
-    return np.array(steps), np.stack([value[np.isin(step, steps)] for step, value in seeds.values()])
+    """The steps [n] that all seeds reached, and their values there [seeds, n]. Of several seeds, steps are rounded (to
+    1,000 of 100,000): where episodes end at any step, one seed is evaluated a few steps later than another."""
+    if len(seeds) == 1:
+        [(step, value)] = seeds.values()
+        return step, value[None]
+    last = max(step[-1] for step, _ in seeds.values())
+    unit = 10.0 ** max(0.0, np.floor(np.log10(last + 1)) - 2)
+    values = [dict(zip((step / unit).round() * unit, value, strict=True)) for step, value in seeds.values()]
+    steps = sorted(set.intersection(*map(set, values)))
+    return np.array(steps), np.array([[value[step] for step in steps] for value in values])
 
 
 def read_published(path: str, method: str) -> dict[str, tuple[str, Published]]:

@@ -203,6 +203,12 @@ def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_p
     assert panels == {("mw-push", False): [""], ("walker-walk", False): ["", "5M"]} | pixels
     steps, values = plot_curves.shared_steps(plot_curves.by_seed(curves["walker-walk"][""], "reward"))
     assert steps.tolist() == [0, 500] and values.tolist() == [[1, 3], [3, 9]]  # 900 was reached by one seed only
+    late = {
+        "1": (np.array([0, 10_002, 100_001]), np.arange(3)),
+        "2": (np.array([0, 10_000, 100_003]), np.arange(3) + 5),
+    }
+    steps, values = plot_curves.shared_steps(late)
+    assert steps.tolist() == [0, 10_000, 100_000] and values.tolist() == [[0, 1, 2], [5, 6, 7]]
     picture, reference = tmp_path / "curves.png", str(tmp_path / "scores.csv")
     plot_curves.main(plot_curves.Args(str(tmp_path / "curves"), str(picture), reference))
     assert picture.stat().st_size > 10_000
