@@ -237,13 +237,14 @@ def make_envs(
     sizes = None if isinstance(task, str) else sizes or set_sizes(names)
     one_each = [(name, mode) for name in names for mode in modes]
     seeds = vector.env_seeds(seed, first + len(one_each))[first:]
-    mine = slice(share[0], None, share[1])
-    one_each, seeds = one_each[mine], seeds[mine]
     makers = [
         functools.partial(_make_one, sizes, name, env_seed, obs, mode, shadows, action_repeat, pixels)
         for (name, mode), env_seed in zip(one_each, seeds, strict=True)
     ]
     tasks = [name for name, _ in one_each]
+    k, parts = share
+    makers = makers[k::parts]
+    tasks = tasks[k::parts]
     if num_workers is None:
         num_workers = default_workers(tasks, 1, obs=obs)
     if num_workers == 0:

@@ -360,7 +360,8 @@ def act(agent: Agent, mesh: Mesh, tasks: Tasks, params, obs, prev_mean, first, s
         noise, heads = mt.plan_noise(agent, noise_key, n)
         plans = partial(plan, agent, explore=explore)
         if mesh.size > 1 and n % mesh.size == 0:
-            copy, part = PartitionSpec(), PartitionSpec("devices")
+            copy = PartitionSpec()
+            part = PartitionSpec("devices")
             places = (copy, part, part, part, part, copy, part, copy)  # as the arguments below
             plans = jax.shard_map(plans, mesh=mesh, in_specs=places, out_specs=part, check_vma=False)
         action, prev_mean = plans(params, obs, task, prev_mean, first, share, noise, heads)
@@ -856,6 +857,7 @@ def loop(
             with logger.paused():
                 checkpoints.save(step, count, inputs.record, state={"train": state, "act_key": key}, replay=replay)
             saved = step
+            stopping = stopping or signals.in_any_process(now=True)  # one that has come meanwhile
         if stopping:
             return step
 

@@ -322,12 +322,13 @@ def loop(args: Args, agent: td.Agent, env: JaxEnv, runs: Run, files: list[RunFil
 
         # Save: all runs at the same time
         finished = [s for s in active if steps[s] >= args.total_timesteps]
-        stopping = bool(signals)  # asked once: a signal may come between the two uses
+        stopping = bool(signals)
         if stopping or finished or any(due(steps[s], saved[s], args.checkpoint_freq) for s in active):
             for s in active:
                 if steps[s] != saved[s]:
                     save(files[s], steps[s], of_seed(runs, s))
                     saved[s] = steps[s]
+            stopping = bool(signals)  # again: one that comes only now ends the run if everything has just been saved
         active = [s for s in active if s not in finished]
         if broken and not active:
             raise UserError("; ".join(broken))

@@ -938,15 +938,14 @@ def offline_loop(args: Args, agents, world, state, data, count, envs, checkpoint
                 logger.record_evaluations(step, names, results)
 
         # Save
-        stopping = finished or bool(signals)  # asked once: a signal may come between the two uses
-        if due(step, saved, args.checkpoint_freq, stopping):
+        if due(step, saved, args.checkpoint_freq, finished or signals):
             check_finite(logger.folder, f"update {step}", **jax.device_get(info))
             count["updates"] = step
             count["seconds"] = logger.seconds()
             with logger.paused():
                 checkpoints.save(step, count, world=world, state=state)
             saved = step
-        if stopping:
+        if saved == step and (finished or signals):  # a signal that comes only now waits until the next step is saved
             return step
 
         # Learn
@@ -1040,15 +1039,14 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
                 logger.record_returns(step, spec, result)
 
         # Save
-        stopping = finished or bool(signals)  # asked once: a signal may come between the two uses
-        if due(step, saved, args.checkpoint_freq, stopping):
+        if due(step, saved, args.checkpoint_freq, finished or signals):
             check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info | diffusion_info))
             count["seconds"] = logger.seconds()
             learner = {"train": model_state, "state": state, "act_key": key}
             with logger.paused():
                 checkpoints.save(step, count, learner=learner, replay=replays)
             saved = step
-        if stopping:
+        if saved == step and (finished or signals):  # a signal that comes only now waits until the next step is saved
             return step
 
         # Learn

@@ -938,6 +938,7 @@ def loop(args: Args, inputs: Inputs, mesh: Mesh, state, program, batches, count,
             with logger.paused():
                 checkpoints.save(step, count, inputs.record, state=state)
             saved = step
+            stopping = stopping or signals.in_any_process(now=True)  # one that has come meanwhile
         if stopping:
             return step
 

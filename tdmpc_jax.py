@@ -935,15 +935,14 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
                 logger.record_returns(step, spec, result)
 
         # Save
-        stopping = finished or bool(signals)  # asked once: a signal may come between the two uses
-        if due(step, saved, args.checkpoint_freq, stopping):
+        if due(step, saved, args.checkpoint_freq, finished or signals):
             check_finite(logger.folder, f"simulator step {step}", **jax.device_get(info))
             episodes.flush()
             count["seconds"] = logger.seconds()
             with logger.paused():
                 checkpoints.save(step, count, state={"train": state, "act_key": key}, replay=replay)
             saved = step
-        if stopping:
+        if saved == step and (finished or signals):  # a signal that comes only now waits until the next step is saved
             return step
 
         # Learn: seed_steps updates at once, then utd per decision (not per episode), while the environments step
