@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_pt_files import pickled, tensor, write_pt
+from torch_files import pickled, tensor, write_pt
 
 from tdmpc2_support.agents import pretrained
 from tdmpc2_support.agents.fold import fold_agent

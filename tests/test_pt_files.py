@@ -1,7 +1,6 @@
 """Files of PyTorch are read without PyTorch, and only what they should hold: none runs code, reaches beyond itself, or
 costs more memory than twice its size and 64 MB."""
 
-import io
 import os
 import pickle
 import struct
@@ -16,6 +15,7 @@ from pathlib import Path
 import fuzz_pt
 import numpy as np
 import pytest
+from torch_files import Call, FakeTorch, Storage, pickled, tensor, write_pt
 
 from tdmpc2_support.data.pt import check_pt, load_pt, save_tensordict
 from tdmpc2_support.errors import UserError
@@ -25,61 +25,6 @@ ROOT = Path(__file__).parent.parent
 MODELS = ["single", "wide", "episodic", "two_q", "multitask"]
 CHUNKS = [f"{version}_{kind}" for version in ("0.1.2", "0.2.1", "0.12.4") for kind in ("float32", "float16")]
 CHUNKS += ["0.1.2_views", "0.12.4_views"]
-
-
-def write_pt(path, data, storages=None, folder="archive"):
-    """A zip file as torch.save writes it, around a given pickle and storages {key: bytes}."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{folder}/data.pkl", data)
-        archive.writestr(f"{folder}/byteorder", "little")
-        for key, content in (storages or {}).items():
-            archive.writestr(f"{folder}/data/{key}", content)
-    return path
-
-
-class FakeTorch:
-    """Stands for a global of torch, which is not installed."""
-
-    def __init__(self, module, name):
-        self.module, self.name = module, name
-
-
-class TorchPickler(pickle._Pickler):
-    """Writes FakeTorch as globals and storages as persistent ids, as torch.save does."""
-
-    def persistent_id(self, obj):
-        return obj.pid if isinstance(obj, Storage) else None
-
-    def save(self, obj, save_persistent_id=True):
-        if isinstance(obj, FakeTorch):
-            self.write(pickle.GLOBAL + obj.module.encode() + b"\n" + obj.name.encode() + b"\n")
-        elif isinstance(obj, Call):
-            self.save(obj.function)
-            self.save(obj.arguments)
-            self.write(pickle.REDUCE)
-        else:
-            super().save(obj, save_persistent_id)
-
-
-class Storage:
-    def __init__(self, kind, key, size):
-        self.pid = ("storage", FakeTorch("torch", kind), key, "cpu", size)
-
-
-class Call:
-    def __init__(self, module, name, *arguments):
-        self.function, self.arguments = FakeTorch(module, name), arguments
-
-
-def pickled(value):
-    buffer = io.BytesIO()
-    TorchPickler(buffer, protocol=2).dump(value)
-    return buffer.getvalue()
-
-
-def tensor(kind, key, storage_size, offset, size, stride):
-    storage = Storage(kind, key, storage_size)
-    return Call("torch._utils", "_rebuild_tensor_v2", storage, offset, size, stride, False, OrderedDict())
 
 
 @pytest.mark.golden
