@@ -23,6 +23,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from tdmpc2_support.cli import lasting_output
 from tdmpc2_support.data.datasets import Chunk, Dataset, EpisodeWriter, load_dataset
 from tdmpc2_support.data.pt import load_pt, save_tensordict
 from tdmpc2_support.envs import vector
@@ -264,13 +265,17 @@ def _make_one(sizes: tuple[int, int] | None, *arguments: Any) -> gym.Env:
 
 def main() -> None:
     """Prints every task of the table; loads no simulator."""
-    print(f"{'domain':<12}{'task':<34}{'obs':>5}{'action':>8}{'episode':>9}  installed")
+    lines = [f"{'domain':<12}{'task':<34}{'obs':>5}{'action':>8}{'episode':>9}  installed"]
     for name, (domain, obs_size, action_size, _) in TASKS.items():
         settings = DOMAINS[domain]
         installed = "yes" if importlib.util.find_spec(settings.package.split(".")[0]) else settings.install
         obs_text = "?" if obs_size is None else obs_size
-        print(f"{domain:<12}{name:<34}{obs_text:>5}{action_size:>8}{task_spec(name).episode_length:>9}  {installed}")
-    print(f"{len(TASKS)} tasks; episode = decisions. Any Gymnasium id with Box actions works too (HalfCheetah-v5).")
+        numbers = f"{obs_text:>5}{action_size:>8}{task_spec(name).episode_length:>9}"
+        lines.append(f"{domain:<12}{name:<34}{numbers}  {installed}")
+    others = "Any Gymnasium id with Box actions works too (HalfCheetah-v5)."
+    lines.append(f"{len(TASKS)} tasks; episode = decisions. {others}")
+    with lasting_output():  # a pipe that is closed early, as by `head`
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

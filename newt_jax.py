@@ -32,8 +32,8 @@ import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 from tdmpc2_support import cli, devices
 from tdmpc2_support.agents.pretrained import LoadedAgent, check_shapes, embeddings_of, load_newt, padding_of, sizes_of
-from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
-from tdmpc2_support.bounds import Count, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
+from tdmpc2_support.backend import clipped, global_norm, jit_with_graphs, this_backend
+from tdmpc2_support.bounds import Count, Name, Natural, NewFile, Positive, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.data.demonstrations import in_columns, read_demonstrations
 from tdmpc2_support.data.embeddings import read_embeddings
@@ -49,67 +49,30 @@ from tdmpc2_support.run.video import side_by_side, thumbnails
 
 # --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
-class Agent:
-    """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
+class Agent(td.Agent):
+    """What defines the agent: `td.Agent`, with other defaults here and there, and what is new; the static argument."""
 
     # World model
     model_size: Literal["S", "B", "L", "XL"] | None = None  # 2, 7, 20, 82M parameters (default: L; B for one task)
-    enc_dim: Count | None = None  # width of the encoder's hidden layers
-    mlp_dim: Count | None = None  # width of all other hidden layers
-    latent_dim: Count | None = None  # latent size Z
-    num_enc_layers: Count | None = None  # layers of the encoder
-    num_q: Several | None = None  # value heads
     pad_obs: Natural = 128  # observations are padded to this size; 0: to the largest of these tasks
     pad_action: Natural = 16  # actions are padded to this size; 0: to the largest of these tasks
-    episodic: bool = True  # learn a termination head where episodes can terminate; --no-episodic plans as if not
-    num_bins: Several = 101  # bins K of the discrete regression of rewards and values
-    vmin: Number = -10.0  # lowest bin, in symlog space
-    vmax: Number = 10.0  # highest bin, in symlog space
-    simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
-    log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
-    log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
 
     # Learning
     batch_size: Count = 1024  # windows per update B
-    sample: Literal["episodes", "windows"] = "episodes"  # draw an episode, then a window of it; or any window
-    lr: Positive = 3e-4  # learning rate
-    warmup_updates: Natural = 5_000  # updates in which it grows to that, where there are demonstrations to begin with
-    enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
-    grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
-    tau: Share = 0.01  # step of the target values and of the Q scale
+    warmup_updates: Natural = 5_000  # updates in which lr grows to what it is, where demonstrations come first
     rho: Share = 0.5  # weight of a loss t steps into the window is rho^t / (1 + rho + ... + rho^H)
-    consistency_coef: Weight = 20.0  # weight of the latent consistency loss
-    reward_coef: Weight = 0.1  # weight of the reward loss
-    value_coef: Weight = 0.1  # weight of the value loss
-    termination_coef: Weight = 1.0  # weight of the termination loss
-    entropy_coef: Weight = 1e-4  # weight of the policy's entropy
     pretrain_bc_coef: Weight = 1.0  # weight of the policy's loss in pretraining: imitation, with its entropy
     bc_coef: Weight = 1.0  # weight of imitating the replay's actions afterwards
-    discount_denom: Positive = 5.0  # episode length L gives the discount (L/denom - 1) / (L/denom), within the next two
-    discount_min: Share = 0.95  # lowest discount
-    discount_max: Share = 0.995  # highest discount
 
     # Planning
-    mpc: bool = True  # act by planning; --no-mpc acts with the policy alone
-    horizon: Count = 3  # steps H of a plan and of a training window
-    iterations: Count = 6  # iterations of MPPI (two more for 20 or more action dimensions)
-    num_samples: Count = 512  # action sequences N per iteration
-    num_elites: Count = 64  # sequences that the next distribution is fitted to
-    num_pi_trajs: Natural = 24  # sequences P proposed by the policy
-    min_std: Weight = 0.05  # lower bound of the planner's standard deviation
-    max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
-    temperature: Weight = 0.5  # inverse temperature of the elites' weights
     constrained: bool = True  # begin plans with the policy's mean and deviation: wholly up to constraint_start, less on
     constraint_start: Natural = 2_000_000  # decisions up to which that is so, with or without demonstrations
     constraint_end: Natural = 10_000_000  # from there on it takes so many decisions until nothing is left of it
 
     # What the tasks decide, see `for_tasks`: no flags
-    obs_dim: FromTask[int] = 0  # observation size O
-    action_dim: FromTask[int] = 0  # action size A
     task_dim: FromTask[int] = 0  # size E of the embedding
     num_tasks: FromTask[int] = 0  # T
-    learn_embedding: FromTask[bool] = False  # the embedding is a parameter, as in tdmpc2_jax_mt.py
+    learn_embedding: FromTask[bool] = False  # the embedding is a parameter, which the model's losses change
     dropout: FromTask[float] = 0.0  # none; what is imported asks for it
     can_terminate: FromTask[bool] = False  # whether episodes of some task can end before their time limit
 
@@ -123,7 +86,7 @@ class Args:
     demos: str | None = None  # folder of demonstrations: TASK/chunk_0.pt, ... of --save-episodes, or TASK.pt of mmbench
     demo_episodes: Count | None = None  # of each task take so many with the highest returns (default: all)
     pretrain_updates: Natural = 200_000  # updates on the demonstrations before anything is stepped
-    embeddings: str | None = None  # a file; learned, one-hot or none (default: language, which a few tasks have here)
+    embeddings: str | None = None  # a file, language, learned, one-hot or none; default: see docs/newt.md
     num_envs: Count | None = None  # environments of each task (default: 1; 10 of a task alone)
     buffer_size: Count = 10_000_000  # decisions that the replay holds, the demonstrations at first among them
     obs_dtype: Literal["float32", "float16"] = "float32"  # of the observations in the replay
@@ -163,7 +126,6 @@ MODEL_SIZES = {  # (enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q)
     "XL": (2048, 2048, 704, 4, 7),
 }
 SCRIPTS = ("newt_jax",)  # whose checkpoints this one starts from
-SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
 LEARNED_DIM = 96  # size of embeddings that are learned
 PRETRAIN_BURST = 10  # updates of one dispatch in pretraining
 PIECE = 500  # rows of demonstrations that are written in one dispatch
@@ -172,7 +134,7 @@ PIECE = 500  # rows of demonstrations that are written in one dispatch
 def with_model_size(agent: Agent, many: bool) -> Agent:
     """Fills in the five sizes that were not given from the table of model sizes."""
     model_size = agent.model_size or ("L" if many else "B")
-    sizes = dict(zip(SIZE_FIELDS, MODEL_SIZES[model_size], strict=True))
+    sizes = dict(zip(td.SIZE_FIELDS, MODEL_SIZES[model_size], strict=True))
     return dataclasses.replace(agent, **{k: v for k, v in sizes.items() if getattr(agent, k) is None})
 
 
@@ -254,9 +216,13 @@ def make_tasks(agent: Agent, names: tuple[str, ...], num_envs: int) -> Tasks:
 
 
 def task_input(agent: Agent, tasks: Tasks, table: jax.Array, task: jax.Array) -> TaskInput:
-    """What belongs to task ids [...]. Embeddings of language are used as they are, whatever their length, and no
-    gradient changes them."""
-    emb = mt.embed(table, task) if agent.learn_embedding else jax.lax.stop_gradient(table[task])
+    """What belongs to task ids [...]. Embeddings that are learned are scaled back to unit norm if they are longer,
+    outside of any gradient; others are used as they are, whatever their length, and no gradient changes them."""
+    emb = table[task]
+    if agent.learn_embedding:
+        emb = emb / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.linalg.norm(emb, axis=-1, keepdims=True)))
+    else:
+        emb = jax.lax.stop_gradient(emb)
     return TaskInput(emb, tasks.mask[task], tasks.discount[task], tasks.can_terminate[task])
 
 
@@ -314,13 +280,13 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, share, no
 
         def iterate(distribution, draw):
             mean, std = distribution
-            sample_noise, terminal_noise, two = draw
+            sample_noise, terminal_noise, q_heads = draw
             sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1) * env_task.mask
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(agent, params, z, actions, env_task, two, terminal_noise)
+            values = estimate_value(agent, params, z, actions, env_task, q_heads, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, agent.num_elites)
-            elites = actions[:, elite_indices]  # [H, E, A]
-            weights = jax.nn.softmax(agent.temperature * elite_values)  # [E]
+            elites = actions[:, elite_indices]  # [H, num_elites, A]
+            weights = jax.nn.softmax(agent.temperature * elite_values)  # [num_elites]
             mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
             std = jnp.clip(jnp.sqrt(variance), agent.min_std, agent.max_std) * env_task.mask
@@ -405,11 +371,6 @@ def learning_rate(agent: Agent, updates: jax.Array) -> jax.Array:
     if not agent.warmup_updates:
         return jnp.float32(agent.lr)
     return agent.lr * jnp.minimum(1.0, (updates + 2) / agent.warmup_updates)
-
-
-def clip(agent: Agent, grads):
-    """Gradients with a global norm of at most --grad-clip-norm."""
-    return clip_by_global_norm(agent.grad_clip_norm).update(grads, optax.EmptyState())[0]
 
 
 def descend(params, change, rate):
@@ -527,7 +488,7 @@ def update(agent: Agent, tasks: Tasks, state: TrainState, batch: Batch, noise: m
     loss = partial(model_loss, agent, tasks, batch=batch, next_z=next_z, target=target, noise=noise)
     grads, (zs, info) = jax.grad(loss, has_aux=True)(learned)
     info["grad_norm"] = global_norm(grads)
-    grads = clip(agent, grads)  # all together, the policy's among them
+    grads = clipped(grads, agent.grad_clip_norm)  # all together, the policy's among them
     pi_grads = grads.pop("pi", None)
     change, model_opt = MODEL_ADAM.update(grads, state.model_opt)
     rates = {k: rate * agent.enc_lr_scale if k == "encoder" else rate for k in change}
@@ -541,7 +502,7 @@ def update(agent: Agent, tasks: Tasks, state: TrainState, batch: Batch, noise: m
         loss = partial(policy_loss, agent, q_params=model_params["q"], zs=zs, action=batch.action, task=task)
         loss = partial(loss, q_scale=q_scale, noise=noise)
         pi_grads, (q, pi_info) = jax.grad(loss, has_aux=True)(params["pi"])
-        pi_change, pi_opt = PI_ADAM.update(clip(agent, pi_grads), state.pi_opt)
+        pi_change, pi_opt = PI_ADAM.update(clipped(pi_grads, agent.grad_clip_norm), state.pi_opt)
         low, high = jnp.percentile(q, jnp.array([5.0, 95.0]))
         q_scale = q_scale + agent.tau * (jnp.maximum(high - low, 1.0) - q_scale)  # for the next update
         info |= pi_info | {"pi_scale": q_scale, "pi_grad_norm": global_norm(pi_grads)}
@@ -587,7 +548,8 @@ def windows(agent: Agent, tasks: Tasks, replay: td.Replay, draws: WindowDraws) -
 
 @partial(jax.jit, static_argnames="agent", donate_argnames="replay")
 def add_all(agent: Agent, replay: td.Replay, steps: td.Step) -> td.Replay:
-    """Writes steps [R, n] one after the other."""
+    """Writes steps [R, n] one after the other, observations in the replay's type."""
+    steps = steps._replace(obs=steps.obs.astype(replay.obs.dtype))
     return jax.lax.scan(lambda replay, step: (td.add(agent, replay, step), None), replay, steps)[0]
 
 
@@ -713,16 +675,18 @@ def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> Start
     table = embeddings_of(loaded, names, args.embeddings, args.checkpoint)
     given = dataclasses.replace(args.agent, **sizes_of(loaded.params), **padding_of(loaded))
     agent = for_tasks(given, names, table.shape[1], loaded.learned_emb, warm_up=False)
-    loaded = loaded._replace(params=loaded.params | {"task_emb": jnp.asarray(table)})
     like = jax.eval_shape(partial(init_params, agent), jax.random.key(0))
-    check_shapes(loaded.params, like, args.checkpoint, "these tasks")
-    return Start(agent, table, loaded)
+    params = loaded.params | {"task_emb": jnp.asarray(table)}
+    if "termination" not in like:  # no task here can terminate, or --no-episodic
+        params.pop("termination", None)
+    check_shapes(params, like, args.checkpoint, "these tasks")
+    return Start(agent, table, loaded._replace(params=params))
 
 
 def start_of(args: Args, names: tuple[str, ...], meta: dict[str, Any] | None) -> Start:
     """The agent as the run's checkpoint has it (meta), as --checkpoint has it, or a new one."""
     if meta:
-        sizes = {name: meta["args"][name] for name in (*SIZE_FIELDS, "pad_obs", "pad_action")}
+        sizes = {name: meta["args"][name] for name in (*td.SIZE_FIELDS, "pad_obs", "pad_action")}
         given = dataclasses.replace(args.agent, **sizes)
         warm_up = bool(args.demos) and not args.checkpoint
         return Start(for_tasks(given, names, meta["task_dim"], meta["learned_emb"], warm_up), None, None)
@@ -743,7 +707,8 @@ def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpo
     steps = None
     if episodes:
         steps = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
-    record = {"args": cli.settings(dataclasses.replace(args, agent=agent)), "tasks": names}
+    as_given = dataclasses.replace(agent, warmup_updates=args.agent.warmup_updates)  # what --resume compares
+    record = {"args": cli.settings(dataclasses.replace(args, agent=as_given)), "tasks": names}
     record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
     record["demos"] = sum(checksums({"demos": steps}).values())
     if meta:
@@ -780,10 +745,7 @@ def fill(args: Args, agent: Agent, mesh: Mesh, capacity: int, n: int, steps: td.
     make = partial(new_replay, args, agent, capacity, n)
     places = jax.tree.map(lambda x: x.sharding, devices.columns_split(jax.eval_shape(make), mesh))
     replay = jax.jit(make, out_shardings=places)()
-    rows = 0
-    if steps is not None:
-        rows = len(steps.first)
-        steps = as_stored(args, steps)
+    rows = 0 if steps is None else len(steps.first)
     for start in range(max(0, rows - capacity) // PIECE * PIECE, rows, PIECE):
         replay = add_all(agent, replay, jax.tree.map(lambda x, i=start: x[i : i + PIECE], steps))
     return jax.device_put(replay, places)
@@ -890,7 +852,7 @@ def loop(
 
         # Learn: utd per decision from the seed steps on; computed while the environments step
         made = count["decisions"], count["updates"]
-        bursts = schedule.updates_due(*made, seed_steps, args.utd, burst, replay.size, at_once=0)
+        bursts = schedule.updates_due(*made, seed_steps, args.utd, burst, replay.size, at_once=0, num_envs=n)
         for _ in logger.with_bar("learning", range(bursts)):
             state, info = learn(state, replay, demos, num_updates=burst, pretraining=False)
             count["updates"] += burst
@@ -938,14 +900,18 @@ def run(args: Args) -> None:
         saved = [path.name for path in complete_checkpoints(folder.path)]
         devices.require_same("--demos and --runs-dir", inputs.record["demos"], saved)
         agent = inputs.start.agent
+        steps = inputs.demo_steps
+        demos_of = partial(new_replay, args, agent, 0 if steps is None else len(steps.first), n)
+        limits = args.buffer_size, args.total_timesteps, demos_of, mesh.size if n % mesh.size == 0 else 1
         replay_of = partial(new_replay, args, agent, args.buffer_size // n, n)
-        devices.on_all_processes(lambda: devices.check_memory(replay_of, args.buffer_size, args.total_timesteps))
+        devices.on_all_processes(lambda: devices.check_memory(replay_of, *limits))
         envs = make_envs(names, n // len(names), agent, (args.seed, 0), args.capture_video)
         stack.enter_context(contextlib.closing(envs))
         state, replay, count = start_or_resume(args, inputs, mesh, n, checkpoints)
-        steps = inputs.demo_steps
         demos = None if steps is None else fill(args, agent, mesh, len(steps.first), n, steps)
         cli.require(demos is None or demos.size, f"all demonstrations are shorter than --horizon {agent.horizon}")
+        del steps  # their memory
+        inputs = inputs._replace(start=inputs.start._replace(loaded=None), demo_steps=None)
         devices.on_all_processes(folder.begin)
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "step", signals=signals))
         title = f"{len(names)} task(s), {n} environment(s), {inputs.num_demos} demonstration(s): {agent.obs_dim} "
@@ -956,15 +922,13 @@ def run(args: Args) -> None:
         devices.on_all_processes(partial(logger.begin, title, head, state["train"].params, step, total, count))
         stack.enter_context(signals)
         step = loop(args, inputs, mesh, names, envs, state, replay, demos, count, checkpoints, logger, signals)
-    signals.exit_if_received(f"step {step}", primary)
+    signals.exit_if_received("step", step, primary)
 
 
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent, many=True)))
     cli.check_cluster(args)
-    film = "--capture-video films in one process: leave out --distributed, or film a checkpoint with --evaluate"
-    cli.require(not (args.capture_video and args.distributed), film)
     if not args.evaluate:
         cli.check_online(args, environments.online_tasks(args.tasks))
 

@@ -3,7 +3,7 @@
 Read tdmpc2_jax.py first: its networks, planner, updates and replay are imported from there (`td`). New is the loop: a
 step of the Python program there is a round of a compiled loop here, a hundred of them in a dispatch. Several runs that
 differ in their seeds are side by side in one program, by `vmap`. A run is one pytree, its environments among it; all of
-it is in a checkpoint, and a run that was killed goes on as if it had not been, to the last bit.
+it is in a checkpoint, and a run that was killed goes on as if it had not been (on a CPU to the last bit).
 
 Letters are those of tdmpc2_jax.py: n environments of a run; and S runs, a leading axis where there are several.
 
@@ -15,6 +15,7 @@ Letters are those of tdmpc2_jax.py: n environments of a run; and S runs, a leadi
 
 import contextlib
 import dataclasses
+import sys
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -36,7 +37,7 @@ from tdmpc2_support.run.checkpoints import Checkpoints
 from tdmpc2_support.run.folder import RunFolder, Signals, check_finite, recorded_settings
 from tdmpc2_support.run.logging import Logger
 from tdmpc2_support.run.reports import RETURNS_COLUMNS, Evaluation, returns_head
-from tdmpc2_support.run.schedule import Streams, check_windows, due, random_streams, seed_steps_of
+from tdmpc2_support.run.schedule import Streams, check_first_window, check_windows, due, random_streams, seed_steps_of
 from tdmpc2_support.run.seeds import RunFiles, from_numbered, most, numbered, of_seed, over_seeds, side_by_side
 
 
@@ -62,7 +63,7 @@ class Run(NamedTuple):
 
     train: td.TrainState
     act_key: jax.Array
-    env_key: jax.Array  # with the replay's row it makes the keys of new episodes
+    env_key: jax.Array  # with the number of steps (`replay.rows`) it makes the keys of new episodes
     replay: td.Replay
     episodes: Episode  # [n] of each environment, at its last entry of the replay
     prev_mean: jax.Array  # [n, H, A] of the planner
@@ -70,7 +71,7 @@ class Run(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """When is acted at random, and when is learned."""
+    """How long actions are random, and when updates are made."""
 
     random_decisions: int  # decisions that are random, at the start
     seed_steps: int  # decisions before the first updates, which are as many
@@ -83,7 +84,7 @@ class Record(NamedTuple):
     episodes: jax.Array  # number of episodes that have ended
     returns: jax.Array  # sum of their returns
     lengths: jax.Array  # sum of their lengths
-    finite: dict[str, jax.Array]  # not a number where one of the actions, rewards or observations was none
+    finite: dict[str, jax.Array]  # NaN if an action, reward or observation was not finite, else 0
     info: dict[str, jax.Array]  # scalars of the last update
 
 
@@ -107,7 +108,8 @@ def fresh_run(agent: td.Agent, env: JaxEnv, capacity: int, n: int, streams: Stre
 def schedule_of(args: Args, env: JaxEnv) -> Schedule:
     seed_steps = seed_steps_of(args, env.spec)
     random_decisions = 0 if args.checkpoint else seed_steps + 1  # as in td.loop
-    return Schedule(random_decisions, seed_steps, Fraction(args.utd).limit_denominator(4096))
+    largest = int(min(2.0**30, (2.0**30 / args.utd) ** 0.5))  # denominator with which `updates_due` stays below 2^31
+    return Schedule(random_decisions, seed_steps, Fraction(args.utd).limit_denominator(largest))
 
 
 def updates_due(schedule: Schedule, decisions, updates, windows):
@@ -121,7 +123,7 @@ def updates_due(schedule: Schedule, decisions, updates, windows):
 
 def one_round(agent: td.Agent, env: JaxEnv, schedule: Schedule, axis, run: Run, record: Record, surely_random):
     """One step of all environments of a run, and the updates that are due: a round of the loop in tdmpc2_jax.py, in the
-    same order. axis: see `over_seeds`; surely_random: no plan is needed, in no run that is beside this one."""
+    same order. axis: see `over_seeds`; surely_random: no run of this program needs a plan in this round."""
     n = len(run.prev_mean)
     over = run.episodes.terminated | run.episodes.truncated  # [n] in this step they are reset, and ignore the action
 
@@ -308,7 +310,7 @@ def rounds_to(args: Args, schedule: Schedule, steps: list[int], repeat: int) -> 
 
 def loop(args: Args, agent: td.Agent, env: JaxEnv, runs: Run, files: list[RunFiles], eval_envs, signals) -> int:
     """Evaluates, saves and logs between dispatches, until all runs have --total-timesteps or a signal comes. A run that
-    cannot go on stops with a sentence, the others go on. Returns the simulator step of the last one that has."""
+    cannot go on stops with a sentence, the others go on. Returns the largest simulator step of all runs."""
     repeat = env.spec.action_repeat
     schedule = schedule_of(args, env)
     active = list(range(len(files)))  # places of the runs that go on; those of others are computed, too, for nothing
@@ -342,14 +344,25 @@ def loop(args: Args, agent: td.Agent, env: JaxEnv, runs: Run, files: list[RunFil
         # Log
         read = runs.decisions, runs.train.updates, runs.replay.size, record
         for s in list(active):
-            decisions, updates, windows, left = jax.device_get(of_seed(read, s))
+            decisions, updates, windows, of_run = jax.device_get(of_seed(read, s))
             steps[s] = int(decisions) * repeat
             try:
-                log(agent, files[s], steps[s], int(updates), int(windows), left)
+                log(agent, files[s], steps[s], int(updates), int(windows), of_run)
+                if decisions >= schedule.seed_steps and not updates and not windows:
+                    check_first_window(int(decisions), args.num_envs)
             except UserError as error:
                 active.remove(s)
                 broken.append(str(error))
+                if active:  # the end of the program is far away
+                    print(f"seed {files[s].seed}: {error}", file=sys.stderr)
             files[s].count.update(decisions=int(decisions), updates=int(updates))
+
+
+def physics_of(args: Args) -> str:
+    """What "auto" stands for; a run's record has it, so that each of several seeds can go on alone."""
+    if args.physics != "auto":
+        return args.physics
+    return "warp" if jax.default_backend() == "gpu" and args.num_seeds == 1 else "jax"
 
 
 def check_memory(args: Args, agent: td.Agent, env: JaxEnv) -> None:
@@ -371,8 +384,7 @@ def check_memory(args: Args, agent: td.Agent, env: JaxEnv) -> None:
 
 def run(args: Args) -> None:
     """Trains the agents of all seeds and keeps their runs' files."""
-    physics = "jax" if args.physics == "auto" and args.num_seeds > 1 else args.physics
-    env = open_jax(args.task, physics)
+    env = open_jax(args.task, args.physics)
     spec = env.spec
     cli.check_replay(args, spec, seed_steps_of(args, spec))
     agent = td.for_task(args.agent, args.task, env)
@@ -404,7 +416,7 @@ def run(args: Args) -> None:
         runs = side_by_side(started)
         del started, each  # their memory
         step = loop(args, agent, env, runs, files, eval_envs, signals)
-    signals.exit_if_received(f"simulator step {step}")
+    signals.exit_if_received("simulator step", step)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -415,7 +427,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.capture_video:
             environments.check_rendering(args.task)
         set_up_jax(args.compile_cache)
+        args = dataclasses.replace(args, physics=physics_of(args))
         if args.evaluate:
+            open_jax(args.task, args.physics)
             td.evaluate_checkpoint(args)
         else:
             run(args)

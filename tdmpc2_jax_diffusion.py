@@ -742,7 +742,7 @@ def make_eval_envs(args: Args, stack: contextlib.ExitStack) -> tuple[list, list[
     return envs, agents
 
 
-def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advance=lambda: None, stop=()):
+def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advance=lambda: None, stop=False):
     """One episode in each of E environments, without exploration; arguments and result are those of `td.evaluate`. Says
     how many plans failed, if any did."""
     E = envs.num_envs
@@ -980,7 +980,7 @@ def run_offline(args: Args) -> None:
         logger.begin(title, head, state.params, count["updates"], args.agent.num_updates, count)
         stack.enter_context(signals)
         step = offline_loop(args, agents, world, state, data, count, envs, checkpoints, logger, signals)
-    signals.exit_if_received(f"update {step}")
+    signals.exit_if_received("update", step)
 
 
 # -------------------------------------------------------------------------------------------------------- Run: joint
@@ -1060,7 +1060,7 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
             if number and (diffusion_info or replays.long.size):  # there is a window of theirs
                 state, diffusion_info = train(agent, state, world, replays, num_updates=number)
             short = f"no episode so far has the {window_steps(agent)} steps of a window of the three networks: --future"
-            cli.require(diffusion_info or count["updates"] < args.planner_start, short)
+            cli.require(not number or diffusion_info or count["updates"] < args.planner_start, short)
             if signals:
                 break
 
@@ -1112,7 +1112,7 @@ def run_jointly(args: Args) -> None:
         logger.begin(title, returns_head(spec), params, step, args.total_timesteps, count)
         stack.enter_context(signals)
         step = joint_loop(args, agent, learner, replays, count, envs, eval_envs, checkpoints, logger, signals)
-    signals.exit_if_received(f"simulator step {step}")
+    signals.exit_if_received("simulator step", step)
 
 
 # ---------------------------------------------------------------------------------------------------- The command line

@@ -463,13 +463,13 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, noise: Pl
 
         def iterate(distribution, draw):
             mean, std = distribution
-            sample_noise, terminal_noise, two = draw
+            sample_noise, terminal_noise, q_heads = draw
             sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1) * env_task.mask
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(agent, params, z, actions, env_task, two, terminal_noise)
+            values = estimate_value(agent, params, z, actions, env_task, q_heads, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, agent.num_elites)
-            elites = actions[:, elite_indices]  # [H, E, A]
-            weights = jax.nn.softmax(agent.temperature * elite_values)  # [E]
+            elites = actions[:, elite_indices]  # [H, num_elites, A]
+            weights = jax.nn.softmax(agent.temperature * elite_values)  # [num_elites]
             mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
             std = jnp.clip(jnp.sqrt(variance), agent.min_std, agent.max_std) * env_task.mask
@@ -740,7 +740,7 @@ def compile_train(args: Args, agent: Agent, mesh: Mesh, tasks: Tasks, source, te
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(agent: Agent, tasks: Tasks, params, task_ids, envs, key, film=0, advance=lambda: None, stop=()):
+def evaluate(agent: Agent, tasks: Tasks, params, task_ids, envs, key, film=0, advance=lambda: None, stop=False):
     """One episode in each of E environments, whose tasks are task_ids [E], without exploration. One batched call plans
     for all episodes that still run, and only these are stepped.
 
@@ -781,7 +781,7 @@ def evaluate(agent: Agent, tasks: Tasks, params, task_ids, envs, key, film=0, ad
     return returns, successes, frames
 
 
-def evaluate_tasks(args: Args, agent: Agent, params, known, names, seed, key, bar, stop=()) -> SetEvaluation | None:
+def evaluate_tasks(args: Args, agent: Agent, params, known, names, seed, key, bar, stop=False) -> SetEvaluation | None:
     """--eval-episodes of each of the tasks `names` of an agent that knows the tasks `known`, by `evaluate`: at a time
     as many tasks as memory is free for, with environments that are made for it and closed after it.
 
@@ -815,6 +815,8 @@ def evaluate_checkpoint(args: Args) -> None:
     names = environments.set_tasks(cli.task_set(args.tasks)) if args.tasks else loaded.tasks
     unknown = [name for name in names if name not in loaded.tasks]
     cli.require(not unknown, f"{args.checkpoint} was not trained on {', '.join(unknown)}")
+    for name in names if args.capture_video else ():
+        environments.check_rendering(name)
     key = random_streams(args.seed).evaluate
     result = evaluate_tasks(args, agent, loaded.params, loaded.tasks, names, (args.seed, 1), key, progress)
     report_scores(args, result)
@@ -984,7 +986,7 @@ def run(args: Args) -> None:
         devices.on_all_processes(begin)
         stack.enter_context(signals)
         step = loop(args, inputs, mesh, state, program, batches, count, checkpoints, logger, signals)
-    signals.exit_if_received(f"update {step}", primary)
+    signals.exit_if_received("update", step, primary)
 
 
 def check_args(args: Args) -> None:
@@ -995,7 +997,7 @@ def check_args(args: Args) -> None:
     taught = args.evaluate or args.teacher or args.agent.distill_coef == Agent.distill_coef
     cli.require(taught, "--distill-coef goes with --teacher")
     cli.check_cluster(args)
-    for task in tasks if args.capture_video else ():
+    for task in tasks if args.capture_video and not args.evaluate else ():
         environments.check_rendering(task)
 
 

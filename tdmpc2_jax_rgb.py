@@ -58,7 +58,7 @@ class Agent:
     latent_dim: Count | None = None  # latent size Z: 16 units for each channel of the encoder's convolutions
     num_enc_layers: Count | None = None  # layers that encode the state vector
     num_q: Several | None = None  # value heads
-    episodic: bool = True  # learn a termination head where episodes can terminate; --no-episodic plans as if not
+    episodic: bool = True  # learn a termination head where episodes can terminate; --no-episodic: none
     num_bins: Several = 101  # bins K of the discrete regression of rewards and values
     vmin: Number = -10.0  # lowest bin, in symlog space
     vmax: Number = 10.0  # highest bin, in symlog space
@@ -517,13 +517,13 @@ def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, e
 
         def iterate(distribution, draw):
             mean, std = distribution
-            sample_noise, terminal_noise, two = draw
+            sample_noise, terminal_noise, q_heads = draw
             sampled = jnp.clip(mean[:, None] + std[:, None] * sample_noise, -1, 1)
             actions = jnp.concatenate([pi_actions, sampled], axis=1)  # [H, N, A]
-            values = estimate_value(agent, params, z, actions, two, terminal_noise)
+            values = estimate_value(agent, params, z, actions, q_heads, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, agent.num_elites)
-            elites = actions[:, elite_indices]  # [H, E, A]
-            weights = jax.nn.softmax(agent.temperature * elite_values)  # [E]
+            elites = actions[:, elite_indices]  # [H, num_elites, A]
+            weights = jax.nn.softmax(agent.temperature * elite_values)  # [num_elites]
             mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - mean[:, None]) ** 2)
             std = jnp.clip(jnp.sqrt(variance), agent.min_std, agent.max_std)
@@ -918,7 +918,7 @@ def make_eval_envs(args: Args):
     return environments.make_envs(args.task, args.eval_episodes, seed, render_mode=render_mode, **observed(args.agent))
 
 
-def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: None, stop=()) -> Evaluation | None:
+def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: None, stop=False) -> Evaluation | None:
     """One episode in each of E environments, without exploration; with a film of the first environment if asked for.
 
     Args:
@@ -1089,7 +1089,7 @@ def run(args: Args) -> None:
         logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
         stack.enter_context(signals)
         step = loop(args, agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals)
-    signals.exit_if_received(f"simulator step {step}")
+    signals.exit_if_received("simulator step", step)
 
 
 def main(argv: list[str] | None = None) -> None:

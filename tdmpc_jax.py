@@ -421,8 +421,8 @@ def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: P
             actions = jnp.concatenate([sampled, pi_actions], axis=1)  # [H, N+P, A]
             values = estimate_value(agent, params, z, actions, horizon, terminal_noise)
             elite_values, elite_indices = jax.lax.top_k(values, agent.num_elites)
-            elites = actions[:, elite_indices]  # [H, E, A]
-            weights = jax.nn.softmax(agent.temperature * elite_values)  # [E]
+            elites = actions[:, elite_indices]  # [H, num_elites, A]
+            weights = jax.nn.softmax(agent.temperature * elite_values)  # [num_elites]
             elite_mean = jnp.einsum("e,hea->ha", weights, elites)
             variance = jnp.einsum("e,hea->ha", weights, (elites - elite_mean[:, None]) ** 2)
             std = jnp.clip(jnp.sqrt(variance), limits.min_std, agent.max_std)
@@ -813,7 +813,7 @@ def make_eval_envs(args: Args):
 
 
 def evaluate(
-    agent: Agent, params, decisions, envs, key, seed, film=False, advance=lambda: None, stop=()
+    agent: Agent, params, decisions, envs, key, seed, film=False, advance=lambda: None, stop=False
 ) -> Evaluation | None:
     """One episode in each of E environments, without exploration; with a film of the first environment if asked for.
 
@@ -992,7 +992,7 @@ def run(args: Args) -> None:
         logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
         stack.enter_context(signals)
         step = loop(args, agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals)
-    signals.exit_if_received(f"simulator step {step}")
+    signals.exit_if_received("simulator step", step)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -146,8 +146,8 @@ def compare_returns(args: Args, checkpoint: str, source_task: str | None) -> dic
     agent, params, task = deploy.one_task(asked, deploy.load(asked))
     function = deploy.policy_function(agent) if args.what == "policy" else deploy.planner_function(agent)
     path = Path(args.files, f"{task}-{args.what}-{agent.num_samples}-{agent.iterations}.onnx")
-    if not path.exists():
-        write_onnx(path, function, params, {}, {"task": task})
+    path.unlink(missing_ok=True)  # of another agent, perhaps
+    write_onnx(path, function, params, {}, {"task": task})
     jitted = jax.jit(function.call)
     session = onnx_session(path)
     by_jax = lambda inputs: jitted(params, *inputs.values())  # noqa: E731

@@ -219,6 +219,7 @@ def padded(low: float, high: float) -> tuple[float, float]:
 
 def main(args: Args) -> None:
     with td.cli.errors_as_sentences():
+        td.cli.check_fields(args)
         agent, params, task = load(args)
         environments.check_rendering(task)
         seen = list(episode(args, agent, params, task))

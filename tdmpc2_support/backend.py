@@ -54,14 +54,15 @@ def global_norm(tree: Any) -> jax.Array:
     return optax.tree.norm(tree)
 
 
+def clipped(grads: Any, bound: float) -> Any:
+    """Gradients with a global norm of at most `bound`."""
+    norm = global_norm(grads)
+    return jax.tree.map(lambda grad: jax.lax.select(norm < bound, grad, grad / norm * bound), grads)
+
+
 def clip_by_global_norm(bound: float) -> optax.GradientTransformation:
     """That of Optax, by the norm above."""
-
-    def clip(grads: Any, _: Any) -> Any:
-        norm = global_norm(grads)
-        return jax.tree.map(lambda grad: jax.lax.select(norm < bound, grad, grad / norm * bound), grads)
-
-    return optax.stateless(clip)
+    return optax.stateless(lambda grads, _: clipped(grads, bound))
 
 
 @functools.cache

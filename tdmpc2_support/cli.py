@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from tdmpc2_support.bounds import Bounds
-from tdmpc2_support.envs.tasks import TASK_SETS, TaskSpec, jax_domain, set_tasks, task_spec
+from tdmpc2_support.envs.tasks import TASK_SETS, TASKS, TaskSpec, jax_domain, set_tasks, task_spec
 from tdmpc2_support.errors import UserError, one_line
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ FromTask = Annotated[T, tyro.conf.Suppress]  # FromTask[int]: no flag; the task 
 MAY_CHANGE = frozenset(
     "runs_dir exp_name seed total_timesteps num_updates resume evaluate json eval_freq eval_episodes checkpoint_freq "
     "log_freq capture_video save_episodes track wandb_project_name wandb_entity compile_cache storage storage_dtype "
-    "readers shard_params distributed coordinator num_processes process_id data_dir tasks num_seeds chunk".split()
+    "readers shard_params distributed coordinator num_processes process_id data_dir demos tasks num_seeds chunk".split()
 )
 
 
@@ -53,10 +53,20 @@ def saved_fields(kind: type) -> list[dataclasses.Field]:
 
 def with_settings(args: Any, record: Mapping[str, Any]) -> Any:
     """The arguments, but for those that the record names; names that it has beside them are of other versions."""
-    agent = {field.name for field in saved_fields(type(args.agent))} & record.keys()
+    fields = {field.name for field in saved_fields(type(args.agent))} & record.keys()
+    hints = typing.get_type_hints(type(args.agent))
+    agent = {name for name in fields if can_be(hints[name], record[name])}  # scripts have other model sizes
     other = {field.name for field in dataclasses.fields(args)} & record.keys() - {"agent"}
     changed = dataclasses.replace(args.agent, **{name: record[name] for name in agent})
     return dataclasses.replace(args, agent=changed, **{name: record[name] for name in other})
+
+
+def can_be(hint: Any, value: Any) -> bool:
+    """Whether a value is one of those that a type names, if it is a Literal (or None)."""
+    parts = [hint, *typing.get_args(hint)]
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    choices = [choice for literal in literals for choice in typing.get_args(literal)]
+    return not choices or value in choices or (value is None and type(None) in parts)
 
 
 def parse(Args: type, argv: list[str] | None, description: str, recorded: Callable[[Any], Mapping[str, Any]]) -> Any:
@@ -158,6 +168,10 @@ def check_replay(args: Any, spec: TaskSpec, seed_steps: int) -> None:
     whose episodes fill none; says so if the run ends within those decisions.
 
     args has the fields num_envs, buffer_size, total_timesteps and agent.horizon."""
+    row = TASKS.get(spec.name)
+    of_table = "--save-episodes writes datasets, which only tasks of the table (python envs.py) can be in"
+    saves = getattr(args, "save_episodes", None)
+    require(not saves or (row and row.obs_size is not None), f"{of_table}: {spec.name!r} is none")
     window = (args.agent.horizon + 1) * args.num_envs
     short = (
         f"episodes of {spec.name!r} end after {spec.episode_length} decisions, before --horizon {args.agent.horizon}"
@@ -180,8 +194,10 @@ def check_online(args: Any, names: Sequence[str]) -> None:
     """Refuses a batch or a replay of an online run of several tasks that cannot be used, and episodes shorter than a
     window.
 
-    args has the fields num_envs, buffer_size, agent.batch_size and agent.horizon."""
+    args has the fields num_envs, buffer_size, capture_video, distributed, agent.batch_size and agent.horizon."""
     agent = args.agent
+    film = "--capture-video films in one process: leave out --distributed, or film a checkpoint with --evaluate"
+    require(not (args.capture_video and args.distributed), film)
     require(agent.batch_size > 1, "--batch-size must be 2 or more: a half is for the demonstrations")
     for name in names:
         length = task_spec(name).episode_length
@@ -202,7 +218,7 @@ def check_cluster(args: Any) -> None:
         raise UserError(f"{flags} go together")
     if args.evaluate and args.distributed:
         raise UserError("--evaluate runs in one process: leave out --distributed")
-    if args.distributed and any(map(jax_domain, args.tasks.split(","))):
+    if args.distributed and any(map(jax_domain, (args.tasks or "").split(","))):
         raise UserError("tasks that are compiled are for one process: leave out --distributed")
 
 

@@ -204,13 +204,25 @@ def place_replay(make: Callable[[], Any], storage: str, buffer_size: int, total_
     return device
 
 
-def check_memory(make: Callable[[], Any], buffer_size: int, total_timesteps: int) -> None:
+def check_memory(
+    make: Callable[[], Any],
+    buffer_size: int,
+    total_timesteps: int,
+    make_other: Callable[[], Any] = tuple,
+    shares: int = 1,
+) -> None:
     """Refuses the replay that make() returns if it does not fit into the memory of the device that learns, with its
-    copies; UserError names the buffer_size that does."""
+    copies; UserError names the buffer_size that does.
+
+    Args:
+        make_other: returns what is in that memory, too, and is not saved.
+        shares: number of devices, of which each has an equal share of both.
+    """
     device = jax.local_devices()[0]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+    shapes = [jax.tree.leaves(jax.eval_shape(function)) for function in (make, make_other)]
+    size, other = (sum(x.size * x.dtype.itemsize for x in each) for each in shapes)
     place = "the machine's memory" if device.platform == "cpu" else "device memory"
-    check_replay_fits(size, device, place, buffer_size, total_timesteps)
+    check_replay_fits(size, device, place, buffer_size, total_timesteps, other, shares)
 
 
 def host_device() -> jax.Device:
@@ -226,23 +238,36 @@ def host_device() -> jax.Device:
         raise UserError(what) from error
 
 
-def check_replay_fits(size: int, device: jax.Device, place: str, buffer_size: int, total_timesteps: int) -> None:
-    """Refuses a replay of `size` bytes that does not fit into a device's memory, named `place`, with its copies."""
+def check_replay_fits(
+    size: int,
+    device: jax.Device,
+    place: str,
+    buffer_size: int,
+    total_timesteps: int,
+    other: int = 0,
+    shares: int = 1,
+) -> None:
+    """Refuses a replay of `size` bytes that does not fit into a device's memory, named `place`, with its copies and
+    beside `other` bytes. shares: see `check_memory`."""
     on_host = device.platform == "cpu"
     with_accelerator = jax.default_backend() != "cpu"
     copies = on_host + 1 + with_accelerator  # beside accelerators, checkpoints pass through pinned memory
-    largest = 0.9 * min(available_bytes(device), available_bytes() / copies)
+    free_there = available_bytes(device) * (1 if on_host else shares)  # devices of a CPU have one memory
+    largest = 0.9 * min(free_there - other, (available_bytes() - on_host * other) / copies)
     if size <= largest:
         return
     takes = f"takes {size / 1e9:.1f} GB of {place}, and "
     if with_accelerator:
         takes += "twice "
     takes += "as much again" if on_host else "as much of the machine's"
-    free = f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {int(largest / size * buffer_size)}"
+    enough = max(0, int(largest / size * buffer_size))
+    free = f"{available_bytes() / 1e9:.1f} GB are free, enough for --buffer-size {enough}"
     if not on_host:
-        free = f"{available_bytes(device) / 1e9:.1f} GB and {free}"
+        free = f"{free_there / 1e9:.1f} GB and {free}"
+    if other:
+        free += f" beside {other / 1e9:.1f} GB of demonstrations"
     if total_timesteps < buffer_size:
-        free += f"; the run is {total_timesteps} simulator steps long"
+        free += f"; --total-timesteps is {total_timesteps}"
     raise UserError(f"--buffer-size {buffer_size} {takes} whenever a checkpoint is written; {free}")
 
 

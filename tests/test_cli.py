@@ -8,7 +8,7 @@ import pytest
 
 import tdmpc2_jax as td
 import tdmpc_jax
-from tdmpc2_support.cli import settings
+from tdmpc2_support.cli import settings, with_settings
 
 SCRIPT = td
 CARTPOLE = ["--task", "cartpole-balance"]
@@ -32,12 +32,21 @@ CARTPOLE = ["--task", "cartpole-balance"]
         ([*CARTPOLE, "--latent-dim", 30], ["--simnorm-dim"]),
         ([*CARTPOLE, "--simnorm-dim", 7], ["--latent-dim"]),
         ([*CARTPOLE, "--utd", 0], ["--utd"]),
+        (["--task", "HalfCheetah-v5", "--save-episodes", "data"], ["--save-episodes", "python envs.py"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40],
 )
 def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, words):
     sentence = refused(*flags)
     assert all(word in sentence for word in words), sentence
+
+
+def test_a_model_size_that_another_script_has_is_not_taken_from_its_record():
+    record = {"enc_dim": 8, "batch_size": 2}
+    for size in (None, "L"):
+        agent = with_settings(td.Args(), record | {"model_size": size}).agent
+        assert (agent.model_size, agent.enc_dim, agent.batch_size) == (5, 8, 2)
+    assert with_settings(td.Args(), record | {"model_size": 48}).agent.model_size == 48
 
 
 NONSENSE = """

@@ -1,6 +1,9 @@
 """Offline datasets: windows come from the right places of the files, and files that do not fit are named."""
 
+import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -8,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pt_files import pickled, tensor, write_pt
+from torch_files import pickled, tensor, write_pt
 
 import envs
 import tdmpc2_jax_mt as mt
+from tdmpc2_support.data import datasets
 from tdmpc2_support.data.device_data import to_devices
 
 ENTRIES, H = 9, 3
@@ -311,6 +315,33 @@ def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refuse
     (tmp_path / "file").write_text("")
     with pytest.raises(envs.UserError, match="episodes cannot be written to"):
         envs.EpisodeWriter(tmp_path / "file", "mw-reach", 1)
+
+
+def test_a_writer_that_could_not_write_tries_again_when_the_next_episode_has_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "_BYTES_AT_ONCE", 1)
+    writer = envs.EpisodeWriter(tmp_path, "mw-reach", 1)
+    shutil.rmtree(tmp_path / "mw-reach")
+    for step in range(3 * 101 - 1):
+        writer.add(np.zeros((1, 39)), np.zeros((1, 4)), np.ones(1), np.array([step % 101 == 0]))
+    assert capsys.readouterr().err.count("cannot be written to") == 2
+    (tmp_path / "mw-reach").mkdir()
+    writer.flush()
+    assert envs.load_dataset(["mw-reach"], tmp_path).num_episodes == 2, "none is lost"
+
+
+def test_a_dataset_may_have_more_files_than_a_process_may_have_open(tmp_path):
+    arrays = {"obs": np.zeros((1, 101, 39), np.float32), "action": np.zeros((1, 101, 4), np.float32)}
+    arrays |= {"reward": np.zeros((1, 101), np.float32), "task": np.zeros((1, 101), np.int64)}
+    (tmp_path / "mw-reach").mkdir()
+    for i in range(30):
+        envs.save_tensordict(tmp_path / "mw-reach" / f"chunk_{i}.pt", arrays)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = max(map(int, os.listdir("/dev/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 10, limit[1]))
+    try:
+        assert envs.load_dataset(["mw-reach"], tmp_path).num_episodes == 30
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_episodes_of_pictures_are_written_and_read_as_they_are_and_not_taken_for_states(tmp_path):

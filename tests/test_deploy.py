@@ -165,7 +165,7 @@ def test_target_values_are_in_the_file_if_they_are_wanted(one, many, quantize):
         before = load_any(str(checkpoint), (), *deploy.SCRIPTS)
         after = load_any(str(whole), (), *deploy.SCRIPTS)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), after.target_q, before.target_q)
-        assert after.q_scale == before.q_scale
+        assert after.q_scale == before.q_scale and np.shape(after.q_scale) == ()
 
 
 @pytest.mark.golden

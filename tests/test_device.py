@@ -3,6 +3,7 @@
 import csv
 import shutil
 from fractions import Fraction
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +119,9 @@ def test_seeds_side_by_side_are_the_runs_that_they_are_alone_and_one_that_breaks
 
 
 def test_updates_are_due_as_often_as_asked_for_however_long_the_run():
-    for utd in (0.075, 1.0, 1 / 3, 2.5, 1 / 1024):
-        schedule = SCRIPT.Schedule(0, 1000, Fraction(utd).limit_denominator(4096))
+    for utd in (0.075, 1.0, 1 / 3, 2.5, 1 / 1024, 0.0001, 0.00012, 20.5):
+        schedule = SCRIPT.schedule_of(SCRIPT.Args(utd=utd, seed_steps=1000), SimpleNamespace(spec=None))
+        assert float(schedule.utd) == pytest.approx(utd, rel=1e-6), "as it was asked for, however small"
         decisions = np.array([999, 1000, 1001, 123_456, 2**24 + 1, 100_000_000])
         due = jax.vmap(lambda d, schedule=schedule: SCRIPT.updates_due(schedule, d, 0, 1))(jnp.asarray(decisions))
         exact = [1000 + int((int(d) - 1000) * schedule.utd) if d >= 1000 else 0 for d in decisions]

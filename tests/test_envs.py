@@ -16,6 +16,7 @@ import envs
 from tdmpc2_support.envs import dmcontrol, rendering
 from tdmpc2_support.envs.soup import FACTS
 from tdmpc2_support.envs.vector import env_seeds
+from tdmpc2_support.run.folder import Signals
 
 ROOT = Path(envs.__file__).parent
 DMCONTROL = [name for name, row in envs.TASKS.items() if row.domain == "DMControl"]
@@ -784,6 +785,17 @@ def test_a_killed_worker_is_one_sentence_and_leaves_no_process(victim, command):
             calls[command]()
     vector.close()
     assert not any(alive(process.pid) for process in vector.processes)
+
+
+@pytest.mark.parametrize("number", [n for n in Signals.NUMBERS], ids=lambda number: signal.Signals(number).name)
+def test_workers_go_on_after_every_signal_that_ends_a_run_in_order(number):
+    vector = envs.make_envs("Counter-v0", 2, num_workers=1)
+    try:
+        vector.reset()
+        os.kill(vector.processes[0].pid, number)
+        vector.step(np.zeros((2, 1), np.float32))
+    finally:
+        vector.close()
 
 
 SCRIPT = """

@@ -63,6 +63,15 @@ def test_a_resumed_run_takes_what_it_was_started_with_but_not_the_processes_of_t
     assert not record.keys() & {"distributed", "coordinator", "num_processes", "process_id"}
 
 
+def test_a_run_that_begins_with_an_agent_takes_what_its_networks_numbers_mean(tmp_path, monkeypatch):
+    saved = {"args": {"vmin": -5.0, "simnorm_dim": 4, "lr": 1.0, "model_size": 1, "task": "y"}}
+    monkeypatch.setattr(module, "read_record", lambda path, *scripts: saved)
+    for resume in (False, True):  # one that has not begun
+        args = SimpleNamespace(resume=resume, evaluate=False, checkpoint="agent")
+        found = recorded_settings(args, lambda args: tmp_path / "run", ("x",))
+        assert found == {"vmin": -5.0, "simnorm_dim": 4}
+
+
 @pytest.mark.parametrize("content", ["", '{"lr": 1.0, ', "[]", "{}", '{"lr": null}', "\xff\x00", None])
 def test_a_damaged_record_of_arguments_is_taken_from_the_newest_checkpoint(tmp_path, content):
     path = begun(tmp_path / "run")
@@ -175,7 +184,7 @@ NAMES = ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_number_of_terminations_ask_for_one_end_in_order(name):
+def test_any_number_of_terminations_ask_for_one_end_in_order(name, capsys):
     first = getattr(signal, name)
     before = signal.getsignal(first)
     with Signals() as signals:
@@ -184,9 +193,11 @@ def test_any_number_of_terminations_ask_for_one_end_in_order(name):
             signal.raise_signal(number)
         assert signals and signals.received == first
     assert signal.getsignal(first) == before
-    with pytest.raises(SystemExit) as stop:
-        signals.exit_if_received("simulator step 7")
-    assert stop.value.code == 128 + first
+    for step, words in ((7, "--resume continues the run"), (0, "nothing was saved yet")):
+        with pytest.raises(SystemExit) as stop:
+            signals.exit_if_received("simulator step", step)
+        assert stop.value.code == 128 + first
+        assert f"stopped by {name} at simulator step {step}; {words}" in capsys.readouterr().err
 
 
 def test_under_nohup_the_end_of_the_terminal_ends_nothing():
@@ -216,7 +227,7 @@ def test_only_a_second_ctrl_c_a_second_later_does_not_wait(monkeypatch):
 def test_without_a_signal_nothing_ends():
     with Signals() as signals:
         pass
-    signals.exit_if_received("simulator step 7")
+    signals.exit_if_received("simulator step", 7)
 
 
 # ------------------------------------------------------------------------------------------------------------- Curves
@@ -307,8 +318,8 @@ def test_a_curve_that_cannot_be_written_ends_the_run_in_order_and_is_made_again(
         count["evaluated"] = 10
         logger.record_returns(10, task_spec("walker-walk"), result)
         assert signals and count["evaluated"] == (0 if file == "eval.csv" else 10)
-    with pytest.raises(UserError, match="cannot be written: .*; the run is saved at simulator step 10, --resume"):
-        signals.exit_if_received("simulator step 10")
+    with pytest.raises(UserError, match="cannot be written: .*; stopped at simulator step 10, --resume continues"):
+        signals.exit_if_received("simulator step", 10)
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path):

@@ -1,6 +1,7 @@
 """Environments in JAX: the protocol, episodes of many side by side, and the same seen from outside."""
 
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,17 @@ def test_its_facts_are_those_of_its_function_and_no_process_is_started_for_it():
     assert (spec.domain, spec.episode_length, spec.can_terminate) == ("JAX", 40, True)
     assert envs.default_workers("jax_toys:falling", 64, cores=16) == 0
     assert open_jax("jax_toys:falling") is open_jax("jax_toys:falling"), "compiled once"
+
+
+def test_a_module_in_the_current_folder_is_found_and_its_faults_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    (tmp_path / "toy_of_mine.py").write_text("import jax_toys\n\n\ndef make():\n    return jax_toys.point()\n")
+    assert open_jax("toy_of_mine:make").spec.domain == "JAX"
+    for name, text in (("toy_that_fails", "1 / 0"), ("toy_of_no_python", "def")):
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(UserError, match=f"task '{name}:make' cannot be imported"):
+            open_jax(f"{name}:make")
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):

@@ -22,9 +22,9 @@ from tdmpc2_support.run.checkpoints import complete_checkpoints, read_checkpoint
 from tdmpc2_support.run.schedule import random_streams
 
 SCRIPT = diffusion
-FIRST = ["--task", "strange_envs:Point-v0", *FIRST_SMALL["tdmpc2_jax.py"], "--checkpoint-freq", "100"]
+FIRST = ["--task", "strange_envs:Point-v0", *FIRST_SMALL["tdmpc2_jax.py"], "--checkpoint-freq", "115"]
 FIRST += ["--eval-freq", "1000", "--no-compile-cache"]
-JOINT = [*FIRST, *TINY, *"--mode joint --planner-start 220 --total-timesteps 300".split()]
+JOINT = [*FIRST, *TINY, *"--mode joint --planner-start 230 --total-timesteps 300".split()]
 NAME = "strange_envs:Point-v0/tdmpc2_jax_diffusion/1"
 
 
@@ -190,9 +190,9 @@ def finished(tmp_path_factory):
 
 @pytest.mark.slow
 def test_until_the_planner_starts_a_joint_run_is_a_run_of_the_first_script_bit_for_bit(finished, tmp_path):
-    td.main([*FIRST, "--eval-episodes", "1", "--total-timesteps", "200", "--runs-dir", str(tmp_path)])
+    td.main([*FIRST, "--eval-episodes", "1", "--total-timesteps", "230", "--runs-dir", str(tmp_path)])
     newest, before = complete_checkpoints(finished)
-    assert (newest.name, before.name) == ("300", "200")
+    assert (newest.name, before.name) == ("300", "230")
     joint = read_joint(before)
     folder = tmp_path / "strange_envs:Point-v0/tdmpc2_jax/1"
     alone = read(complete_checkpoints(folder)[0], td.Args, "tdmpc2_jax")

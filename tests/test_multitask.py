@@ -25,7 +25,7 @@ from tdmpc2_support.cli import settings
 from tdmpc2_support.run.checkpoints import complete_checkpoints
 from tdmpc2_support.run.reports import joined
 from tdmpc2_support.run.schedule import random_streams
-from tdmpc2_support.run.video import grid
+from tdmpc2_support.run.video import grid, side_by_side
 
 SCRIPT = mt
 TASKS = ("cartpole-balance", "mw-reach")
@@ -388,6 +388,7 @@ def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir,
         (["--data-dir", "x", "--json", "x.json"], ["--json goes with --evaluate"]),
         (["--data-dir", "x", "--process-id", 1], ["go with --distributed"]),
         (["--data-dir", "x", "--distributed", "--process-id", 1], ["go together"]),
+        (["--data-dir", "x", "--distributed"], ["--distributed: ", "start it under SLURM"]),
         (["--data-dir", "x", "--readers", 0], ["--readers", "from 1 to"]),
         (["--data-dir", "x", "--distributed", "--evaluate", "--checkpoint", "x.pt"], ["leave out --distributed"]),
         (["--data-dir", "x", "--simnorm-dim", 7], ["--latent-dim must be a multiple of --simnorm-dim"]),
@@ -403,6 +404,7 @@ def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, 
 
 def test_checkpoints_and_tasks_that_do_not_belong_together_are_refused(refused, golden, whole, data_dir):
     assert "single-task agent" in refused("--evaluate", "--checkpoint", golden("single.pt"))
+    assert "an agent of Newt, of" in refused("--evaluate", "--checkpoint", golden("newt.pt"))
     assert "was not trained on dog-run" in refused("--evaluate", "--checkpoint", whole[0], "--tasks", "dog-run")
     assert "does not fit" in refused("--evaluate", "--checkpoint", whole[0], "--mlp-dim", 32)
     names = ("--tasks", "mw-reach,cartpole-balance", "--data-dir", data_dir)
@@ -447,3 +449,14 @@ def test_grids_hold_every_picture():
     assert picture.shape == (192 * 2, 192 * 3, 3), "every other pixel, to be at most 768 wide"
     places = [(100 + 192 * row, 100 + 192 * column) for row in (0, 1) for column in (0, 1, 2)]
     assert [picture[place][0] for place in places] == [1, 3, 5, 7, 9, 0]
+
+
+def test_pictures_of_several_sizes_stand_side_by_side_each_with_the_room_of_the_largest():
+    sizes = (384, 384), (400, 600), (210, 160)
+    frames = [[np.full((*size, 3), i + 1, np.uint8)] for i, size in enumerate(sizes)]
+    (picture,) = side_by_side(frames)
+    height, width = 200, 300  # every other pixel of the largest
+    assert picture.shape == (2 * height, 2 * width, 3)
+    assert (picture[:192, :192] == 1).all() and not picture[192:height, :192].any()
+    assert (picture[:height, width:] == 2).all()
+    assert (picture[height : height + 105, :80] == 3).all() and not picture[height:, 80:].any()

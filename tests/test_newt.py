@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,9 @@ import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 from tdmpc2_support import devices
 from tdmpc2_support.agents.fold import fold_task
-from tdmpc2_support.agents.pretrained import load_newt
+from tdmpc2_support.agents.pretrained import LoadedAgent, load_newt
 from tdmpc2_support.data.demonstrations import Episode, in_columns, read_demonstrations
-from tdmpc2_support.data.embeddings import read_embeddings
+from tdmpc2_support.data.embeddings import SHIPPED, read_embeddings
 from tdmpc2_support.data.pt import save_tensordict
 from tdmpc2_support.envs.vector import shared_out
 from tdmpc2_support.run.checkpoints import complete_checkpoints
@@ -52,6 +53,8 @@ def demos(tmp_path_factory):
         action[:, 0], reward[:, 0] = np.nan, np.nan
         episode = np.repeat(np.arange(number), rows)
         tensors = {"obs": obs.reshape(-1, 128), "action": action.reshape(-1, 16), "reward": reward.reshape(-1)}
+        if task == 2:  # of these the first one was ended by the environment
+            tensors["terminated"] = (np.arange(number * rows) == rows - 1).astype(np.uint8)
         save_tensordict(folder / f"{NAMES[task]}.pt", tensors | {"episode": episode})
     return folder
 
@@ -169,7 +172,7 @@ def test_windows_are_drawn_as_sample_says_and_half_of_a_batch_is_from_the_demons
 
 # --------------------------------------------------------------------------------------------------------------- Runs
 @pytest.mark.slow
-def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, here, tmp_path, capsys):
+def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, demos, here, tmp_path, capsys):
     folder, replay = stored[1]
     rows = list(csv.DictReader((folder / "eval.csv").open()))
     steps = [int(row["step"]) for row in rows[::3]]
@@ -177,13 +180,16 @@ def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, here, tmp_pat
     assert [row["task"] for row in rows[:3]] == list(NAMES)
     assert {row["success"] for row in rows[1::3]} == {"0.5"}, "the last step's"
     meta = meta_of(folder, "newt_jax")
+    assert meta_of(stored[0][0], "newt_jax")["args"]["warmup_updates"] == 5000, "as it was given, though not used"
     count = meta["count"]
     assert count["pretrained"] == 20 and 120 <= count["decisions"] < 123
     assert (count["decisions"] - 63) * 0.2 - 1 < count["updates"] <= (count["decisions"] - 60) * 0.2
     assert read_scalars(folder, "losses/pi_prior_loss") and read_scalars(folder, f"charts/episodic_return/{NAMES[2]}")
 
     runs = str(folder.parent.parent.parent)
+    moved = shutil.copytree(demos, tmp_path / "moved")
     more = (*PRETRAINED[:2], "--runs-dir", runs, "--exp-name", "demos", "--resume", "--total-timesteps", 180)
+    more = (*more, "--demos", moved)
     status, out, err = here(*more, small=False, name="newt_jax.py")
     assert status == 0, err
     assert "from step 14" in out
@@ -270,16 +276,20 @@ def test_of_each_task_the_demonstrations_with_the_highest_returns_are_taken_in_t
     assert [(episode.task, episode.obs[0, 1]) for episode in episodes] == [(0, 103), (0, 104), (2, 101), (2, 102)]
     assert all(episode.reward[0] == 0 and not episode.action[0].any() for episode in episodes)
     assert f"no demonstrations of {NAMES[1]}" in capsys.readouterr().err
+    ends = [episode.terminated.nonzero()[0].tolist() for episode in read_demonstrations(NAMES, demos)]
+    assert ends == [[], [], [], [], [], [LENGTHS[2]], [], []], "only where the file says it"
 
 
 def test_episodes_are_spread_over_the_columns_of_their_task_and_end_together():
     def episode(task, number, rows):
-        return Episode(task, np.full((rows, 2), number), np.full((rows, 1), number), np.full(rows, number))
+        ends = np.arange(rows) == rows - 1
+        return Episode(task, np.full((rows, 2), number), np.full((rows, 1), number), np.full(rows, number), ends)
 
     steps = in_columns([episode(0, 1, 4), episode(1, 2, 3), episode(0, 3, 2), episode(0, 4, 1)], 2, 4, 3, 2, multiple=5)
     assert steps["obs"].shape == (5, 4, 3) and steps["first"].shape == (5, 4)
     np.testing.assert_array_equal(steps["reward"].T, [[0, 1, 1, 1, 1], [0, 0, 3, 3, 4], [0, 0, 2, 2, 2], [0] * 5])
     np.testing.assert_array_equal(steps["first"][:, 1], [True, True, True, False, True])
+    np.testing.assert_array_equal(steps["terminated"][:, 1], [False, False, False, True, True])
     assert not steps["obs"][..., 2].any()
 
 
@@ -302,11 +312,29 @@ def test_embeddings_are_read_from_files_by_either_name_or_are_one_hot_learned_or
     np.testing.assert_array_equal(read_embeddings(names, "one-hot"), np.eye(2))
     assert read_embeddings(names, "learned") is None and read_embeddings(names, None) is None
     assert read_embeddings(names[:1], None).shape == (1, 0)
+    for content in (b"", np.random.default_rng(0).bytes(100), SHIPPED.read_bytes()[:2000]):
+        (tmp_path / "damaged.npz").write_bytes(content)
+        with pytest.raises(envs.UserError, match="damaged.npz holds no embeddings"):
+            read_embeddings(names, str(tmp_path / "damaged.npz"))
     shipped = read_embeddings(("walker-walk", "mw-reach"), None)
     assert shipped.shape == (2, 512) and (np.linalg.norm(shipped, axis=1) > 14).all()
 
 
 # -------------------------------------------------------------------------------------------------------- Terminations
+def test_an_agent_that_knows_terminations_goes_on_with_tasks_that_have_none():
+    agent = newt.Agent("S", pad_obs=0, pad_action=0)
+    both = newt.for_tasks(agent, ("Hopper-v5", "strange_envs:Counting12-v0"), 0, False, warm_up=False)
+    params = newt.init_params(both, jax.random.key(0), jnp.zeros((2, 0)))
+    loaded = LoadedAgent(
+        params, params["q"], task_emb=jnp.zeros((2, 0)), tasks=("Hopper-v5", NAMES[0]), learned_emb=False
+    )
+    agent = dataclasses.replace(agent, pad_obs=both.obs_dim, pad_action=both.action_dim)
+    for tasks, episodic in (((NAMES[0],), True), (("Hopper-v5",), False), (("Hopper-v5",), True)):
+        args = newt.Args(agent=dataclasses.replace(agent, episodic=episodic), checkpoint="x")
+        start = newt.fit_loaded(args, tasks, loaded)
+        assert ("termination" in start.loaded.params) == (tasks == ("Hopper-v5",) and episodic)
+
+
 @pytest.mark.slow
 def test_terminations_are_learned_and_planned_with_in_tasks_that_have_them_only():
     sizes = {

@@ -129,6 +129,13 @@ def test_a_file_that_an_earlier_version_wrote_by_hand_is_read(tmp_path):
     assert read_safetensors(path, parts=("b",)).tensors == {}, "of other components nothing is kept"
 
 
+def test_arrays_come_back_in_the_shapes_that_they_had(tmp_path):
+    arrays = {"scalar": np.asarray(3.0, np.float32), "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    write_safetensors(tmp_path / "a.safetensors", arrays, {})
+    for name, found in read_safetensors(tmp_path / "a.safetensors").tensors.items():
+        np.testing.assert_array_equal(found, arrays[name], strict=True)
+
+
 def test_the_files_of_the_1m_model_are_as_small_as_they_are_called(tmp_path):
     tasks, rng = envs.TASK_SETS["mt30"], np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: mt.init_params(mt.for_tasks(mt.Agent(model_size=1), tasks), jax.random.key(0)))

@@ -39,6 +39,9 @@ def test_learning_waits_for_the_first_window():
 def test_a_run_whose_episodes_are_all_shorter_than_a_window_is_stopped_early():
     with pytest.raises(UserError, match="in 200 decisions there is nothing to learn from: all episodes are shorter"):
         updates_due(200, 0, 100, 1.0, 1, windows=0)
+    assert updates_due(242, 0, 0, 0.075, 9, windows=0, num_envs=121) == 0, "two decisions in each are no episode yet"
+    with pytest.raises(UserError, match="nothing to learn from"):
+        updates_due(200 * 121, 0, 0, 0.075, 9, windows=0, num_envs=121)
 
 
 def test_a_replay_that_has_lost_all_windows_is_told_from_one_that_had_none_yet():

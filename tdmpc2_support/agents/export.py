@@ -84,7 +84,11 @@ def write_stablehlo(path: str | os.PathLike, function: Function, params: Params,
     exported = jax.export.export(jitted, platforms=PLATFORMS)(*function.inputs.values())
     content = bytes(exported.serialize())
     write_new(f"{path}.json", (json.dumps(dict(metadata), indent=2) + "\n").encode())
-    write_new(path, content)
+    try:
+        write_new(path, content)
+    except UserError:
+        Path(f"{path}.json").unlink(missing_ok=True)
+        raise
 
 
 def runner(path: str | os.PathLike, kind: str) -> Callable[..., tuple]:

@@ -468,7 +468,7 @@ def embeddings_of(agent: LoadedAgent, names: Sequence[str], source: str | None, 
     if new:
         if source is None and agent.learned_emb:
             raise UserError(f"{path} does not know {', '.join(new[:3])}")
-        found = read_embeddings(new, source or "language")
+        found = read_embeddings(new, source or ("language" if own.shape[1] else "none"))
         if found is None or found.shape[1] != own.shape[1]:
             raise UserError(
                 f"{path} has embeddings of {own.shape[1]} numbers: --embeddings {source} is of another size"
@@ -489,6 +489,8 @@ def padding_of(agent: LoadedAgent) -> dict[str, int]:
 
 
 def _with_table(agent: LoadedAgent, named: Sequence[str], path: str) -> LoadedAgent:
+    if not agent.learned_emb:
+        raise UserError(f"{path} is an agent of Newt, of {len(agent.task_emb)} tasks: it is for newt_jax.py")
     tasks = agent.tasks or tuple(named)
     if len(tasks) != len(agent.task_emb):
         raise UserError(f"{path} knows {len(agent.task_emb)} tasks: name them all with --tasks")
@@ -623,7 +625,7 @@ def _read_quantized(path: str, scripts: Sequence[str], parts: Sequence[str]) -> 
     except (KeyError, ValueError, IndexError, AttributeError):
         raise UserError(f"{path} holds no whole agent") from None
     params = jax.tree.map(jnp.asarray, params)
-    q_scale = params.pop("q_scale", 1.0)
+    q_scale = jnp.reshape(params.pop("q_scale", 1.0), ())  # in files of earlier versions it has shape [1]
     task_emb = params.pop("task_emb", None)
     target_q = params.pop("target_q", params.get("q", {}))  # learning that goes on begins with the Qs themselves
     return LoadedAgent(params, target_q, q_scale, task_emb, record["tasks"], record["args"], record["variant"])

@@ -124,7 +124,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     """
     if Path(path).exists():
         raise UserError(f"{path} exists: choose another --output")
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}  # a scalar stays one
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
     header = _header(shapes)
     checksum = _checksum(header, record)

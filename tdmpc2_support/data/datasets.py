@@ -8,9 +8,11 @@ Files are those of `tdmpc2_support/data/pt.py`; what `EpisodeWriter` writes, PyT
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pathlib
+import resource
 import sys
 import warnings
 from collections import deque
@@ -88,7 +90,16 @@ def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray, 
     if missing <= max(found, default=0):
         last = f", though there is {found[max(found)].name}" if found else ""
         raise UserError(f"{folder / f'chunk_{missing}.pt'} is missing{last}")
+    _allow_open_files(len(found))
     return [_check_chunk(path, load_pt(path, in_place=True), tasks, ids, obs) for _, path in sorted(found.items())]
+
+
+def _allow_open_files(number: int) -> None:
+    """Raises the limit of this process by so many open files, of which a file that is mapped into memory is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = soft + number if hard == resource.RLIM_INFINITY else min(soft + number, hard)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a limit of their own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _check_chunk(path: pathlib.Path, tensors: Any, tasks: tuple[str, ...], ids: np.ndarray, obs: str) -> Chunk:
@@ -350,9 +361,10 @@ class EpisodeWriter:
         self._open["obs"][envs, self._entry] = obs
         self._open["action"][envs, self._entry] = np.where(first[:, None], np.nan, action)
         self._open["reward"][envs, self._entry] = np.where(first, np.nan, reward)
-        for i in np.flatnonzero(self._entry + 1 == self._open["reward"].shape[1]):
+        ended = np.flatnonzero(self._entry + 1 == self._open["reward"].shape[1])
+        for i in ended:
             self._finished.append({name: values[i].copy() for name, values in self._open.items()})
-        if len(self._finished) * self._open["obs"][0].nbytes > _BYTES_AT_ONCE:
+        if len(ended) and len(self._finished) * self._open["obs"][0].nbytes > _BYTES_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
@@ -374,7 +386,7 @@ class EpisodeWriter:
             except OSError as error:
                 print(
                     f"{len(self._finished)} episodes cannot be written to {self._folder} ({error.strerror}): they stay "
-                    "in memory until the next checkpoint",
+                    "in memory, to be written later",
                     file=sys.stderr,
                 )
                 return

@@ -28,12 +28,13 @@ class Episode(NamedTuple):
     obs: np.ndarray  # [L+1, O]
     action: np.ndarray  # [L+1, A]
     reward: np.ndarray  # [L+1]
+    terminated: np.ndarray  # [L+1] true at the end of an episode that the environment has ended, not its time limit
 
 
 def read_demonstrations(names: Sequence[str], folder: str | os.PathLike, best: int | None = None) -> list[Episode]:
     """The episodes of these tasks in a folder, those of the first task first. A task's are in TASK/chunk_0.pt, … as
     `EpisodeWriter` leaves them, or in TASK.pt as mmbench has them: a TensorDict [rows] of obs, action, reward and
-    episode. Tasks without any are named, and no mistake.
+    episode, and perhaps terminated. Tasks without any are named, and no mistake.
 
     Args:
         best: of each task take so many, those with the highest returns.
@@ -71,6 +72,7 @@ def _from_dataset(task: int, name: str, folder: str | os.PathLike) -> list[Episo
     lengths = np.concatenate([np.full(len(chunk.obs), chunk.obs.shape[1]) for chunk in data.chunks])
     bounds = np.cumsum(lengths)[:-1]
     columns = [np.split(entries[key], bounds) for key in ("obs", "action", "reward")]
+    columns.append([np.zeros(length, bool) for length in lengths])  # only whole episodes are written
     return [Episode(task, *arrays) for arrays in zip(*columns, strict=True)]
 
 
@@ -80,13 +82,16 @@ def _from_rows(task: int, path: Path) -> list[Episode]:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), np.ndarray) for key in wanted):
         raise UserError(f"{path} holds no demonstrations: it must hold {', '.join(wanted)}")
     arrays = {}
+    if isinstance(content.get("terminated"), np.ndarray):
+        wanted["terminated"] = 1
     for key, ndim in wanted.items():
         array = content[key]
-        if key in ("reward", "episode"):
+        if ndim == 1:
             array = array.reshape(len(array), -1)[:, 0] if array.size == len(array) else array
         if array.ndim != ndim or len(array) != len(content["obs"]) or not array.size:
             raise UserError(f"{path}: {key} has shape {content[key].shape}")
         arrays[key] = array
+    terminated = arrays.get("terminated", np.zeros(len(arrays["reward"]))).astype(bool)
     ids = arrays["episode"]
     firsts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
     inner = np.ones(len(ids), bool)
@@ -101,7 +106,8 @@ def _from_rows(task: int, path: Path) -> list[Episode]:
         if not finite.all():
             raise UserError(f"{path}: {key} of episode {ids[~finite][0]} is not finite")
     for rows in np.split(np.arange(len(ids)), firsts[1:]):
-        episodes.append(Episode(task, *[arrays[key][rows] for key in ("obs", "action", "reward")]))
+        obs, action, reward = (arrays[key][rows] for key in ("obs", "action", "reward"))
+        episodes.append(Episode(task, obs, action, reward, terminated[rows]))
     return episodes
 
 
@@ -149,6 +155,7 @@ def in_columns(
                     raise UserError(f"a demonstration has {key} of {values.shape[1]} numbers, the agent's have {width}")
                 steps[key][rows, column, :width] = values[:, :width]
             steps["reward"][rows, column] = episode.reward
+            steps["terminated"][rows, column] = episode.terminated
             steps["first"][rows, column] = np.arange(len(episode.reward)) == 0
             row += len(episode.reward)
     return steps

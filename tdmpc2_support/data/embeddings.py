@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -80,7 +82,7 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
     except FileNotFoundError:
         words = "a file, or one of learned, one-hot, none and language"
         raise UserError(f"--embeddings {path}: there is no such file ({words})") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no embeddings ({type(error).__name__})") from None
 
 

@@ -196,17 +196,29 @@ def strongly_typed(x: Any) -> jax.Array:
 
 
 # ------------------------------------------------------------------------------------------------ Tasks by their names
-@functools.cache
-def open_jax(task: str, physics: str = "auto") -> JaxEnv:
+_physics: dict[str, str] = {}  # with which each task was opened last
+
+
+def open_jax(task: str, physics: str | None = None) -> JaxEnv:
     """The environment in JAX of a task, one and the same at every call: playground/NAME, gymnax/ID or module:function.
 
     Args:
         task: its name.
-        physics: of MuJoCo Playground: "jax", "warp" (needs an NVIDIA GPU), or "auto": warp where there is one.
+        physics: of MuJoCo Playground: "jax", "warp" (needs an NVIDIA GPU), or "auto": warp where there is one. By
+            default that with which the task was opened before, or auto.
 
     Raises:
         UserError: there is none of that name, its package is missing, or it is not what `JaxEnv` needs.
     """
+    physics = physics or _physics.get(task, "auto")
+    if physics == "auto":
+        physics = "warp" if jax.default_backend() == "gpu" else "jax"
+    _physics[task] = physics
+    return _open(task, physics if jax_domain(task) == "Playground" else "jax")
+
+
+@functools.cache
+def _open(task: str, physics: str) -> JaxEnv:
     domain = jax_domain(task)
     if domain == "Playground":
         from tdmpc2_support.envs import playground
@@ -226,8 +238,8 @@ def open_jax(task: str, physics: str = "auto") -> JaxEnv:
 
 
 def spec(task: str) -> TaskSpec:
-    """The facts of a task; unlike those of others it is loaded for them."""
-    return open_jax(task).spec
+    """The facts of a task; unlike those of others it is loaded for them. They are the same with any physics."""
+    return _open(task, "jax").spec
 
 
 # --------------------------------------------------------------------------------------------------------- From outside

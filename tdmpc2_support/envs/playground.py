@@ -13,12 +13,12 @@ from tdmpc2_support.errors import UserError
 SUITE_REPEAT = 2  # simulator steps of a decision, as in DMControl; robots have their own
 
 
-def load(task: str, physics: str = "auto") -> "Playground":
+def load(task: str, physics: str) -> "Playground":
     """The environment of a task `playground/NAME`.
 
     Args:
         task: its name.
-        physics: "jax", "warp" or "auto": warp beside an NVIDIA GPU, else JAX.
+        physics: "jax" or "warp".
 
     Raises:
         UserError: there is no such task, the package is missing, or the models of its robot are.
@@ -32,8 +32,6 @@ def load(task: str, physics: str = "auto") -> "Playground":
         near = difflib.get_close_matches(name, registry.ALL_ENVS, n=3)
         hint = f"did you mean {' or '.join(repr(f'playground/{other}') for other in near)}?" if near else ""
         raise UserError(f"unknown task {task!r}; {hint or 'MuJoCo Playground lists its environments'}")
-    if physics == "auto":
-        physics = "warp" if jax.default_backend() == "gpu" else "jax"
     config = registry.get_default_config(name)
     overrides = {"impl": physics} if "impl" in config else {}
     try:

@@ -257,9 +257,10 @@ def jax_domain(task: str) -> str | None:
     module, _, name = task.rpartition(":")
     if not module or not name.isidentifier():
         return None
+    look_in_current_folder()
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, TypeError, ValueError):  # `gym_spec` tells
+    except Exception:  # whatever somebody's module raises: `gym_spec` tells
         return None
     return "JAX" if callable(found) and name not in gym.registry else None
 
@@ -352,15 +353,21 @@ def gym_spec(task: str) -> Any:
 
 
 def import_module_of(task: str, module: str) -> None:
-    """Imports the module that registers a task: one that is installed or lies beside the script or, which Python does
-    not look at when a script is started by its path, in the current folder."""
-    here = os.getcwd()
-    if here not in sys.path:  # worker processes get the path, and what the module imports may lie there, too
-        sys.path.append(here)
+    """Imports the module that registers a task: one that is installed, or lies beside the script or in the current
+    folder."""
+    look_in_current_folder()
     try:
         importlib.import_module(module.removesuffix(".py"))
     except Exception as error:  # whatever somebody's module raises
         raise UserError(f"task {task!r} cannot be imported: {reason_of(error)}") from error
+
+
+def look_in_current_folder() -> None:
+    """Modules in the current folder can be imported from here on: Python does not look there when a script is started
+    by its path. Worker processes get the path, too."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 # Packages that register their ids when they are imported, and how some of these begin

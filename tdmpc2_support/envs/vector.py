@@ -220,7 +220,7 @@ class WorkerVectorEnv(TaskVectorEnv):
     def _start(self, shared: int, job: tuple) -> None:
         ours, theirs = Pipe()
         # Ctrl-C, the end of a terminal and what batch systems send reach all processes; the parent decides on the end.
-        code = "import signal as s; names = 'SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2'.split(); "
+        code = "import signal as s; names = 'SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU'.split(); "
         code += "[s.signal(getattr(s, name), s.SIG_IGN) for name in names]; import sys; "
         code += "sys.path.insert(0, sys.argv[1]); from tdmpc2_support.envs import vector as v; "
         code += "v._work(*map(int, sys.argv[2:]))"

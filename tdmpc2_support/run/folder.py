@@ -33,6 +33,7 @@ from tdmpc2_support.run.reports import film_path
 
 BEFORE = {"sample": "windows", "obs": "rgb", "state_keys": None}  # what was fixed before it became an argument
 OF_ONE_START = "resume runs_dir distributed coordinator num_processes process_id".split()  # given anew to every one
+NOT_IN_SHAPES = "vmin vmax simnorm_dim log_std_min log_std_max".split()  # of networks, with which they have learned
 WRITTEN = "args.json eval.csv .wandb_run_id events.out.tfevents.* videos wandb checkpoints".split()  # in the folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 
@@ -173,6 +174,8 @@ def started_with(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads((folder / "args.json").read_text("utf-8-sig"))
     record = record if isinstance(record, dict) else {}
+    if record.get("physics") == "auto":  # of earlier versions, which did not say what that was
+        del record["physics"]
     for checkpoint in complete_checkpoints(folder):
         with contextlib.suppress(UserError):
             saved = read_meta(checkpoint)["args"]
@@ -192,7 +195,8 @@ def recorded_settings(
     gone: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What an earlier run has recorded of the arguments that the command line leaves out: all of them if --resume
-    continues it or, if --evaluate takes its agent, those of the agent and of_run.
+    continues it; if --evaluate takes its agent, those of the agent and of_run; if another run begins with its agent,
+    those that say what its networks' numbers mean.
 
     Args:
         args: has the fields agent, evaluate, checkpoint, resume and perhaps source_task.
@@ -228,7 +232,13 @@ def _recorded(args: Any, run_folder: Callable[[Any], Path], scripts: tuple[str, 
             if not folder.holds_run:  # at most one that has only begun
                 stack.enter_context(contextlib.suppress(UserError))
             record = started_with(folder.path)
-        return {name: value for name, value in record.items() if name not in OF_ONE_START}
+        if record:
+            return {name: value for name, value in record.items() if name not in OF_ONE_START}
+    if args.checkpoint:
+        record = {}
+        with contextlib.suppress(UserError):  # whoever reads all of it tells
+            record = read_record(args.checkpoint, *scripts)["args"]
+        return {name: value for name, value in record.items() if name in NOT_IN_SHAPES}
     return {}
 
 
@@ -292,20 +302,24 @@ class Signals:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or now
 
-    def exit_if_received(self, where: str, primary: bool = True) -> None:
-        """Ends the process with the status that shells give to a signal, if one has come; says where the run stopped,
-        as "simulator step 1000".
+    def exit_if_received(self, unit: str, step: int, primary: bool = True) -> None:
+        """Ends the process with the status that shells give to a signal, if one has come; says where the run stopped.
+
+        Args:
+            unit: what is counted, as "simulator step".
+            step: at which the run was saved; 0: there was nothing to save yet.
+            primary: whether this process says so.
 
         Raises:
             UserError: there was another reason.
         """
+        goes_on = "--resume continues the run" if step else "nothing was saved yet"
         if self.problem is not None:
-            raise UserError(f"{self.problem}; the run is saved at {where}, --resume continues it") from self.problem
+            raise UserError(f"{self.problem}; stopped at {unit} {step}, {goes_on}") from self.problem
         if self.received is None:
             return
         if primary:
-            name = signal.Signals(self.received).name
-            print(f"stopped by {name} at {where}; --resume continues the run", file=sys.stderr)
+            print(f"stopped by {signal.Signals(self.received).name} at {unit} {step}; {goes_on}", file=sys.stderr)
         sys.exit(128 + self.received)
 
 

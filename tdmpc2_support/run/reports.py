@@ -160,7 +160,7 @@ def report_scores(args: Any, result: SetEvaluation) -> None:
     numbers = sorted({len(returns) for returns in result.returns})
     each = f"{numbers[0]} episode(s) each" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} episodes each"
     print(f"{headline(results)} over {len(result.tasks)} task(s), {each}")
-    report_video(args.checkpoint, result.frames, result.fps)
     if args.json:
         results |= {"checkpoint": args.checkpoint, "mpc": args.agent.mpc, "seed": args.seed}
         write_results(args.json, results)
+    report_video(args.checkpoint, result.frames, result.fps)

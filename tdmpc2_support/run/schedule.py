@@ -52,7 +52,14 @@ def evaluation_steps(names: Sequence[str], episodes: int) -> int:
 
 
 def updates_due(
-    decisions: int, updates: int, seed_steps: int, utd: float, burst: int, windows: Any, at_once: int | None = None
+    decisions: int,
+    updates: int,
+    seed_steps: int,
+    utd: float,
+    burst: int,
+    windows: Any,
+    at_once: int | None = None,
+    num_envs: int = 1,
 ) -> int:
     """How many dispatches of `burst` updates are to be made now.
 
@@ -61,7 +68,8 @@ def updates_due(
     it is asked for, since all episodes until then may have been shorter than a window.
 
     Raises:
-        UserError: they were for 200 decisions: later ones will not be longer, where nothing is learned.
+        UserError: they were for 200 decisions of every environment: later ones will not be longer, where nothing is
+            learned.
 
     Args:
         decisions: made so far, in all environments.
@@ -71,16 +79,26 @@ def updates_due(
         burst: updates of one dispatch.
         at_once: how many are made at once, if not as many as seed_steps.
         windows: number of windows in the replay; on the device, and only read before the first update.
+        num_envs: environments that have made these decisions together; 1 where seed_steps fill a window in each.
     """
     if decisions < seed_steps:
         return 0
     if updates == 0 and not windows:
-        if decisions >= 200:
-            short = "all episodes are shorter than a training window (--horizon decisions)"
-            raise UserError(f"in {decisions} decisions there is nothing to learn from: {short}")
+        check_first_window(decisions, num_envs)
         return 0
     total = int((seed_steps if at_once is None else at_once) + (decisions - seed_steps) * utd)
     return (total - updates) // burst
+
+
+def check_first_window(decisions: int, num_envs: int) -> None:
+    """Stops a run whose replay has never held a window in 200 decisions of every environment.
+
+    Raises:
+        UserError: it is so.
+    """
+    if decisions >= 200 * num_envs:
+        short = "all episodes are shorter than a training window (--horizon decisions)"
+        raise UserError(f"in {decisions} decisions there is nothing to learn from: {short}")
 
 
 def check_windows(windows: Any, updates: int, horizon: int) -> None:

@@ -44,7 +44,8 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
 def thumbnails(pictures: Sequence[np.ndarray | None], number: int, width: int = 768) -> list[np.ndarray]:
     """The pictures that are not None, as small as `number` of them must be to stand side by side in `grid`."""
     shown = [picture for picture in pictures if picture is not None]
-    step = -(-columns_of(number) * shown[0].shape[1] // width)
+    widest = max(picture.shape[1] for picture in shown)
+    step = -(-columns_of(number) * widest // width)
     return [picture[::step, ::step] for picture in shown]
 
 
@@ -53,12 +54,17 @@ def columns_of(number: int) -> int:
 
 
 def grid(pictures: Sequence[np.ndarray | None]) -> np.ndarray:
-    """The pictures that are not None, made small, side by side in rows: uint8 [height, width, 3]."""
+    """The pictures that are not None, made small, side by side in rows on black: uint8 [height, width, 3]. Each has as
+    much room as the largest."""
     shown = thumbnails(pictures, sum(picture is not None for picture in pictures))
     columns = columns_of(len(shown))
-    shown += [np.zeros_like(shown[0])] * (-len(shown) % columns)
-    rows = [np.concatenate(shown[i : i + columns], axis=1) for i in range(0, len(shown), columns)]
-    return np.concatenate(rows)
+    rows = -(-len(shown) // columns)
+    height, width = np.max([picture.shape[:2] for picture in shown], axis=0)
+    canvas = np.zeros((rows, height, columns, width, 3), np.uint8)
+    for i, picture in enumerate(shown):
+        row, column = divmod(i, columns)
+        canvas[row, : picture.shape[0], column, : picture.shape[1]] = picture
+    return canvas.reshape(rows * height, columns * width, 3)
 
 
 def side_by_side(films: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
