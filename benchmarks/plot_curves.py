@@ -7,7 +7,8 @@ There is one panel per task, and another where it is learned from pixels. A curv
 (step,reward,success,seed; several seeds one below the other), named TASK.csv or TASK__LABEL.csv; a LABEL that starts
 with pixels means tdmpc2_jax_rgb.py, one that starts with TD-MPC tdmpc_jax.py. The references are tables
 method,task,metric,step,mean,min,max,seeds. Of several seeds the thick line is the mean, the band goes from the lowest
-to the highest, at the steps that all of them reached; thin lines are the seeds.
+to the highest, up to the step that all of them reached; thin lines are the seeds. A seed that was evaluated less often
+than another is on the straight line between its evaluations.
 """
 
 import csv
@@ -99,16 +100,19 @@ def by_seed(rows: list[dict[str, str]], column: str) -> dict[str, tuple[np.ndarr
 
 
 def shared_steps(seeds: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The steps [n] that all seeds reached, and their values there [seeds, n]. Of several seeds, steps are rounded (to
-    1,000 of 100,000): where episodes end at any step, one seed is evaluated a few steps later than another."""
+    """The steps [n] of evaluations up to the last one that all seeds reached, and their values there [seeds, n], on the
+    straight line between two evaluations where a seed has none. Of several seeds, steps are rounded (to 1,000 of
+    100,000): where episodes end at any step, one seed is evaluated a few steps later than another."""
     if len(seeds) == 1:
         [(step, value)] = seeds.values()
         return step, value[None]
     last = max(step[-1] for step, _ in seeds.values())
     unit = 10.0 ** max(0.0, np.floor(np.log10(last + 1)) - 2)
-    values = [dict(zip((step / unit).round() * unit, value, strict=True)) for step, value in seeds.values()]
-    steps = sorted(set.intersection(*map(set, values)))
-    return np.array(steps), np.array([[value[step] for step in steps] for value in values])
+    rounded = [(step / unit).round() * unit for step, _ in seeds.values()]
+    steps = np.unique(np.concatenate(rounded))
+    steps = steps[(steps >= max(step[0] for step in rounded)) & (steps <= min(step[-1] for step in rounded))]
+    values = [value for _, value in seeds.values()]
+    return steps, np.array([np.interp(steps, step, value) for step, value in zip(rounded, values, strict=True)])
 
 
 def read_published(path: str, method: str) -> dict[str, tuple[str, Published]]:
@@ -199,11 +203,11 @@ def row_of_table(task: str, label: str, rows: list[dict[str, str]], published) -
     """A curve in one line: the last evaluation that all seeds reached, the mean of the last three, what is published
     at the first step from there on."""
     metric, reference = published or ("success" if any(float(row["success"]) for row in rows) else "reward", None)
-    digits = 2 if metric == "success" else 0
     seeds = by_seed(rows, metric)
     step, values = shared_steps(seeds)
 
     def spread(mean: float, low: float, high: float, count: int) -> str:
+        digits = 2 if metric == "success" else 1 if abs(mean) < 10 else 0
         return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if count > 1 else "")
 
     last, lately = values[:, -1], values[:, -3:].mean(1)

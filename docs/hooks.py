@@ -41,7 +41,9 @@ def source_page(path):
 
 def on_page_markdown(markdown, page, config, files):
     """Turns links of the repository into the site's."""
-    if page.file.src_uri.startswith(("source/", RESULTS)):
+    if page.file.src_uri.startswith(RESULTS):
+        return markdown.replace("](../../docs/", "](../../")
+    if page.file.src_uri.startswith("source/"):
         return markdown
     if page.file.src_uri == RECORDINGS:
         return re.sub(r"\]\((\w+)\.(?:py|sh)\)", r"](../../source/\1.md)", markdown)

@@ -22,7 +22,7 @@
 # It takes some minutes on two cores. To run it:
 #
 # ```bash
-# pip install uv && uv pip install -e '.[test]' -c constraints.txt
+# pip install uv && uv pip install -e '.[notebook]' jupyterlab -c constraints.txt
 # jupyter lab examples/lecture.ipynb
 # ```
 

@@ -209,11 +209,16 @@ def test_curves_of_several_seeds_and_labels_are_drawn_beside_the_published(tmp_p
     }
     steps, values = plot_curves.shared_steps(late)
     assert steps.tolist() == [0, 10_000, 100_000] and values.tolist() == [[0, 1, 2], [5, 6, 7]]
+    often = {"1": (np.array([0, 500, 900]), np.array([0, 5, 9])), "2": (np.array([0, 1000]), np.array([0, 20]))}
+    steps, values = plot_curves.shared_steps(often)
+    assert steps.tolist() == [0, 500, 900] and values.tolist() == [[0, 5, 9], [0, 10, 18]], "none evaluated it at 500"
     picture, reference = tmp_path / "curves.png", str(tmp_path / "scores.csv")
     plot_curves.main(plot_curves.Args(str(tmp_path / "curves"), str(picture), reference))
     assert picture.stat().st_size > 10_000
     table = capsys.readouterr().out
-    assert "| walker-walk |  | 2 | 500 | return 6 (3 to 9) | 4 (2 to 6) | 960 (950 to 970) at 1,000 |" in table
+    assert (
+        "| walker-walk |  | 2 | 500 | return 6.0 (3.0 to 9.0) | 4.0 (2.0 to 6.0) | 960 (950 to 970) at 1,000 |" in table
+    )
     assert "| mw-push |  | 1 | 500 | success 1.00 | 0.50 |  |" in table
 
 

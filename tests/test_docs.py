@@ -19,6 +19,10 @@ SCRIPTS = sorted(path.stem for name in ("tdmpc*", "newt*", "deploy") for path in
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tdmpc2_support/**/*.py"), *ROOT.glob("*/*.py")]
 MODULES = {*SCRIPTS, "envs", "tdmpc2_support"}
 OF_OTHERS = {"--gpus", "--help", "--strict", "--smooth-coef"}  # of other programs, and an example
+OTHERS = [
+    ROOT / name
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/README.md", "tests/golden/README.md")
+]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -96,7 +100,7 @@ def test_every_flag_in_a_sentence_is_one_of_a_script(page):
     assert named <= known
 
 
-@each_page
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: f"{page.parent.name}-{page.name}")
 def test_every_link_leads_somewhere(page):
     text = re.sub(r"(?ms)^```.*?^```", "", page.read_text())
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
