@@ -86,7 +86,7 @@ class Args:
     demos: str | None = None  # folder of demonstrations: TASK/chunk_0.pt, ... of --save-episodes, or TASK.pt of mmbench
     demo_episodes: Count | None = None  # of each task take so many with the highest returns (default: all)
     pretrain_updates: Natural = 200_000  # updates on the demonstrations before anything is stepped
-    embeddings: str | None = None  # a file, language, learned, one-hot or none; default: see docs/newt.md
+    embeddings: str | None = None  # file, language, learned, one-hot, none; default: none, or language if all have it
     num_envs: Count | None = None  # environments of each task (default: 1; 10 of a task alone)
     buffer_size: Count = 10_000_000  # decisions that the replay holds, the demonstrations at first among them
     obs_dtype: Literal["float32", "float16"] = "float32"  # of the observations in the replay

@@ -5,8 +5,8 @@
     python benchmarks/learning.py gpu --reference scores.csv      # the paper's settings, published curves beside ours
     python benchmarks/learning.py gpu --slurm gpu.sh --sbatch gpus=1 time=12:00:00 && sbatch gpu.sh
 
-A run is a process of its script with --resume, so that the same command goes on after Ctrl-C, a SIGTERM or a reboot (after
-a kill -9 end the runs, too: they do not notice it); its output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU every run
+A run is a process of its script with --resume, so that the same command goes on after Ctrl-C, a SIGTERM or a reboot
+(after a kill -9 end the runs, too: they do not notice it); its output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU every run
 has a core of its own and computes with one thread. On an accelerator one run has all of it, or --jobs share it, best
 under NVIDIA's MPS. Curves (step,reward,success,seed; one seed below the other) are collected every minute into
 benchmarks/results/curves; seeds that stand there already and have no folder here stay, so that the curves of several
