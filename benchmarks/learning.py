@@ -6,11 +6,11 @@
     python benchmarks/learning.py gpu --slurm gpu.sh --sbatch gpus=1 time=12:00:00 && sbatch gpu.sh
 
 A run is a process of its script with --resume, so that the same command goes on after Ctrl-C, a SIGTERM or a reboot
-(after a kill -9 end the runs, too: they do not notice it); its output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU every run
-has a core of its own and computes with one thread. On an accelerator one run has all of it, or --jobs share it, best
-under NVIDIA's MPS. Curves (step,reward,success,seed; one seed below the other) are collected every minute into
-benchmarks/results/curves; seeds that stand there already and have no folder here stay, so that the curves of several
-machines add up.
+(after a kill -9 end the runs, too: they do not notice it); its output is in FOLDER/TASK/EXP_NAME/SEED.log. On a CPU
+every run has a core of its own and computes with one thread. On an accelerator one run has all of it, or --jobs share
+it, best under NVIDIA's MPS. Curves (step,reward,success,seed; one seed below the other) are collected every minute
+into benchmarks/results/curves; seeds that stand there already and have no folder here stay, so that the curves of
+several machines add up.
 
 --slurm starts nothing: it writes a job array for a cluster, one run an element, which goes on by itself after its time
 was over or it was preempted; --jobs 0 collects its curves, at any time. See docs/cluster.md.
