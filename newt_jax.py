@@ -922,7 +922,7 @@ def run(args: Args) -> None:
         devices.on_all_processes(partial(logger.begin, title, head, state["train"].params, step, total, count))
         stack.enter_context(signals)
         step = loop(args, inputs, mesh, names, envs, state, replay, demos, count, checkpoints, logger, signals)
-    signals.exit_if_received("step", step, primary)
+    signals.exit_if_received(f"step {step}", primary, saved=step > 0)
 
 
 def check_args(args: Args) -> None:

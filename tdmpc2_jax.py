@@ -922,7 +922,7 @@ def run(args: Args) -> None:
         logger.begin(title, returns_head(spec), state.params, step, args.total_timesteps, count)
         stack.enter_context(signals)
         step = loop(args, agent, state, key, replay, count, envs, eval_envs, checkpoints, logger, signals)
-    signals.exit_if_received("simulator step", step)
+    signals.exit_if_received(f"simulator step {step}", saved=step > 0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -416,12 +416,17 @@ def run(args: Args) -> None:
         runs = side_by_side(started)
         del started, each  # their memory
         step = loop(args, agent, env, runs, files, eval_envs, signals)
-    signals.exit_if_received("simulator step", step)
+    signals.exit_if_received(f"simulator step {step}", saved=step > 0)
+
+
+def recorded(args: Args) -> dict[str, Any]:
+    """What an earlier run has recorded; runs of other scripts may be gone on from, but are evaluated there."""
+    return recorded_settings(args, cli.run_folder, (SCRIPT,) if args.evaluate else td.SCRIPTS)
 
 
 def main(argv: list[str] | None = None) -> None:
     with cli.errors_as_sentences():
-        args = cli.parse(Args, argv, __doc__, lambda args: recorded_settings(args, cli.run_folder, (SCRIPT,)))
+        args = cli.parse(Args, argv, __doc__, recorded)
         cli.check_bounds(dataclasses.replace(args, agent=td.with_model_size(args.agent)))
         cli.require(args.num_seeds == 1 or not args.track, "--track goes with --num-seeds 1: one run in a process")
         if args.capture_video:

@@ -980,7 +980,7 @@ def run_offline(args: Args) -> None:
         logger.begin(title, head, state.params, count["updates"], args.agent.num_updates, count)
         stack.enter_context(signals)
         step = offline_loop(args, agents, world, state, data, count, envs, checkpoints, logger, signals)
-    signals.exit_if_received("update", step)
+    signals.exit_if_received(f"update {step}", saved=step > 0)
 
 
 # -------------------------------------------------------------------------------------------------------- Run: joint
@@ -1112,7 +1112,7 @@ def run_jointly(args: Args) -> None:
         logger.begin(title, returns_head(spec), params, step, args.total_timesteps, count)
         stack.enter_context(signals)
         step = joint_loop(args, agent, learner, replays, count, envs, eval_envs, checkpoints, logger, signals)
-    signals.exit_if_received("simulator step", step)
+    signals.exit_if_received(f"simulator step {step}", saved=step > 0)
 
 
 # ---------------------------------------------------------------------------------------------------- The command line

@@ -986,7 +986,7 @@ def run(args: Args) -> None:
         devices.on_all_processes(begin)
         stack.enter_context(signals)
         step = loop(args, inputs, mesh, state, program, batches, count, checkpoints, logger, signals)
-    signals.exit_if_received("update", step, primary)
+    signals.exit_if_received(f"update {step}", primary, saved=step > 0)
 
 
 def check_args(args: Args) -> None:

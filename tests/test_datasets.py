@@ -336,8 +336,9 @@ def test_a_dataset_may_have_more_files_than_a_process_may_have_open(tmp_path):
     for i in range(30):
         envs.save_tensordict(tmp_path / "mw-reach" / f"chunk_{i}.pt", arrays)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = max(map(int, os.listdir("/dev/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 10, limit[1]))
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, limit[1]))
     try:
         assert envs.load_dataset(["mw-reach"], tmp_path).num_episodes == 30
     finally:

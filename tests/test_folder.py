@@ -55,6 +55,13 @@ def test_a_resumed_run_may_differ_in_what_does_not_define_it(tmp_path):
     start(path, resume=True, total_timesteps=20, eval_freq=3, save_episodes="data")
 
 
+def test_a_run_whose_record_does_not_say_which_physics_it_had_goes_on_with_that_of_this_machine(tmp_path):
+    path = begun(tmp_path / "run", physics="auto")
+    start(path, resume=True, physics="jax")
+    with pytest.raises(UserError, match="--physics warp"):
+        start(begun(tmp_path / "other", physics="warp"), resume=True, physics="jax")
+
+
 def test_a_resumed_run_takes_what_it_was_started_with_but_not_the_processes_of_that_start(tmp_path):
     path = begun(tmp_path / "run", distributed=True, coordinator="host:1", num_processes=2, process_id=0)
     args = SimpleNamespace(resume=True, evaluate=False, checkpoint=None)
@@ -195,7 +202,7 @@ def test_any_number_of_terminations_ask_for_one_end_in_order(name, capsys):
     assert signal.getsignal(first) == before
     for step, words in ((7, "--resume continues the run"), (0, "nothing was saved yet")):
         with pytest.raises(SystemExit) as stop:
-            signals.exit_if_received("simulator step", step)
+            signals.exit_if_received(f"simulator step {step}", saved=step > 0)
         assert stop.value.code == 128 + first
         assert f"stopped by {name} at simulator step {step}; {words}" in capsys.readouterr().err
 
@@ -227,7 +234,7 @@ def test_only_a_second_ctrl_c_a_second_later_does_not_wait(monkeypatch):
 def test_without_a_signal_nothing_ends():
     with Signals() as signals:
         pass
-    signals.exit_if_received("simulator step", 7)
+    signals.exit_if_received("simulator step 7")
 
 
 # ------------------------------------------------------------------------------------------------------------- Curves
@@ -319,7 +326,7 @@ def test_a_curve_that_cannot_be_written_ends_the_run_in_order_and_is_made_again(
         logger.record_returns(10, task_spec("walker-walk"), result)
         assert signals and count["evaluated"] == (0 if file == "eval.csv" else 10)
     with pytest.raises(UserError, match="cannot be written: .*; stopped at simulator step 10, --resume continues"):
-        signals.exit_if_received("simulator step", 10)
+        signals.exit_if_received("simulator step 10")
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path):

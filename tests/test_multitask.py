@@ -388,7 +388,6 @@ def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir,
         (["--data-dir", "x", "--json", "x.json"], ["--json goes with --evaluate"]),
         (["--data-dir", "x", "--process-id", 1], ["go with --distributed"]),
         (["--data-dir", "x", "--distributed", "--process-id", 1], ["go together"]),
-        (["--data-dir", "x", "--distributed"], ["--distributed: ", "start it under SLURM"]),
         (["--data-dir", "x", "--readers", 0], ["--readers", "from 1 to"]),
         (["--data-dir", "x", "--distributed", "--evaluate", "--checkpoint", "x.pt"], ["leave out --distributed"]),
         (["--data-dir", "x", "--simnorm-dim", 7], ["--latent-dim must be a multiple of --simnorm-dim"]),
@@ -400,6 +399,14 @@ def test_training_goes_on_from_a_checkpoint_in_a_run_of_its_own(whole, data_dir,
 def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, words):
     sentence = refused(*flags)
     assert all(word in sentence for word in words), sentence
+
+
+def test_processes_that_find_no_cluster_are_told_how_to_start(refused, monkeypatch):
+    def initialize(**options):
+        raise ValueError("no cluster")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert "start it under SLURM" in refused("--data-dir", "x", "--distributed")
 
 
 def test_checkpoints_and_tasks_that_do_not_belong_together_are_refused(refused, golden, whole, data_dir):

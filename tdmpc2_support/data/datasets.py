@@ -97,6 +97,8 @@ def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray, 
 def _allow_open_files(number: int) -> None:
     """Raises the limit of this process by so many open files, of which a file that is mapped into memory is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
     limit = soft + number if hard == resource.RLIM_INFINITY else min(soft + number, hard)
     with contextlib.suppress(ValueError, OSError):  # some systems have a limit of their own
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -174,12 +174,13 @@ def started_with(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads((folder / "args.json").read_text("utf-8-sig"))
     record = record if isinstance(record, dict) else {}
-    if record.get("physics") == "auto":  # of earlier versions, which did not say what that was
-        del record["physics"]
     for checkpoint in complete_checkpoints(folder):
         with contextlib.suppress(UserError):
             saved = read_meta(checkpoint)["args"]
-            return BEFORE | record | {k: v for k, v in saved.items() if k not in MAY_CHANGE or k not in record}
+            record |= {k: v for k, v in saved.items() if k not in MAY_CHANGE or k not in record}
+            break
+    if record.get("physics") == "auto":  # of earlier versions, which did not say what that was
+        del record["physics"]
     if record:
         return BEFORE | record
     raise UserError(
@@ -302,24 +303,24 @@ class Signals:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or now
 
-    def exit_if_received(self, unit: str, step: int, primary: bool = True) -> None:
-        """Ends the process with the status that shells give to a signal, if one has come; says where the run stopped.
+    def exit_if_received(self, where: str, primary: bool = True, saved: bool = True) -> None:
+        """Ends the process with the status that shells give to a signal, if one has come.
 
         Args:
-            unit: what is counted, as "simulator step".
-            step: at which the run was saved; 0: there was nothing to save yet.
+            where: the run stopped, as "simulator step 1000".
             primary: whether this process says so.
+            saved: whether there was something to save.
 
         Raises:
             UserError: there was another reason.
         """
-        goes_on = "--resume continues the run" if step else "nothing was saved yet"
+        goes_on = "--resume continues the run" if saved else "nothing was saved yet"
         if self.problem is not None:
-            raise UserError(f"{self.problem}; stopped at {unit} {step}, {goes_on}") from self.problem
+            raise UserError(f"{self.problem}; stopped at {where}, {goes_on}") from self.problem
         if self.received is None:
             return
         if primary:
-            print(f"stopped by {signal.Signals(self.received).name} at {unit} {step}; {goes_on}", file=sys.stderr)
+            print(f"stopped by {signal.Signals(self.received).name} at {where}; {goes_on}", file=sys.stderr)
         sys.exit(128 + self.received)
 
 
