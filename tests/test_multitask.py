@@ -402,7 +402,7 @@ def test_arguments_that_cannot_work_are_refused_in_one_sentence(refused, flags, 
 
 
 def test_processes_that_find_no_cluster_are_told_how_to_start(refused, monkeypatch):
-    def initialize(**options):
+    def initialize(*arguments):
         raise ValueError("no cluster")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
