@@ -238,6 +238,8 @@ def one_task(args: Args, trained: Trained) -> tuple[td.Agent, dict[str, Any], st
         agent = dataclasses.replace(agent, obs_dim=obs_dim, action_dim=action_dim)
     else:
         cli.require(not args.source_task, f"{args.checkpoint} is a single-task agent: leave out --source-task")
+    if args.export == "onnx":  # onnxruntime has no products in bfloat16
+        agent = dataclasses.replace(agent, compute_dtype="float32")
     sizes = {key: getattr(args, key) for key in ("num_samples", "num_elites", "iterations") if getattr(args, key)}
     discount = td.discount_of(agent, environments.task_spec(name).episode_length)
     return dataclasses.replace(agent, discount=discount, **sizes), params, name
@@ -402,6 +404,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = args.num_samples or args.num_elites or args.iterations
         cli.require(planned or not sizes, "--num-samples, --num-elites and --iterations go with --what planner")
         cli.require(args.export or not args.source_task, "--source-task goes with --export")
+        cli.require(args.export or args.what == "policy", "--what goes with --export")
+        cli.require(not args.export or not args.keep_target_q, "--keep-target-q goes with --quantize alone")
+        cli.require(not args.export or not args.data_dir, "--data-dir goes with --quantize alone")
         if args.export:
             export(args)
         else:

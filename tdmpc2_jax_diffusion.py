@@ -855,8 +855,8 @@ def encoded(args: Args, agent: Agent, world: World) -> Recorded:
     if agent.obs == "rgb":
         key = random_streams(args.seed).batches
         one = jax.jit(lambda stacks, number: encode(agent, world.params, stacks, jax.random.fold_in(key, number)))
-        return read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), one)
-    data = read_recorded(cli.task_names(args), args.data_dir, window_steps(agent))
+        return read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim, one)
+    data = read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim)
 
     def encode_one(entry):
         obs, task = entry
@@ -1080,6 +1080,7 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
         logger.log_episodes(step, done, infos)
         if due(step, logger.logged, args.log_freq):
             check_windows(replays.short.size, count["updates"], agent.horizon)
+            check_windows(replays.long.size, len(diffusion_info), window_steps(agent))
             logger.log_losses(step, info | diffusion_info)
         logger.advance(step)
 
@@ -1139,7 +1140,9 @@ def parse(argv: list[str] | None) -> Args:
         record = recorded_world(args.world_model, cli.task_names(args) if args.tasks else (), Agent, *WORLD_SCRIPTS)
         one_kind = f"{args.world_model} sees pictures and states: --world-model must see one of them"
         cli.require(record.get("obs", "state") in ("state", "rgb"), one_kind)
-        return record
+        return (
+            record if args.tasks else record | {"task_dim": 0}
+        )  # of many tasks, the part of one is as an agent of one
 
     def of_run(args):
         return recorded_settings(args, cli.run_folder, SCRIPTS, OF_RUN, GONE)
@@ -1168,7 +1171,7 @@ def check_args(args: Args) -> None:
     for holds, sentence in (
         (args.evaluate or not args.checkpoint, "--checkpoint goes with --evaluate"),
         (args.evaluate or joint or args.world_model, "training needs a world model: --world-model, or --mode joint"),
-        (args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
+        (args.evaluate or args.data_dir or joint, "the folder of the episodes is missing: --data-dir"),
         (agent.obs == "state" or not joint, "--mode joint learns from states: leave out --obs rgb"),
         (agent.obs == "state" or not args.tasks, "--tasks goes with world models that see states"),
         (agent.task_dim or not args.tasks, "--tasks needs an agent of many tasks and, if it is a .pt, its --task-dim"),

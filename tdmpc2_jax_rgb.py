@@ -231,7 +231,7 @@ def mish(x):
 
 def simnorm(x: jax.Array, group: int) -> jax.Array:
     """Softmax within groups of `group` units."""
-    return jax.nn.softmax(x.reshape(*x.shape[:-1], -1, group)).reshape(x.shape)
+    return jax.nn.softmax(x.reshape(*x.shape[:-1], x.shape[-1] // group, group)).reshape(x.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- Networks

@@ -26,6 +26,8 @@ def control(session, robot, seconds=None, seed=0):
     """One episode. Returns its return, its decisions, and how many of them came too late for their period."""
     about = session.get_modelmeta().custom_metadata_map
     period = seconds or json.loads(about["control_period"])
+    if period is None:
+        raise SystemExit("the file does not say how long a decision is kept: give --period")
     shapes = {wanted.name: wanted.shape for wanted in session.get_inputs()}
     draws = [wanted for wanted in session.get_inputs() if wanted.name not in ("obs", "previous_mean", "first")]
     rng = np.random.default_rng(seed)

@@ -25,7 +25,7 @@ import tdmpc2_jax_mt as mt
 from tdmpc2_support import cli
 from tdmpc2_support.agents.export import onnx_session
 from tdmpc2_support.agents.onnx_graph import Graph
-from tdmpc2_support.agents.pretrained import load_any, load_multitask
+from tdmpc2_support.agents.pretrained import LoadedAgent, load_any, load_multitask
 from tdmpc2_support.agents.quantized import read_safetensors
 from tdmpc2_support.run import checkpoints
 from tdmpc2_support.run.folder import recorded_settings
@@ -166,6 +166,19 @@ def test_target_values_are_in_the_file_if_they_are_wanted(one, many, quantize):
         after = load_any(str(whole), (), *deploy.SCRIPTS)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), after.target_q, before.target_q)
         assert after.q_scale == before.q_scale and np.shape(after.q_scale) == ()
+
+
+def test_options_without_an_effect_are_refused(refused):
+    assert "--what goes with --export" in refused("nowhere", "--what", "planner")
+    for flags in (("--keep-target-q",), ("--data-dir", "data")):
+        assert f"{flags[0]} goes with --quantize alone" in refused("nowhere", "--export", "onnx", *flags)
+
+
+@pytest.mark.parametrize(("export", "kind"), [("onnx", "float32"), ("stablehlo", "bfloat16")])
+def test_onnx_has_no_products_in_bfloat16(export, kind):
+    loaded = LoadedAgent({}, {})
+    trained = deploy.Trained("tdmpc2_jax", td.Agent(compute_dtype="bfloat16"), loaded, ("cartpole-balance",))
+    assert deploy.one_task(deploy.Args("", "", export=export), trained)[0].compute_dtype == kind
 
 
 @pytest.mark.golden

@@ -137,7 +137,7 @@ def recorded(tmp_path_factory):
     """Episodes as they are read, with observations where latent states will be; and their folder."""
     folder = tmp_path_factory.mktemp("recorded")
     cartpole_episodes(folder)
-    return read_recorded(["cartpole-swingup"], folder, F), folder
+    return read_recorded(["cartpole-swingup"], folder, F, Z), folder
 
 
 def test_actions_and_rewards_of_a_window_lead_from_one_latent_state_to_the_next(recorded):

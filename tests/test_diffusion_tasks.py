@@ -244,6 +244,18 @@ def test_a_run_evaluates_every_task_and_goes_on_as_it_was(finished, files, capsy
 
 
 @pytest.mark.slow
+def test_of_a_run_of_many_tasks_the_part_of_one_is_taken_and_evaluated_without_its_data(files, tmp_path, capsys):
+    flags = "--num-updates 20 --checkpoint-freq 20 --eval-freq 20 --planner pi".split()
+    task = ["--task", NAMES[1]]
+    diffusion.main([*files[:4], *task, *TINY, *flags, "--runs-dir", str(tmp_path)])
+    folder = tmp_path / NAMES[1] / "tdmpc2_jax_diffusion" / "1"
+    assert json.loads((folder / "args.json").read_text())["task_dim"] == 0, "an agent of one task"
+    alone = ["--planner", "pi", "--eval-episodes", "1", "--data-dir", "None", "--no-compile-cache"]
+    diffusion.main(["--evaluate", "--checkpoint", str(folder), *alone, "--json", str(tmp_path / "x.json")])
+    assert len(json.loads((tmp_path / "x.json").read_text())["table"]) == 1
+
+
+@pytest.mark.slow
 def test_every_task_has_a_table_of_its_own(finished, tmp_path, capsys, monkeypatch):
     planned = []
     plan = diffusion.plan_by_diffusion

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium as gym
@@ -768,6 +769,12 @@ def test_a_reward_that_is_no_number_is_one_sentence_and_leaves_no_process(num_wo
         vector.step(np.array([[-1.0], [1.0], [-1.0]]))
     assert not any(alive(process.pid) for process in getattr(vector, "processes", []))
     vector.close()
+
+
+@pytest.mark.parametrize(("task", "seconds"), [("Pendulum-v1", 0.05), ("Hopper-v5", 0.008), ("cartpole-balance", 0.02)])
+def test_a_decision_is_kept_as_long_as_the_simulator_says(task, seconds):
+    with closing(envs.make_env(task)) as env:
+        assert env.interface()["control_period"] == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("victim", "command"), [(0, "step"), (1, "step"), (1, "reset"), (0, "render"), (1, "close")])

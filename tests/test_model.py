@@ -1,5 +1,8 @@
 """The model, the planner and the update, as far as the recordings do not show them."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,8 @@ import pytest
 from helpers import jitter
 
 import tdmpc2_jax as td
+import tdmpc2_jax_mt as mt
+import tdmpc2_jax_rgb as rgb
 from benchmarks.timing import count_products
 from tdmpc2_support.run.schedule import random_streams
 
@@ -49,6 +54,20 @@ def test_large_action_spaces_get_two_more_iterations():
         noise, heads = jax.eval_shape(lambda key, agent=agent: td.plan_noise(agent, key, 3), jax.random.key(0))
         assert heads.shape == (iterations, 2)
         assert noise.sample.shape == (3, iterations, 3, 512 - 24, action_dim)
+
+
+@pytest.mark.parametrize("script", [td, mt, rgb], ids=lambda script: script.__name__)
+def test_simnorm_takes_arrays_without_rows_as_plans_without_a_policys_sequences_have_them(script):
+    assert script.simnorm(jnp.ones((0, 16)), 8).shape == (0, 16)
+    np.testing.assert_allclose(script.simnorm(jnp.zeros((2, 3, 16)), 8), 1 / 8)
+
+
+def test_plans_need_no_sequences_of_the_policy(state):
+    agent = dataclasses.replace(SMALL, num_pi_trajs=0)
+    noise, heads = jax.eval_shape(partial(td.plan_noise, agent, n=2), jax.random.key(0))
+    obs, mean, first = jnp.ones((2, 4)), jnp.zeros((2, 3, 2)), jnp.ones(2, bool)
+    planned = jax.eval_shape(partial(td.plan, agent, explore=True), state.params, obs, mean, first, noise, heads)
+    assert planned[0].shape == (2, 2)
 
 
 def test_two_heads_are_different_and_all_pairs_equally_likely():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdmpc2_support.data.datasets import Dataset, load_dataset
+from tdmpc2_support.devices import available_bytes
 from tdmpc2_support.errors import UserError
 
 FRAMES = 3  # pictures in a stack, oldest first; before an episode's first one it is repeated
@@ -71,19 +72,31 @@ def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def read_recorded(
-    tasks: Sequence[str], data_dir: str, steps: int, encode_stacks: Callable[[np.ndarray, int], jax.Array] | None = None
+    tasks: Sequence[str],
+    data_dir: str,
+    steps: int,
+    made: int,
+    encode_stacks: Callable[[np.ndarray, int], jax.Array] | None = None,
 ) -> Recorded:
     """Episodes of these tasks, in the sizes of the largest, as tdmpc2_jax.py --save-episodes leaves them or as
     `load_dataset` finds them, on the first device.
 
     Args:
+        made: how many numbers the caller makes of an entry's observation.
         encode_stacks: for episodes of pictures, which stay in their files but for a few: called with stacks uint8
             [n, 64, 64, 9] of entries in a row and the number of the first of them, returns what is kept of each.
 
     Raises:
-        UserError: there are none, they are damaged or of other tasks, or too few for windows of steps + 1 entries.
+        UserError: there are none, they are damaged or of other tasks, too few for windows of steps + 1 entries, or more
+            than memory can hold.
     """
     data = load_dataset(tasks, data_dir, "rgb" if encode_stacks else "state")
+    each = data.action_size + made + (0 if encode_stacks else data.obs_size) + 2  # numbers of an entry
+    size = 4 * each * data.num_entries
+    free = min(available_bytes(jax.devices()[0]), available_bytes() / 2)  # they pass through the machine's memory
+    if size > free:
+        takes = f"{data_dir} holds {data.num_entries} entries, {size / 1e9:.1f} GB with what is made of them"
+        raise UserError(f"{takes}: {free / 1e9:.1f} GB are free for them")
     data.check_files()
     lengths = np.concatenate([np.full(len(chunk.obs), chunk.obs.shape[1]) for chunk in data.chunks])
     if encode_stacks:

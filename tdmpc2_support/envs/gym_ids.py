@@ -17,8 +17,14 @@ def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
         rendering.choose_gl()
         options.update(width=rendering.FRAME, height=rendering.FRAME)
     env = open_gym(spec.name, **options)
-    fps = as_numbers((getattr(env, "metadata", None) or {}).get("render_fps"))
-    seconds = None
-    if fps is not None and fps.size == 1 and 0 < fps.item() < np.inf:
-        seconds = 1 / fps.item()
+    seconds = positive(getattr(env.unwrapped, "dt", None))
+    if seconds is None:
+        fps = positive((getattr(env, "metadata", None) or {}).get("render_fps"))
+        seconds = fps and 1 / fps
     return Simulator(env, seconds, seeds=2**31)  # many pass theirs on to what takes 32 bits with a sign
+
+
+def positive(value: Any) -> float | None:
+    """A positive number of somebody's environment, or None where it is something else."""
+    number = as_numbers(value)
+    return number.item() if number is not None and number.size == 1 and 0 < number.item() < np.inf else None

@@ -31,7 +31,8 @@ from tdmpc2_support.files import write_atomically
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
 from tdmpc2_support.run.reports import film_path
 
-BEFORE = {"sample": "windows", "obs": "rgb", "state_keys": None}  # what was fixed before it became an argument
+BEFORE = {"sample": "windows"}  # what was fixed before it became an argument
+BEFORE_OF_PIXELS = {"obs": "rgb", "state_keys": None}  # the same of tdmpc2_jax_rgb.py
 OF_ONE_START = "resume runs_dir distributed coordinator num_processes process_id".split()  # given anew to every one
 NOT_IN_SHAPES = "vmin vmax simnorm_dim log_std_min log_std_max".split()  # of networks, with which they have learned
 WRITTEN = "args.json eval.csv .wandb_run_id events.out.tfevents.* videos wandb checkpoints".split()  # in the folder
@@ -176,8 +177,10 @@ def started_with(folder: Path) -> dict[str, Any]:
     record = record if isinstance(record, dict) else {}
     for checkpoint in complete_checkpoints(folder):
         with contextlib.suppress(UserError):
-            saved = read_meta(checkpoint)["args"]
-            record |= {k: v for k, v in saved.items() if k not in MAY_CHANGE or k not in record}
+            meta = read_meta(checkpoint)
+            before = BEFORE_OF_PIXELS if meta["script"] == "tdmpc2_jax_rgb" else {}
+            saved = {k: v for k, v in meta["args"].items() if k not in MAY_CHANGE or k not in record}
+            record = before | record | saved
             break
     if record.get("physics") == "auto":  # of earlier versions, which did not say what that was
         del record["physics"]
