@@ -192,8 +192,8 @@ def advance(agent: td.Agent, env: JaxEnv, schedule: Schedule, runs: Run, rounds,
 class Players(NamedTuple):
     """Episodes of an evaluation."""
 
-    episodes: Episode  # [E]
-    prev_mean: jax.Array  # [E, H, A]
+    episodes: Episode  # [n]
+    prev_mean: jax.Array  # [n, H, A]
     key: jax.Array
 
 

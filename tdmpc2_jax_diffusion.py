@@ -743,17 +743,17 @@ def make_eval_envs(args: Args, stack: contextlib.ExitStack) -> tuple[list, list[
 
 
 def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advance=lambda: None, stop=False):
-    """One episode in each of E environments, without exploration; arguments and result are those of `td.evaluate`. Says
+    """One episode in each of n environments, without exploration; arguments and result are those of `td.evaluate`. Says
     how many plans failed, if any did."""
-    E = envs.num_envs
+    n = envs.num_envs
     obs, _ = envs.reset(seed=seed)
-    first = np.ones(E, bool)
-    running = np.ones(E, bool)
-    returns = np.zeros(E)
-    successes = np.zeros(E)
+    first = np.ones(n, bool)
+    running = np.ones(n, bool)
+    returns = np.zeros(n)
+    successes = np.zeros(n)
     failures = 0
     frames = [envs.render()[0]] if film else []
-    best, key = committed((jnp.zeros((E, agent.future, agent.action_dim)), key))
+    best, key = committed((jnp.zeros((n, agent.future, agent.action_dim)), key))
     seen = None
     while running.any():
         seen = rgb.stack_pictures(seen, obs, first) if agent.obs == "rgb" else obs
@@ -764,7 +764,7 @@ def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advanc
         returns += np.where(running, reward, 0.0)
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
-        first = np.zeros(E, bool)
+        first = np.zeros(n, bool)
         failures += failed.sum()
         advance()
         if stop:

@@ -741,7 +741,7 @@ def compile_train(args: Args, agent: Agent, mesh: Mesh, tasks: Tasks, source, te
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(agent: Agent, tasks: Tasks, params, task_ids, envs, key, film=0, advance=lambda: None, stop=False):
-    """One episode in each of E environments, whose tasks are task_ids [E], without exploration. One batched call plans
+    """One episode in each of n environments, whose tasks are task_ids [n], without exploration. One batched call plans
     for all episodes that still run, and only these are stepped.
 
     Args:
@@ -750,22 +750,22 @@ def evaluate(agent: Agent, tasks: Tasks, params, task_ids, envs, key, film=0, ad
         stop: true when the evaluation is to be left; then None is returned.
 
     Returns:
-        Returns [E], successes [E], and for every step the pictures of the environments that draw.
+        Returns [n], successes [n], and for every step the pictures of the environments that draw.
     """
-    E = envs.num_envs
+    n = envs.num_envs
     obs, _ = envs.reset()
-    first = np.ones(E, bool)
-    running = np.arange(E)  # these have not ended
-    returns = np.zeros(E)
-    successes = np.zeros(E)
+    first = np.ones(n, bool)
+    running = np.arange(n)  # these have not ended
+    returns = np.zeros(n)
+    successes = np.zeros(n)
     frames = [thumbnails(envs.render(), film)] if film else []
-    action = np.zeros((E, agent.action_dim), np.float32)
-    mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
+    action = np.zeros((n, agent.action_dim), np.float32)
+    mean, key = committed((jnp.zeros((n, agent.horizon, agent.action_dim)), key))
     while len(running):
         action[running], mean, key = act(
             agent, tasks, params, obs[running], task_ids[running], mean, first, key, explore=False
         )
-        obs, reward, terminated, truncated, info = envs.step(action, active=np.isin(np.arange(E), running))
+        obs, reward, terminated, truncated, info = envs.step(action, active=np.isin(np.arange(n), running))
         if film:
             frames.append(thumbnails(envs.render(), film))
         returns[running] += reward[running]
@@ -944,7 +944,7 @@ def loop(args: Args, inputs: Inputs, mesh: Mesh, state, program, batches, count,
         if stopping:
             return step
 
-        # Learn: dispatched here and computed while the next batch is fetched, at most eight updates after it
+        # Learn: computed while the next batches are fetched; the host runs at most eight updates ahead of the device
         state, info = program(state, next(batches))
         in_flight.append(info["total_loss"])
         if len(in_flight) > 8:

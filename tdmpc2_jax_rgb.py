@@ -919,22 +919,22 @@ def make_eval_envs(args: Args):
 
 
 def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: None, stop=False) -> Evaluation | None:
-    """One episode in each of E environments, without exploration; with a film of the first environment if asked for.
+    """One episode in each of n environments, without exploration; with a film of the first environment if asked for.
 
     Args:
         seed: of the environments.
         advance: called after every step.
         stop: true when the evaluation is to be left; then None is returned.
     """
-    E = envs.num_envs
+    n = envs.num_envs
     obs, _ = envs.reset(seed=seed)
     seen = None
-    first = np.ones(E, bool)
-    running = np.ones(E, bool)
-    returns = np.zeros(E)
-    successes = np.zeros(E)
+    first = np.ones(n, bool)
+    running = np.ones(n, bool)
+    returns = np.zeros(n)
+    successes = np.zeros(n)
     frames = [envs.render()[0]] if film else []
-    mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
+    mean, key = committed((jnp.zeros((n, agent.horizon, agent.action_dim)), key))
     while running.any():
         seen = stack_pictures(seen, obs, first)
         action, mean, key = act(agent, params, seen, mean, first, key, explore=False)
@@ -944,7 +944,7 @@ def evaluate(agent: Agent, params, envs, key, seed, film=False, advance=lambda: 
         returns += np.where(running, reward, 0.0)
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
-        first = np.zeros(E, bool)
+        first = np.zeros(n, bool)
         advance()
         if stop:
             return None

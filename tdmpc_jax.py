@@ -815,7 +815,7 @@ def make_eval_envs(args: Args):
 def evaluate(
     agent: Agent, params, decisions, envs, key, seed, film=False, advance=lambda: None, stop=False
 ) -> Evaluation | None:
-    """One episode in each of E environments, without exploration; with a film of the first environment if asked for.
+    """One episode in each of n environments, without exploration; with a film of the first environment if asked for.
 
     Args:
         decisions: how many the agent has learned from: they set the planner's limits.
@@ -823,15 +823,15 @@ def evaluate(
         advance: called after every step.
         stop: true when the evaluation is to be left; then None is returned.
     """
-    E = envs.num_envs
-    limits = schedule(agent, decisions, np.ones(E, bool), np.int32(0))
+    n = envs.num_envs
+    limits = schedule(agent, decisions, np.ones(n, bool), np.int32(0))
     obs, _ = envs.reset(seed=seed)
-    first = np.ones(E, bool)
-    running = np.ones(E, bool)
-    returns = np.zeros(E)
-    successes = np.zeros(E)
+    first = np.ones(n, bool)
+    running = np.ones(n, bool)
+    returns = np.zeros(n)
+    successes = np.zeros(n)
     frames = [envs.render()[0]] if film else []
-    mean, key = committed((jnp.zeros((E, agent.horizon, agent.action_dim)), key))
+    mean, key = committed((jnp.zeros((n, agent.horizon, agent.action_dim)), key))
     seen = None
     while running.any():
         seen = see(agent, seen, obs, first)
@@ -842,7 +842,7 @@ def evaluate(
         returns += np.where(running, reward, 0.0)
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
-        first = np.zeros(E, bool)
+        first = np.zeros(n, bool)
         advance()
         if stop:
             return None
