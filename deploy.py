@@ -44,7 +44,7 @@ from tdmpc2_support.agents.quantized import quantize as quantize_numbers
 from tdmpc2_support.bounds import Count, Natural, NewFile
 from tdmpc2_support.devices import set_up_jax
 
-SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt")  # whose agents are made small
+SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_device")  # whose agents are made small
 STATES = 200  # of each task, on which the agent is compared
 
 

@@ -930,7 +930,8 @@ def check_args(args: Args) -> None:
     cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent, many=True)))
     cli.check_cluster(args)
     if not args.evaluate:
-        cli.check_online(args, environments.online_tasks(args.tasks))
+        names = environments.online_tasks(args.tasks)
+        cli.check_online(args, names, schedule.online_seed_steps(args, names))
 
 
 def main(argv: list[str] | None = None) -> None:

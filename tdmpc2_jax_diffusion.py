@@ -854,15 +854,18 @@ def encoded(args: Args, agent: Agent, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
     if agent.obs == "rgb":
         key = random_streams(args.seed).batches
-        one = jax.jit(lambda stacks, number: encode(agent, world.params, stacks, jax.random.fold_in(key, number)))
+        encode_stacks = jax.jit(encode, static_argnums=0)
+        one = lambda stacks, number: encode_stacks(agent, world.params, stacks, jax.random.fold_in(key, number))  # noqa: E731
         return read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim, one)
     data = read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim)
 
-    def encode_one(entry):
-        obs, task = entry
-        return td.networks(agent).encoder.apply(of_task(world, task).params["encoder"], obs)
+    @jax.jit
+    def encode_all(world, obs, task):
+        encoder = td.networks(agent).encoder
+        one = lambda entry: encoder.apply(of_task(world, entry[1]).params["encoder"], entry[0])  # noqa: E731
+        return jax.lax.map(one, (obs, task), batch_size=4096)
 
-    return data._replace(obs=jax.jit(partial(jax.lax.map, encode_one, batch_size=4096))((data.obs, data.task)))
+    return data._replace(obs=encode_all(world, data.obs, data.task))
 
 
 def no_statistics(agent: Agent) -> Stats:

@@ -899,11 +899,11 @@ def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints, shapes: 
     if loaded is not None:
         parts = jax.tree.map(np.asarray, (loaded.params, loaded.target_q, loaded.q_scale))  # of no device, to go to any
 
-    def make(parts):
-        streams = random_streams(args.seed)
+    def make(streams, parts):
         return fresh_state(agent, streams) if parts is None else init_state(agent, *parts, streams.train)
 
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(parts), count
+    make = jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
+    return make(random_streams(args.seed), parts), count
 
 
 def loop(args: Args, inputs: Inputs, mesh: Mesh, state, program, batches, count, checkpoints, logger, signals) -> int:

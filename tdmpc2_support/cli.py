@@ -190,12 +190,16 @@ def number_of_envs(args: Any, names: Sequence[str]) -> int:
     return len(names) * (args.num_envs or (10 if len(names) == 1 else 1))
 
 
-def check_online(args: Any, names: Sequence[str]) -> None:
+def check_online(args: Any, names: Sequence[str], seed_steps: int) -> None:
     """Refuses a batch or a replay of an online run of several tasks that cannot be used, and episodes shorter than a
-    window.
+    window. Says if the run ends within its `seed_steps` decisions without learning.
 
-    args has the fields num_envs, buffer_size, capture_video, distributed, agent.batch_size and agent.horizon."""
+    args has the fields num_envs, buffer_size, total_timesteps, demos, capture_video, distributed, agent.batch_size and
+    agent.horizon."""
     agent = args.agent
+    if seed_steps >= args.total_timesteps and not args.demos:
+        words = f"the {seed_steps} decisions before learning begins (--seed-steps)"
+        print(f"nothing will be learned: --total-timesteps {args.total_timesteps} ends within {words}", file=sys.stderr)
     film = "--capture-video films in one process: leave out --distributed, or film a checkpoint with --evaluate"
     require(not (args.capture_video and args.distributed), film)
     require(agent.batch_size > 1, "--batch-size must be 2 or more: a half is for the demonstrations")
@@ -235,7 +239,8 @@ def as_flag(name: str, *value: Any) -> str:
 def check_envs_module() -> None:
     """UserError if the script has imported somebody else's `envs`: a folder or a file beside a copy of the script."""
     module = sys.modules.get("envs")
-    if module is None or hasattr(module, "make_envs"):
+    ours = ("make_envs", "task_spec", "EpisodeWriter")
+    if module is None or all(hasattr(module, name) for name in ours):
         return
     place = module.__file__ or next(iter(module.__path__))
     raise UserError(f"{place} hides this project's envs.py: rename it, or start the script where there is no such file")

@@ -7,7 +7,6 @@ and checksums) and an item for each pytree of arrays. Those written before there
 import contextlib
 import errno
 import json
-import logging
 import os
 import shutil
 import sys
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG)
-
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs at length what it raises, too
 
 
 class Checkpoints:
