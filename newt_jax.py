@@ -901,10 +901,11 @@ def run(args: Args) -> None:
         devices.require_same("--demos and --runs-dir", inputs.record["demos"], saved)
         agent = inputs.start.agent
         steps = inputs.demo_steps
-        demos_of = partial(new_replay, args, agent, 0 if steps is None else len(steps.first), n)
-        limits = args.buffer_size, args.total_timesteps, demos_of, mesh.size if n % mesh.size == 0 else 1
         replay_of = partial(new_replay, args, agent, args.buffer_size // n, n)
-        devices.on_all_processes(lambda: devices.check_memory(replay_of, *limits))
+        demos_of = partial(new_replay, args, agent, 0 if steps is None else len(steps.first), n)
+        shares = mesh.size if n % mesh.size == 0 else 1
+        check = partial(devices.check_memory, replay_of, args.buffer_size, args.total_timesteps, demos_of, shares)
+        devices.on_all_processes(check)
         envs = make_envs(names, n // len(names), agent, (args.seed, 0), args.capture_video)
         stack.enter_context(contextlib.closing(envs))
         state, replay, count = start_or_resume(args, inputs, mesh, n, checkpoints)
