@@ -97,6 +97,12 @@ def write_episodes(td, agent, seed, capacity, num_envs, steps, ends=0.15):
     return replay, valid
 
 
+def terminations(replay, obs):
+    """Which of the entries with these observations [..., 3] are terminations in a replay of `write_episodes`."""
+    name = lambda x: np.asarray(x, np.int64) @ [10**6, 10**3, 1]  # noqa: E731
+    return np.isin(name(obs), name(replay.obs)[np.asarray(replay.terminated, bool)])
+
+
 def likelihoods(agent, valid):
     """How likely each valid window is, in the order of `valid` sorted."""
     if getattr(agent, "sample", "windows") == "windows":

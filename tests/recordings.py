@@ -18,6 +18,13 @@ def close(actual, expected, tolerance):
     assert np.abs(actual - expected).max() <= tolerance * scale
 
 
+def changes_are_close(actual, expected, before, tolerance=0.05):
+    """Of every array the change since `before`, which may be a thousandth of it or less, by its norm."""
+    for mine, original, start in zip(*map(jax.tree.leaves, (actual, expected, before)), strict=True):
+        start, change = np.asarray(start), np.linalg.norm(np.asarray(original) - start)
+        assert np.linalg.norm(np.asarray(mine) - np.asarray(original)) <= tolerance * change
+
+
 def agent_of(tensors, recording, plan=None):
     """The agent of a recorded model, read off its tensors and draws."""
     dims = {

@@ -73,6 +73,21 @@ def test_blocks_of_one_name_are_the_same_to_the_letter_but_for_those_that_the_sc
     assert different <= {*DIFFERENT[script]}
 
 
+def code(block):
+    """The lines of a function without its docstring, comments and decorators."""
+    [function] = ast.parse(block).body
+    function.decorator_list = []
+    function.body = function.body[1:] if ast.get_docstring(function) else function.body
+    return ast.unparse(function).splitlines()[1:]
+
+
+@pytest.mark.parametrize("name", ["plan", "model_loss", "update", "evaluate", "td_target", "policy_loss"])
+def test_from_pixels_nothing_differs_but_what_is_seen(name):
+    states, pixels = (code(blocks(script)[name]) for script in ("tdmpc2_jax", "tdmpc2_jax_rgb"))
+    assert all("obs" in line for line in states if line not in pixels)
+    assert all(re.search(r"obs|seen|stacks|len\(first\)|reward\.shape", line) for line in pixels if line not in states)
+
+
 def test_the_table_of_the_papers_equations_names_what_the_script_has():
     text = (ROOT / "README.md").read_text()
     rows = re.search(r"\| in the paper \|.*?\n\n", text, re.DOTALL)[0].strip().splitlines()[2:]

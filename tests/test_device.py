@@ -129,7 +129,8 @@ def test_updates_are_due_as_often_as_asked_for_however_long_the_run():
     assert SCRIPT.updates_due(schedule, 5000, 0, 0) == 0, "there is no window to learn from"
 
 
-def test_what_does_not_fit_in_memory_is_refused_before_anything_is_compiled(refused):
+def test_what_does_not_fit_in_memory_is_refused_before_anything_is_compiled(refused, monkeypatch):
+    monkeypatch.setattr(SCRIPT, "available_bytes", lambda device: 10**10)
     flags = "--task jax_toys:point --seed-steps 5000 --num-envs 1000".split()
     sentence = refused(*flags, "--buffer-size", 2_000_000_000)
     assert "GB are free" in sentence and "--buffer-size" in sentence

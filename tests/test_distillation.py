@@ -13,7 +13,7 @@ import pytest
 from conftest import SMALL, with_devices
 from helpers import ROOT, meta_of, read_scalars, wait_for
 from many_tasks import TWO_TASKS, state_of, write_agent, write_random_episodes
-from recordings import close, draws_of
+from recordings import changes_are_close, close, draws_of
 
 import envs
 import tdmpc2_jax_mt as mt
@@ -111,6 +111,7 @@ def test_three_updates_with_a_teacher_equal_the_recording(student):
     after["task_emb"] = tensors["_task_emb.weight"]
     for mine, original in ((state.params, after), (state.target_q, after_target)):
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
+    changes_are_close(state.target_q, after_target, loaded.target_q)
     jax.tree.map(np.testing.assert_array_equal, teacher.args, before)
 
 

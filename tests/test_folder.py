@@ -51,7 +51,7 @@ def test_a_folder_without_its_curve_is_a_run_all_the_same(tmp_path):
 
 
 def test_a_resumed_run_may_differ_in_what_does_not_define_it(tmp_path):
-    path = begun(tmp_path / "run")
+    path = begun(tmp_path / "run", eval_freq=1, save_episodes=None)
     start(path, resume=True, total_timesteps=20, eval_freq=3, save_episodes="data")
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings import LAYOUTS, agent_of, close, draws_of, shapes_of
+from recordings import LAYOUTS, agent_of, changes_are_close, close, draws_of, shapes_of
 
 import envs
 import tdmpc2_jax as td
@@ -96,6 +96,7 @@ def test_three_updates_equal_the_recording(recorded, name):
     after, after_target = from_torch(tensors)[:2]
     for mine, original in ((state.params, after), (state.target_q, after_target)):
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
+    changes_are_close(state.target_q, after_target, target_q)
 
 
 def replay_plans(agent, params, recording, mode):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings import LAYOUTS, agent_of, close, draws_of
+from recordings import LAYOUTS, agent_of, changes_are_close, close, draws_of
 
 import envs
 import tdmpc2_jax_mt as mt
@@ -74,6 +74,7 @@ def test_three_multi_task_updates_equal_the_recording(multitask):
     after["task_emb"] = tensors["_task_emb.weight"]
     for mine, original in ((state.params, after), (state.target_q, after_target)):
         jax.tree.map(lambda a, b: close(a, b, 1e-4), mine, original)
+    changes_are_close(state.target_q, after_target, target_q)
 
 
 @pytest.mark.parametrize("mode", ["explore", "eval"])

@@ -1,5 +1,6 @@
 """The model, the planner and the update, as far as the recordings do not show them."""
 
+import contextlib
 import dataclasses
 from functools import partial
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from helpers import jitter
 
+import envs
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 import tdmpc2_jax_rgb as rgb
+import tdmpc_jax
 from benchmarks.timing import count_products
 from tdmpc2_support.run.schedule import random_streams
 
@@ -70,6 +73,25 @@ def test_plans_need_no_sequences_of_the_policy(state):
     assert planned[0].shape == (2, 2)
 
 
+@pytest.mark.parametrize("script", [td, tdmpc_jax], ids=lambda script: script.__name__)
+def test_a_return_is_that_of_an_environments_first_episode_whenever_it_ends(script):
+    first_version = script is tdmpc_jax
+    sizes = {"enc_dim": 8, "mlp_dim": 8, "latent_dim": 8, "obs_dim": 2, "action_dim": 1, "mpc": False}
+    agent = script.Agent(**sizes) if first_version else script.Agent(**sizes, num_enc_layers=2, num_q=2)
+    params = jax.jit(script.init_params, static_argnums=0)(agent, jax.random.key(0))
+    how = (10_000,) if first_version else ()
+    n = 8
+    with contextlib.closing(envs.make_envs("strange_envs:Falling-v0", n, num_workers=0)) as vector:
+        step, seen = vector.step, []
+        vector.step = lambda action: seen.append(step(action)) or seen[-1]
+        result = script.evaluate(agent, params, *how, vector, jax.random.key(0), 3)
+    rewards, ended = np.array([x[1] for x in seen]), np.array([x[2] | x[3] for x in seen])
+    last = ended.argmax(0)  # [n] the decision with which the first episode ends
+    assert len({*last.tolist()}) > 1 and last.max() + 1 == len(seen), "at different times; no longer than the last"
+    expected = [rewards[: end + 1, i].sum() for i, end in enumerate(last)]
+    np.testing.assert_allclose(result.returns, expected, rtol=1e-6)
+
+
 def test_two_heads_are_different_and_all_pairs_equally_likely():
     pairs = jax.vmap(lambda key: td.two_heads(SMALL, key))(jax.random.split(jax.random.key(0), 8000))
     pairs, counts = np.unique(np.asarray(pairs), axis=0, return_counts=True)
@@ -77,12 +99,14 @@ def test_two_heads_are_different_and_all_pairs_equally_likely():
     assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
 
 
-def test_a_plan_for_many_environments_is_the_plan_for_each(state):
+@pytest.mark.parametrize("at_once", [100, 2], ids=["all at once", "two and then one"])
+def test_a_plan_for_many_environments_is_the_plan_for_each(state, at_once, monkeypatch):
+    monkeypatch.setattr(td, "environments_at_once", lambda agent: at_once)
     rng = np.random.default_rng(0)
     obs, mean = rng.normal(size=(3, 4)).astype(np.float32), rng.uniform(-1, 1, (3, 3, 2)).astype(np.float32)
     first = np.array([False, True, False])
     noise, heads = jax.device_get(jax.jit(td.plan_noise, static_argnums=(0, 2))(SMALL, jax.random.key(3), 3))
-    plan = jax.jit(td.plan, static_argnums=(0, 7))
+    plan = jax.jit(lambda *inputs: td.plan(*inputs), static_argnums=(0, 7))  # not kept with another limit
     action, means = jax.device_get(plan(SMALL, state.params, obs, mean, first, noise, heads, True))
     assert (np.abs(action) <= 1).all() and not np.allclose(action[0], action[2])
     for i in range(3):
@@ -110,6 +134,30 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert float((mask == 0).mean()) == pytest.approx(0.01, rel=0.05)
     assert float(mask.mean()) == pytest.approx(1, abs=1e-3)
     assert td.dropout_mask(td.dataclasses.replace(SMALL, dropout=0.0), jax.random.key(0), (3,)) is None
+
+
+def test_dropout_acts_on_the_first_layer_of_every_value_head(state):
+    rng = np.random.default_rng(0)
+    z, action = rng.random((2, 7, 16), np.float32), rng.random((2, 7, 2), np.float32)
+    factors = jnp.ones((SMALL.num_q, 2, 7, SMALL.mlp_dim)).at[0].set(0.0)
+    found = td.q_logits(SMALL, state.params["q"], z, action, factors)
+    np.testing.assert_allclose(found[1:], td.q_logits(SMALL, state.params["q"], z, action)[1:], atol=1e-5)
+    spread = np.ptp(found, axis=(1, 2)).max(1)
+    assert spread[0] < 1e-6 < spread[1], "nothing goes through head 0"
+
+
+def test_dropout_is_drawn_for_values_and_for_the_policy_each(state):
+    noise = td.update_noise(SMALL, jax.random.key(0))
+    H, B = SMALL.horizon, SMALL.batch_size
+    batch = td.Batch(jnp.ones((H + 1, B, 4)), jnp.ones((H, B, 2)), jnp.ones((H, B)), jnp.zeros((H, B)))
+    update = jax.jit(td.update, static_argnums=0)
+    losses = [
+        update(SMALL, state, batch, noise._replace(**{name: jnp.ones_like(getattr(noise, name))}))[1]
+        for name in ("next_action", "dropout", "pi_dropout")  # the first is only another draw
+    ]
+    same = update(SMALL, state, batch, noise)[1]
+    assert losses[1]["value_loss"] != same["value_loss"] and losses[1]["reward_loss"] == same["reward_loss"]
+    assert losses[2]["value_loss"] == same["value_loss"] and losses[2]["pi_loss"] != same["pi_loss"]
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.3, 0.9])

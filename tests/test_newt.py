@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import with_devices
-from helpers import ROOT, likelihoods, meta_of, read_scalars, two_processes, wait_for, write_episodes
+from helpers import ROOT, likelihoods, meta_of, read_scalars, terminations, two_processes, wait_for, write_episodes
 
 import envs
 import newt_jax as newt
@@ -159,6 +159,9 @@ def test_windows_are_drawn_as_sample_says_and_half_of_a_batch_is_from_the_demons
     tasks = newt.Tasks(jnp.ones((2, 1)), jnp.ones(2), jnp.zeros(2), jnp.arange(2))
     batch = jax.jit(newt.sample, static_argnums=0)(agent, tasks, replay, None, jax.random.key(0))
     np.testing.assert_array_equal(batch.task, batch.obs[0, :, 0])
+    ends = terminations(replay, batch.obs[1:])
+    assert ends.any()
+    np.testing.assert_array_equal(batch.terminated, ends)
     found, counts = np.unique(np.asarray(batch.obs[0]), axis=0, return_counts=True)
     assert [tuple(window) for window in found.tolist()] == sorted(valid)
     expected = likelihoods(agent, valid)
@@ -209,6 +212,9 @@ def test_an_evaluation_counts_every_finished_episode_and_writes_them(stored, her
     results = json.loads((tmp_path / "result.json").read_text())["tasks"]
     assert [len(results[name]["returns"]) for name in NAMES] == [2, 3, 5], "of 12, 6 and 4 decisions, and a reset each"
     assert "2 to 5 episodes each" in out
+    for name, length in zip(NAMES, LENGTHS, strict=True):
+        returns = np.array(results[name]["returns"])
+        assert ((returns > -length) & (returns <= length)).all(), "of one episode each"
 
 
 @pytest.mark.slow
@@ -251,7 +257,7 @@ def test_a_run_killed_again_and_again_in_each_stage_goes_on(start, demos, tmp_pa
     assert rows == sorted(rows) and rows[-1] >= sum(lengths)
 
 
-def test_what_cannot_work_is_refused_in_one_sentence(refused, demos, tmp_path):
+def test_what_cannot_work_is_refused_in_one_sentence(refused, demos, tmp_path, monkeypatch):
     small = ("--buffer-size", 3000)
     assert "unknown task 'walker-wlak'" in refused("--tasks", "walker-wlak,cheetah-run")
     assert "stands twice" in refused("--tasks", "walker-walk,dm_control/walker-walk-v0")
@@ -261,7 +267,9 @@ def test_what_cannot_work_is_refused_in_one_sentence(refused, demos, tmp_path):
     assert "there is no such file" in refused(*TASKS, "--embeddings", "none.json", *small)
     assert "holds no demonstrations" in refused(*TASKS, "--demos", tmp_path, *small)
     assert "dog-run has 223 observations and 38 actions" in refused("--tasks", "dog-run,walker-walk", *small)
-    assert "--buffer-size" in refused(*TASKS, "--buffer-size", 2**31 - 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(devices, "available_bytes", lambda device=None: 10**10)
+        assert "--buffer-size" in refused(*TASKS, "--buffer-size", 2**31 - 1)
     assert "before --horizon 5" in refused(*TASKS, "--horizon", 5, *small)
     assert "evaluate needs --checkpoint" in refused("--evaluate")
     damaged = tmp_path / f"{NAMES[0]}.pt"
@@ -333,6 +341,24 @@ def test_an_agent_that_knows_terminations_goes_on_with_tasks_that_have_none():
         args = newt.Args(agent=dataclasses.replace(agent, episodic=episodic), checkpoint="x")
         start = newt.fit_loaded(args, tasks, loaded)
         assert ("termination" in start.loaded.params) == (tasks == ("Hopper-v5",) and episodic)
+
+
+def test_no_value_lies_behind_a_termination():
+    sizes = {"enc_dim": 8, "mlp_dim": 8, "latent_dim": 8, "num_enc_layers": 2, "num_q": 2, "task_dim": 2}
+    agent = newt.Agent(**sizes, obs_dim=3, action_dim=2, num_tasks=2, can_terminate=True)
+    params = newt.init_params(agent, jax.random.key(0), jnp.eye(2))
+    target_q = jax.tree.map(jnp.copy, params["q"])
+    target_q["params"]["linear_2"]["bias"] += jnp.arange(101) / 50
+    tasks = newt.Tasks(jnp.ones((2, 2)), jnp.full(2, 0.9), jnp.ones(2), jnp.arange(2))
+    H, B = agent.horizon, 8
+    reward, terminated = jnp.arange(1.0 * H * B).reshape(H, B), jnp.zeros((H, B)).at[1, ::2].set(1.0)
+    ids = jnp.arange(B) % 2
+    batch = newt.Batch(jnp.ones((H + 1, B, 3)), jnp.ones((H, B, 2)), reward, terminated, ids)
+    state = newt.init_state(agent, params, target_q, 1.0, jax.random.key(0))
+    noise = mt.update_noise(dataclasses.replace(agent, batch_size=B), jax.random.key(1))
+    task = newt.task_input(agent, tasks, params["task_emb"], ids)
+    target = jax.jit(newt.td_target, static_argnums=0)(agent, state, jnp.ones((H, B, 8)) / 8, batch, task, noise)
+    np.testing.assert_array_equal(target == reward, terminated == 1)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from helpers import likelihoods, write_episodes
+from helpers import likelihoods, terminations, write_episodes
 from scipy.stats import chisquare
 
 import tdmpc2_jax
@@ -51,6 +51,7 @@ def test_windows_never_cross_a_reset_nor_the_end_of_the_ring(td, agent, seed):
     assert (steps[..., 2] == 1).all(), "a window's entries follow each other"
     np.testing.assert_array_equal(batch.action[..., 0], batch.obs[1:, :, 2])  # the action that led to the entry
     np.testing.assert_array_equal(batch.reward, batch.obs[1:, :, 2] * 10)
+    np.testing.assert_array_equal(batch.terminated, terminations(replay, batch.obs[1:]))
 
 
 @ALL

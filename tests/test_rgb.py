@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import AS_USERS_COMPILE, ROOT, SMALL
-from helpers import count_of, likelihoods, meta_of, read_curve, read_scalars, wait_for, write_episodes
+from helpers import count_of, likelihoods, meta_of, read_curve, read_scalars, terminations, wait_for, write_episodes
 from scipy.stats import chisquare
 
 import envs
@@ -134,6 +134,8 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
         np.testing.assert_array_equal(names[:, :, 2 - age], expected)
     np.testing.assert_array_equal(np.asarray(batch.action)[..., 0], newest[1:, :, 2])
     np.testing.assert_array_equal(batch.reward, newest[1:, :, 2] * 10)
+    names = np.asarray(replay.obs)[:, :, :3] if replay.obs.ndim == 3 else np.asarray(replay.obs)[:, :, 0, 0]
+    np.testing.assert_array_equal(batch.terminated, terminations(replay._replace(obs=names), newest[1:]))
 
 
 @BOTH
