@@ -204,6 +204,18 @@ def test_a_run_leaves_a_row_a_task_and_goes_on_with_resume(stored, demos, here, 
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_the_agent_of_another_without_pretraining(stored, demos, here, tmp_path):
+    folder, _ = stored[1]
+    flags = (*TASKS, "--checkpoint", folder, "--demos", demos, "--exp-name", "tuned", "--seed-steps", 60)
+    status, _, err = here(*flags, "--total-timesteps", 60, "--utd", 0.2, name="newt_jax.py")
+    assert status == 0, err
+    tuned = tmp_path / "runs" / FOLDER / "tuned" / "1"
+    assert (meta_of(tuned, "newt_jax")["count"]["pretrained"], meta_of(tuned, "newt_jax")["count"]["updates"]) == (0, 0)
+    given, now = (load_newt(str(path), "newt_jax").params for path in (folder, tuned))
+    jax.tree.map(np.testing.assert_array_equal, now, given)
+
+
+@pytest.mark.slow
 def test_an_evaluation_counts_every_finished_episode_and_writes_them(stored, here, tmp_path):
     folder, _ = stored[0]
     how = ("--evaluate", "--checkpoint", folder, *TASKS, "--eval-episodes", 2, "--json", "result.json", "--no-mpc")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import SMALL
@@ -15,6 +16,7 @@ from helpers import ROOT, children, count_of, gone, meta_of, read_curve, read_sc
 from imageio_ffmpeg import get_ffmpeg_exe
 
 import envs
+from tdmpc2_support.run.checkpoints import find_checkpoint, read_agent, read_meta
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
@@ -242,6 +244,32 @@ def test_the_success_rate_is_the_headline_of_tasks_that_have_one(here, tmp_path)
     assert status == 0, err
     assert out.splitlines()[-1].startswith("mw-reach: success rate 0.")
     assert json.loads(results.read_text())["success_rate"] == np.mean(json.loads(results.read_text())["successes"])
+
+
+def parameters(folder):
+    """Those of a run's newest checkpoint, one below the other."""
+    checkpoint = find_checkpoint(folder)
+    params = read_agent(checkpoint, read_meta(checkpoint), ("params",))["params"]
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_agent_of_another_and_goes_on_with_its_own(finished, here, tmp_path):
+    name, before, _ = finished
+    folder = tmp_path / "runs" / "strange_envs:Point-v0" / "tuned" / "1"
+    flags = (*POINT, "--exp-name", "tuned", "--checkpoint", before)
+
+    def run(steps, *more):
+        status, _, err = here(*flags, "--total-timesteps", steps, *more, name=f"{name}.py")
+        assert status == 0, err
+        return parameters(folder)
+
+    given = parameters(before)
+    np.testing.assert_array_equal(run(60), given)  # nothing is learned yet
+    tuned = run(140, "--resume")
+    again = run(142, "--resume")
+    assert np.linalg.norm(again - tuned) < 0.2 * np.linalg.norm(tuned - given), "not from that agent again"
+    assert meta_of(folder, name)["count"]["decisions"] == 142
 
 
 @BOTH
