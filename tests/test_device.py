@@ -89,6 +89,28 @@ def test_a_run_is_evaluated_step_by_step_too(run_200, here):
 
 
 @pytest.mark.slow
+def test_a_run_becomes_a_small_file_that_the_first_script_evaluates(run_200, here, tmp_path):
+    made = ("--checkpoint", run_200, "--output", "small.safetensors", "--quantize", "float16")
+    status, _, err = here(*made, small=False, name="deploy.py")
+    assert not status, err
+    how = ("--evaluate", "--checkpoint", "small.safetensors", "--no-mpc", "--eval-episodes", 2)
+    status, out, err = here(*how, small=False)
+    assert not status and "jax_toys:fixed: return" in out, err
+
+
+@pytest.mark.slow
+def test_each_of_several_seeds_goes_on_alone(here, tmp_path):
+    flags = [*FIXED, "--exp-name", "pair", "--no-mpc"]
+    assert not here(*flags, "--num-seeds", 2, "--total-timesteps", 100, name=DEVICE)[0]
+    for seed in (1, 2):
+        status, _, err = here(*flags, "--seed", seed, "--resume", "--total-timesteps", 140, name=DEVICE)
+        assert not status, err
+        folder = run_of(tmp_path, "fixed", "pair", seed)
+        assert count_of(folder)["decisions"] == 140
+        assert curve(folder)[:, 0].tolist() == [0, 100, 140]
+
+
+@pytest.mark.slow
 def test_seeds_whose_folders_are_in_use_are_refused(run_200, here):
     runs = run_200.parents[2]
     status, _, err = here(*FIXED, "--seed", 0, "--num-seeds", 2, "--runs-dir", runs, name=DEVICE)
