@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import SMALL
+from diffusion_helpers import TINY
 from helpers import ROOT, children, count_of, gone, meta_of, read_curve, read_scalars, wait_for
 from imageio_ffmpeg import get_ffmpeg_exe
 
 import envs
-from tdmpc2_support.run.checkpoints import find_checkpoint, read_agent, read_meta
+from tdmpc2_support.run.checkpoints import complete_checkpoints, find_checkpoint, read_agent, read_meta
 
 POINT = ("--task", "strange_envs:Point-v0", "--eval-freq", 100, "--checkpoint-freq", 100)
 FOLDER = "strange_envs:Point-v0/tdmpc2_jax/1"
@@ -146,6 +147,33 @@ def test_signals_end_the_run_with_a_checkpoint_of_the_last_step(start, here, tmp
     status, _, err = here(*POINT, "--total-timesteps", count["decisions"] + 50, "--resume")
     assert status == 0, err
     assert count_of(folder)["decisions"] == count["decisions"] + 50
+
+
+OTHER_LOOPS = {  # the task of each, and flags
+    "tdmpc2_jax_rgb.py": ("strange_envs:Pixels-v0", SMALL["tdmpc2_jax_rgb.py"]),
+    "tdmpc_jax.py": ("strange_envs:Point-v0", SMALL["tdmpc_jax.py"]),
+    "tdmpc2_jax_device.py": ("jax_toys:point", [*SMALL["tdmpc2_jax_device.py"], "--no-mpc", "--chunk", "10"]),
+    "tdmpc2_jax_diffusion.py": ("strange_envs:Point-v0", [*SMALL["tdmpc2_jax.py"], *TINY, "--mode", "joint"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_LOOPS)
+def test_a_signal_ends_the_loop_of_every_script_with_a_checkpoint_that_goes_on(start, tmp_path, name):
+    task, flags = OTHER_LOOPS[name]
+    folder = tmp_path / "runs" / task / name.removesuffix(".py") / "1"
+    flags = (*flags, "--task", task, "--eval-freq", 10_000, "--checkpoint-freq", 50)
+    child = start(*flags, small=False, name=name)
+    wait_for(lambda: complete_checkpoints(folder), child)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=300)
+    step = meta_of(folder, folder.parent.name)["count"]["decisions"]
+    assert child.returncode == 128 + signal.SIGTERM, err
+    assert f"stopped by SIGTERM at simulator step {step}; --resume continues the run" in err
+    child = start(*flags, "--resume", "--total-timesteps", step + 30, small=False, name=name)
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    assert meta_of(folder, folder.parent.name)["count"]["decisions"] == step + 30
 
 
 NOT_FINITE = [
