@@ -17,9 +17,8 @@ def draw(rng, wanted, value_heads):
     """One input of the planner's noise, by its name."""
     if wanted.name == "heads":  # two different ones for each iteration
         return np.stack([rng.permutation(value_heads)[:2] for _ in range(wanted.shape[0])]).astype(np.int32)
-    if wanted.name == "gumbel":
-        return rng.gumbel(size=wanted.shape).astype(np.float32)
-    return rng.standard_normal(wanted.shape, np.float32)
+    noise = rng.gumbel if wanted.name == "gumbel" else rng.standard_normal
+    return noise(size=wanted.shape).astype(np.float32)
 
 
 def control(session, robot, seconds=None, seed=0):
