@@ -2,8 +2,7 @@
 
     python examples/robot.py robot.onnx            # a simulator stands in for the robot
 
-On a robot, `reset` and `step` of your own read its sensors in the order of the file's metadata ("observation"), and
-send actions, whose -1 and 1 stand for "action_low" and "action_high" there."""
+On a robot `reset` and `step` are your own: by the file's "observation", "action_low" (for -1) and "action_high" (for 1)."""
 
 import argparse
 import json
