@@ -2,7 +2,7 @@
 
     python examples/robot.py robot.onnx            # a simulator stands in for the robot
 
-On a robot `reset` and `step` are your own: by the file's "observation", "action_low" (for -1) and "action_high" (for 1)."""
+On a robot `reset` and `step` are your own, by the file's "observation", "action_low" (-1) and "action_high" (1)."""
 
 import argparse
 import json
