@@ -134,6 +134,8 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path} holds a run; go on with --resume, or choose another --exp-name or --seed")
         before = started_with(self.path)
+        if "state_keys" in self.settings:  # only tdmpc2_jax_rgb.py has it
+            before = BEFORE_OF_PIXELS | before
         fixed = {name: value for name, value in self.settings.items() if name not in self.may_change}
         changed = [name for name, value in fixed.items() if before.get(name, value) != value]
         if changed:
@@ -178,9 +180,7 @@ def started_with(folder: Path) -> dict[str, Any]:
     for checkpoint in complete_checkpoints(folder):
         with contextlib.suppress(UserError):
             meta = read_meta(checkpoint)
-            before = BEFORE_OF_PIXELS if meta["script"] == "tdmpc2_jax_rgb" else {}
-            saved = {k: v for k, v in meta["args"].items() if k not in MAY_CHANGE or k not in record}
-            record = before | record | saved
+            record |= {k: v for k, v in meta["args"].items() if k not in MAY_CHANGE or k not in record}
             break
     if record.get("physics") == "auto":  # of earlier versions, which did not say what that was
         del record["physics"]
