@@ -86,7 +86,7 @@ class Args:
     demos: str | None = None  # folder of demonstrations: TASK/chunk_0.pt, ... of --save-episodes, or TASK.pt of mmbench
     demo_episodes: Count | None = None  # of each task take so many with the highest returns (default: all)
     pretrain_updates: Natural = 200_000  # updates on the demonstrations before anything is stepped
-    embeddings: str | None = None  # file, language, learned, one-hot, none; default: none, or language if all have it
+    embeddings: str | None = None  # file, language, learned, one-hot, none; of one task none, else language or learned
     num_envs: Count | None = None  # environments of each task (default: 1; 10 of a task alone)
     buffer_size: Count = 10_000_000  # decisions that the replay holds, the demonstrations at first among them
     obs_dtype: Literal["float32", "float16"] = "float32"  # of the observations in the replay
@@ -263,7 +263,9 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, share, no
     [n], true at the start of an episode; share as `prior_share` says; noise and heads as `mt.plan_noise` draws them;
     explore adds noise to the action. Returns actions [n, A] in [-1, 1], 0 where the task has none, and the new means.
     """
-    n, H, A = len(obs), agent.horizon, agent.action_dim
+    n = len(obs)
+    H = agent.horizon
+    A = agent.action_dim
     chex.assert_shape([obs, task.emb, prev_mean, first], [(n, agent.obs_dim), (n, agent.task_dim), (n, H, A), (n,)])
     model = networks(agent)
 
@@ -473,7 +475,8 @@ def policy_info(pi: mt.PolicySample) -> dict[str, jax.Array]:
 def update(agent: Agent, tasks: Tasks, state: TrainState, batch: Batch, noise: mt.UpdateNoise, pretraining: bool):
     """One gradient step on the world model, in pretraining with the policy, and a step of the target values; then,
     after the pretraining, one on the policy alone. Returns the new state and a dict of scalars for the log."""
-    H, B = agent.horizon, len(batch.obs[0])
+    H = agent.horizon
+    B = len(batch.obs[0])
     shapes = [(H + 1, B, agent.obs_dim), (H, B, agent.action_dim), (H, B), (H, B), (B,)]
     chex.assert_shape(list(batch), shapes)
     rate = learning_rate(agent, state.updates)

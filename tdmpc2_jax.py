@@ -348,7 +348,10 @@ class PlanNoise(NamedTuple):
 def plan_noise(agent: Agent, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
     """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
     them use, so that their parameters are gathered once."""
-    H, P, N, A = agent.horizon, agent.num_pi_trajs, agent.num_samples, agent.action_dim
+    H = agent.horizon
+    P = agent.num_pi_trajs
+    N = agent.num_samples
+    A = agent.action_dim
     iterations = agent.iterations + 2 if A >= 20 else agent.iterations
     keys = jax.random.split(key, 6)
     noise = PlanNoise(
@@ -392,7 +395,9 @@ def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, e
     noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions [n, A] in [-1, 1] and
     the new means [n, H, A].
     """
-    n, H, A = len(obs), agent.horizon, agent.action_dim
+    n = len(obs)
+    H = agent.horizon
+    A = agent.action_dim
     chex.assert_shape([obs, prev_mean, first], [(n, agent.obs_dim), (n, H, A), (n,)])
     model = networks(agent)
 
@@ -495,7 +500,10 @@ class UpdateNoise(NamedTuple):
 
 def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
-    H, B, A, width = agent.horizon, agent.batch_size, agent.action_dim, agent.mlp_dim
+    H = agent.horizon
+    B = agent.batch_size
+    A = agent.action_dim
+    width = agent.mlp_dim
     keys = jax.random.split(key, 6)
     return UpdateNoise(
         next_action=jax.random.normal(keys[0], (H, B, A)),
@@ -593,7 +601,8 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, q_scale, noise: UpdateNoi
 def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) -> tuple[TrainState, dict[str, Any]]:
     """One gradient step on the world model, then one on the policy, then a step of the target values towards the new
     ones. Returns the new state and a dict of scalars for the log."""
-    H, B = agent.horizon, len(batch.obs[0])
+    H = agent.horizon
+    B = len(batch.obs[0])
     chex.assert_shape(list(batch), [(H + 1, B, agent.obs_dim), (H, B, agent.action_dim), (H, B), (H, B)])
     model_tx, pi_tx = optimizers(agent)
 
@@ -656,7 +665,8 @@ class Replay(NamedTuple):
 
 def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment."""
-    C, n = capacity, num_envs
+    C = capacity
+    n = num_envs
     return Replay(
         obs=jnp.zeros((C, n, agent.obs_dim)),
         action=jnp.zeros((C, n, agent.action_dim)),

@@ -165,12 +165,16 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Tokens [tokens, D] -> [tokens, D]."""
-        T, D, h = len(x), self.width, self.heads
+        T = len(x)
+        D = self.width
+        h = self.heads
         dense = partial(nn.Dense, dtype=self.dtype)
         layer_norm = partial(nn.LayerNorm, use_fast_variance=this_backend().one_pass_variance)
         for i in range(self.blocks):
             qkv = dense(3 * D, name=f"qkv_{i}")(layer_norm(name=f"norm_{i}_0")(x)).reshape(T, 3, h, D // h)
-            query, key, value = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            query = qkv[:, 0]
+            key = qkv[:, 1]
+            value = qkv[:, 2]
             logits = jnp.einsum("qhc,khc->hqk", query, key).astype(jnp.float32) * (D // h) ** -0.5
             seen = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(logits).astype(qkv.dtype), value).reshape(T, D)
             x = x + dense(D, name=f"seen_{i}")(seen).astype(jnp.float32)
@@ -473,7 +477,10 @@ def init_diffusion(agent: Agent, stats: Stats, key: jax.Array) -> DiffusionState
 
 def diffusion_update(agent: Agent, state: DiffusionState, world: World, windows: Windows, key: jax.Array):
     """One gradient step of each network; the world model gets none. Returns the new state and scalars for the log."""
-    B, L, Z, A = len(windows.z), window_steps(agent), agent.latent_dim, agent.action_dim
+    B = len(windows.z)
+    L = window_steps(agent)
+    Z = agent.latent_dim
+    A = agent.action_dim
     chex.assert_shape(list(windows[:4]), [(B, L + 1, Z), (B, L, A), (B, L), (B, L)])
     tx = diffusion_optimizer(agent)
 
@@ -609,7 +616,9 @@ def rollout(agent: Agent, planner: Planner, z: jax.Array, actions: jax.Array, ke
     scale s the tokens are s steps apart."""
     nets, stats, world = planner
     steps = scales_of(agent)[scale]
-    N, F, Z = len(actions), agent.future, len(z)
+    N = len(actions)
+    F = agent.future
+    Z = len(z)
     if agent.rollouts == "onestep":
         future = jax.vmap(partial(follow, agent, world, z))(actions)[:, (np.arange(F) + 1) * steps - 1]
     else:
@@ -659,7 +668,9 @@ REFINED_STD = 0.05  # least one with which refinement starts: at 0.5 it fell bac
 def refine(agent: Agent, world: World, z: jax.Array, candidates: jax.Array, key: jax.Array) -> jax.Array:
     """Mean [H, A] of MPPI's distribution, which starts at the best candidates [top, F, A] and is fitted to the elites
     among them and fresh samples."""
-    H, A, samples = agent.horizon, agent.action_dim, agent.refine_samples
+    H = agent.horizon
+    A = agent.action_dim
+    samples = agent.refine_samples
     best = candidates[:, :H].swapaxes(0, 1)  # [H, top, A]
 
     def iterate(distribution, key):
@@ -779,7 +790,8 @@ def answers(agent: Agent, planner: Planner, windows: Windows, key: jax.Array) ->
     """What the networks answer on windows [B, ...], for `measures`: futures of p_d and of d under the actions and under
     those of another window, and of a latent state that stays; advantages by the world model's heads and by J, of true,
     p_d's and d's futures; actions of rho and of the record."""
-    F, B = agent.future, len(windows.z)
+    F = agent.future
+    B = len(windows.z)
     world = planner.world
     keys = jax.random.split(key, B)
     shuffled = jnp.roll(windows.action, B // 2, axis=0)
@@ -854,16 +866,21 @@ def encoded(args: Args, agent: Agent, world: World) -> Recorded:
     """The recorded episodes of --data-dir, with latent states as observations."""
     if agent.obs == "rgb":
         key = random_streams(args.seed).batches
-        encode_stacks = jax.jit(encode, static_argnums=0)
-        one = lambda stacks, number: encode_stacks(agent, world.params, stacks, jax.random.fold_in(key, number))  # noqa: E731
-        return read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim, one)
+        encode_many = jax.jit(encode, static_argnums=0)
+
+        def encode_stacks(stacks, number):
+            return encode_many(agent, world.params, stacks, jax.random.fold_in(key, number))
+
+        return read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim, encode_stacks)
     data = read_recorded(cli.task_names(args), args.data_dir, window_steps(agent), agent.latent_dim)
 
     @jax.jit
     def encode_all(world, obs, task):
-        encoder = td.networks(agent).encoder
-        one = lambda entry: encoder.apply(of_task(world, entry[1]).params["encoder"], entry[0])  # noqa: E731
-        return jax.lax.map(one, (obs, task), batch_size=4096)
+        def encode_one(entry):
+            one_obs, one_task = entry
+            return td.networks(agent).encoder.apply(of_task(world, one_task).params["encoder"], one_obs)
+
+        return jax.lax.map(encode_one, (obs, task), batch_size=4096)
 
     return data._replace(obs=encode_all(world, data.obs, data.task))
 
@@ -1143,9 +1160,9 @@ def parse(argv: list[str] | None) -> Args:
         record = recorded_world(args.world_model, cli.task_names(args) if args.tasks else (), Agent, *WORLD_SCRIPTS)
         one_kind = f"{args.world_model} sees pictures and states: --world-model must see one of them"
         cli.require(record.get("obs", "state") in ("state", "rgb"), one_kind)
-        return (
-            record if args.tasks else record | {"task_dim": 0}
-        )  # of many tasks, the part of one is as an agent of one
+        if not args.tasks:  # of an agent of many tasks the part of one is taken, which has no embedding
+            record["task_dim"] = 0
+        return record
 
     def of_run(args):
         return recorded_settings(args, cli.run_folder, SCRIPTS, OF_RUN, GONE)

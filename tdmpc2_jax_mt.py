@@ -405,7 +405,10 @@ class PlanNoise(NamedTuple):
 def plan_noise(agent: Agent, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
     """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
     them use, so that their parameters are gathered once."""
-    H, P, N, A = agent.horizon, agent.num_pi_trajs, agent.num_samples, agent.action_dim
+    H = agent.horizon
+    P = agent.num_pi_trajs
+    N = agent.num_samples
+    A = agent.action_dim
     iterations = agent.iterations + 2 if A >= 20 else agent.iterations
     keys = jax.random.split(key, 6)
     noise = PlanNoise(
@@ -446,7 +449,9 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, noise: Pl
     start of an episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
     [n, A] in [-1, 1], 0 where the task has none, and the new means [n, H, A].
     """
-    n, H, A = len(obs), agent.horizon, agent.action_dim
+    n = len(obs)
+    H = agent.horizon
+    A = agent.action_dim
     chex.assert_shape([obs, task.emb, prev_mean, first], [(n, agent.obs_dim), (n, agent.task_dim), (n, H, A), (n,)])
     model = networks(agent)
 
@@ -550,7 +555,10 @@ class UpdateNoise(NamedTuple):
 
 def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
-    H, B, A, width = agent.horizon, agent.batch_size, agent.action_dim, agent.mlp_dim
+    H = agent.horizon
+    B = agent.batch_size
+    A = agent.action_dim
+    width = agent.mlp_dim
     keys = jax.random.split(key, 6)
     return UpdateNoise(
         next_action=jax.random.normal(keys[0], (H, B, A)),
@@ -656,7 +664,8 @@ def update(agent: Agent, tasks: Tasks, state: TrainState, batch: Batch, noise: U
     The policy's loss depends on the embedding, too. Like the original, which does not clear that gradient, the model's
     next step adds it to its own.
     """
-    H, B = agent.horizon, len(batch.obs[0])
+    H = agent.horizon
+    B = len(batch.obs[0])
     chex.assert_shape(list(batch), [(H + 1, B, agent.obs_dim), (H, B, agent.action_dim), (H, B), (B,)])
     model_tx, pi_tx = optimizers(agent)
 

@@ -455,7 +455,10 @@ class PlanNoise(NamedTuple):
 def plan_noise(agent: Agent, key: jax.Array, n: int) -> tuple[PlanNoise, jax.Array]:
     """Draws what a plan in n environments needs, and for each iteration the two value heads [iterations, 2] that all of
     them use, so that their parameters are gathered once."""
-    H, P, N, A = agent.horizon, agent.num_pi_trajs, agent.num_samples, agent.action_dim
+    H = agent.horizon
+    P = agent.num_pi_trajs
+    N = agent.num_samples
+    A = agent.action_dim
     iterations = agent.iterations + 2 if A >= 20 else agent.iterations
     keys = jax.random.split(key, 7)
     noise = PlanNoise(
@@ -500,7 +503,9 @@ def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, e
     start of an episode; noise and heads as `plan_noise` draws them; explore adds noise to the action. Returns actions
     [n, A] in [-1, 1] and the new means [n, H, A].
     """
-    n, H, A = len(first), agent.horizon, agent.action_dim
+    n = len(first)
+    H = agent.horizon
+    A = agent.action_dim
     chex.assert_shape([split(obs)[0], prev_mean, first], [(n, PIXELS, PIXELS, 3 * FRAMES), (n, H, A), (n,)])
     model = networks(agent)
 
@@ -606,7 +611,10 @@ class UpdateNoise(NamedTuple):
 
 def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
-    H, B, A, width = agent.horizon, agent.batch_size, agent.action_dim, agent.mlp_dim
+    H = agent.horizon
+    B = agent.batch_size
+    A = agent.action_dim
+    width = agent.mlp_dim
     keys = jax.random.split(key, 7)
     return UpdateNoise(
         shift=draw_shifts(keys[6], H + 1, B),
@@ -705,7 +713,8 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, q_scale, noise: UpdateNoi
 def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) -> tuple[TrainState, dict[str, Any]]:
     """One gradient step on the world model, then one on the policy, then a step of the target values towards the new
     ones. Returns the new state and a dict of scalars for the log."""
-    H, B = agent.horizon, batch.reward.shape[1]
+    H = agent.horizon
+    B = batch.reward.shape[1]
     stacks = (H + 1, B, PIXELS, PIXELS, 3 * FRAMES)
     chex.assert_shape([split(batch.obs)[0], *batch[1:]], [stacks, (H, B, agent.action_dim), (H, B), (H, B)])
     model_tx, pi_tx = optimizers(agent)
@@ -771,7 +780,8 @@ class Replay(NamedTuple):
 
 def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment, and two rows more for the first stack."""
-    C, n = capacity + FRAMES - 1, num_envs
+    C = capacity + FRAMES - 1
+    n = num_envs
     state = jnp.zeros((C, n, agent.obs_dim)) if agent.obs_dim else None
     return Replay(
         obs=join(jnp.zeros((C, n, PIXELS * PIXELS * 3), jnp.uint8), state),

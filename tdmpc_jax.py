@@ -367,7 +367,10 @@ class PlanNoise(NamedTuple):
 
 def plan_noise(agent: Agent, key: jax.Array, n: int) -> PlanNoise:
     """Draws what a plan in n environments needs."""
-    H, P, N, A = agent.horizon, agent.num_pi_trajs, agent.num_samples, agent.action_dim
+    H = agent.horizon
+    P = agent.num_pi_trajs
+    N = agent.num_samples
+    A = agent.action_dim
     keys = jax.random.split(key, 5)
     return PlanNoise(
         pi=jax.random.normal(keys[0], (n, H, P, A)),
@@ -399,7 +402,9 @@ def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: P
     obs [n, O]; prev_mean [n, H, A], the mean that the last call returned; first [n], true at the start of an episode;
     limits of `schedule`; noise as `plan_noise` draws it; explore adds noise to the action. Returns actions [n, A] in
     [-1, 1] and the new means [n, H, A]."""
-    n, H, A = len(obs), agent.horizon, agent.action_dim
+    n = len(obs)
+    H = agent.horizon
+    A = agent.action_dim
     chex.assert_shape([obs, prev_mean, first, limits.horizon], [(n, *seen_shape(agent)), (n, H, A), (n,), (n,)])
     model = networks(agent)
 
@@ -501,7 +506,9 @@ class UpdateNoise(NamedTuple):
 
 def update_noise(agent: Agent, key: jax.Array) -> UpdateNoise:
     """Draws what one update needs."""
-    H, B, A = agent.horizon, agent.batch_size, agent.action_dim
+    H = agent.horizon
+    B = agent.batch_size
+    A = agent.action_dim
     keys = jax.random.split(key, 3)
     noise = UpdateNoise(jax.random.normal(keys[0], (H, B, A)), jax.random.normal(keys[1], (H + 1, B, A)))
     if agent.obs == "state":
@@ -583,7 +590,8 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, noise: UpdateNoise):
 def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise):
     """One gradient step on the world model, then one on the policy, then, every second time, a step of the slow encoder
     and values towards the new ones. Returns the new state, priorities [B] and a dict of scalars for the log."""
-    H, B = agent.horizon, len(batch.obs[0])
+    H = agent.horizon
+    B = len(batch.obs[0])
     chex.assert_shape(list(batch), [(H + 1, B, *seen_shape(agent)), (H, B, agent.action_dim), (H, B), (H, B), (B,)])
     model_tx, pi_tx = optimizers(agent)
     if agent.obs == "rgb":  # all encoders see the same
@@ -648,7 +656,8 @@ FANOUT = 128
 
 def init_replay(agent: Agent, capacity: int, num_envs: int) -> Replay:
     """Empty replay of `capacity` steps of each environment, and of two more for the first stack of pictures."""
-    C, n = capacity + num_frames(agent) - 1, num_envs
+    C = capacity + num_frames(agent) - 1
+    n = num_envs
     rows = [-(-C * n // FANOUT)]
     while rows[-1] > 1:
         rows.append(-(-rows[-1] // FANOUT))

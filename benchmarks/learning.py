@@ -251,7 +251,6 @@ def main(args: Args) -> None:
     on_cpu = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip() == "cpu"
     cores = sorted(os.sched_getaffinity(0)) if on_cpu else [None] * (1 if args.jobs is None else args.jobs)
     failed = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are ended, too
     try:
         jobs = len(cores) if args.jobs is None else args.jobs
         if jobs > len(cores):
@@ -269,4 +268,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are ended, too
     main(tyro.cli(Args, description=__doc__))

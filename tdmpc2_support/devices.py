@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -52,7 +51,6 @@ def set_up_jax(compile_cache: bool, distributed: bool = False) -> None:
         if found not in (None, value):
             jax.config.update(name, value)
             print(f"{name.upper()}={found} is not for this program, which sets it to {value}", file=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs at length what it raises, too
     use_compile_cache(compile_cache)
     if distributed:
         return

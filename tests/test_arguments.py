@@ -32,7 +32,7 @@ def fork(tmp_path, monkeypatch):
         assert text.count(place) == 1
         text = text.replace(place, f"    {name}_trap: Positive = 1.0  # scales the learning rate\n{place}")
     text = text.replace("optax.scale(-agent.lr)", "optax.scale(-agent.lr * agent.first_trap * agent.last_trap)")
-    line = "    n, H, A = len(obs), agent.horizon, agent.action_dim\n"
+    line = "    n = len(obs)\n    H = agent.horizon\n    A = agent.action_dim\n"
     assert text.count(line) == 1
     text = text.replace(line, f'{line}    print("plans with", agent.first_trap, agent.last_trap)\n')
     path = tmp_path / "fork.py"

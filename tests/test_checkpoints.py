@@ -1,5 +1,6 @@
 """Checkpoints: damage is noticed or harmless, the one before is used, a full disk loses nothing."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from helpers import meta_of
 
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.run.checkpoints import Checkpoints, complete_checkpoints, read_checkpoint, read_meta
+from tdmpc2_support.run.checkpoints import Checkpoints, complete_checkpoints, quiet, read_checkpoint, read_meta
 from tdmpc2_support.run.folder import RunFolder
 
 
@@ -123,3 +124,12 @@ def test_arrays_without_numbers_come_back_as_they_were(tmp_path):
         back = checkpoints.restore(state=item)[1]["state"]
     assert back["empty"].shape == (1, 0)
     np.testing.assert_array_equal(back["full"], item["full"])
+
+
+def test_the_log_of_orbax_is_as_it_was_after_we_used_it():
+    log = logging.getLogger("absl")
+    before = log.level
+    with pytest.raises(UserError), quiet():
+        assert log.level == logging.CRITICAL
+        raise UserError("damaged")
+    assert log.level == before != logging.CRITICAL

@@ -7,12 +7,13 @@ and checksums) and an item for each pytree of arrays. Those written before there
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,18 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Orbax logs at length what it raises, too: here none of it."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 class Checkpoints:
@@ -49,6 +62,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
+    @quiet()
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         if self._manager is not None:
             self._manager.close()
@@ -103,6 +117,7 @@ class Checkpoints:
                 items.append(jax.device_put(function(), places[name]))  # committed, as what jitted functions return
         return items
 
+    @quiet()
     def save(self, step: int, count: dict[str, Any], meta: dict[str, Any] | None = None, **items: Any) -> None:
         """Writes pytrees of arrays as the checkpoint of a step, and keeps the one before it.
 
@@ -167,6 +182,7 @@ def read_meta(checkpoint: Path, *scripts: str) -> dict[str, Any]:
     return meta
 
 
+@quiet()
 def write_checkpoint(manager: ocp.CheckpointManager, step: int, meta: dict[str, Any], **items: Any) -> None:
     """Writes pytrees of arrays as the checkpoint of a step. It is there when it is complete; older ones go after that.
 
@@ -196,6 +212,7 @@ def write_checkpoint(manager: ocp.CheckpointManager, step: int, meta: dict[str, 
         raise UserError(f"{problem}: its remains are removed, {kept}") from error
 
 
+@quiet()
 def read_checkpoint(checkpoint: Path, meta: dict[str, Any], **like: Any) -> dict[str, Any]:
     """Items of a checkpoint, each in the structure, shapes and places of `like` (arrays, or `jax.ShapeDtypeStruct`).
 
@@ -229,6 +246,7 @@ def _as_it_was(x: jax.Array, like: Any) -> jax.Array:
     return x if np.prod(like.shape) else jax.device_put(jnp.zeros(like.shape, like.dtype), x.sharding)
 
 
+@quiet()
 def read_agent(
     checkpoint: Path, meta: dict[str, Any], names: Sequence[str], parts: Sequence[str] = ()
 ) -> dict[str, Any]:
