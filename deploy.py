@@ -6,8 +6,8 @@
     python tdmpc2_jax_mt.py --evaluate --checkpoint robot.safetensors
 
     python deploy.py --checkpoint runs/walker-walk/tdmpc2_jax/1 --export onnx --what policy --output robot.onnx
-    python deploy.py --checkpoint mt30-5M.pt --source-task walker-walk --export onnx --num-samples 128 --num-elites 32 \
-        --output robot.onnx
+    python deploy.py --checkpoint mt30-5M.pt --source-task walker-walk --export onnx --what planner \
+        --num-samples 128 --num-elites 32 --output robot.onnx
 
 float16 rounds all numbers; int8 gives kernels a scale for each output and rounds the rest to float16; mixed is int8
 with an encoder in float16. The table that is printed has a row for each component of the agent that is quantised
@@ -107,7 +107,7 @@ def load(args: Args) -> Trained:
     module = mt if several else td
     names = loaded.tasks
     if not several:
-        names = (record["task"],) if "task" in record else named
+        names = (environments.task_spec(record["task"]).name,) if "task" in record else named
         cli.require(len(names) == 1, f"{args.checkpoint} does not say its task: name it with --tasks")
     same = f"{args.checkpoint} knows other tasks than --tasks names, or in another order"
     cli.require(named in ((), names), same)
@@ -202,7 +202,7 @@ def visited_windows(args: Args, trained: Trained) -> Windows:
 def whole_windows(obs: np.ndarray, action: np.ndarray, active: np.ndarray, count: int, horizon: int) -> Windows:
     """`count` states at most, evenly spread over those of n environments that were followed by as many actions as the
     horizon has: obs [steps, n, O], action [steps, n, A], active [steps, n] where the environment was stepped."""
-    last = len(active) - horizon + 1
+    last = max(0, len(active) - horizon + 1)
     whole = np.logical_and.reduce([active[i : last + i] for i in range(horizon)])
     step, env = np.nonzero(whole)
     chosen = np.unique(np.linspace(0, len(step) - 1, count).astype(int)) if len(step) else np.zeros(0, int)

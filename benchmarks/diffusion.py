@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tdmpc2_jax as td
 import tdmpc2_jax_diffusion as diffusion
+from benchmarks.multitask import same_arguments
 from tdmpc2_support.cli import with_settings
 from tdmpc2_support.data.recorded import spread_out, windows_at
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_meta
@@ -129,7 +130,9 @@ def draw(results: dict, decoded: dict, path: str) -> None:
 
 
 def main(args: Args) -> None:
-    Path(args.folder).mkdir(parents=True, exist_ok=True)
+    if unknown := set(filter(None, args.parts.split(","))) - set(PARTS):
+        sys.exit(f"error: {', '.join(sorted(unknown))}: parts are {', '.join(PARTS)}")
+    same_arguments(Path(args.folder), {name: getattr(args, name) for name in ("checkpoint", "episodes", "seed")})
     results = {"table": []}
     for part in filter(None, args.parts.split(",")):
         found = evaluation(args, part)

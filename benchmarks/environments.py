@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import envs
 
 ROUND = 0.5  # seconds per measurement

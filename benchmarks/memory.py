@@ -21,6 +21,8 @@ import numpy as np
 import psutil
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import envs as environments
 import tdmpc2_jax
 

@@ -61,6 +61,16 @@ def evaluation(folder: Path, script: str, name: str, episodes: int, *flags) -> d
     return json.loads(path.read_text())
 
 
+def same_arguments(folder: Path, arguments: dict) -> None:
+    """Refuses a folder whose results were made with others: what has been finished is not run again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / "arguments.json"
+    text = json.dumps(arguments)
+    if told.exists() and told.read_text() != text:
+        sys.exit(f"error: {folder} holds results of other arguments: choose another --folder")
+    told.write_text(text)
+
+
 def curve(folder: Path) -> list[list[float]]:
     """[simulator step, return] of each evaluation of a run."""
     return [[int(row["step"]), float(row["reward"])] for row in csv.DictReader((folder / "eval.csv").open())]
@@ -69,7 +79,7 @@ def curve(folder: Path) -> list[list[float]]:
 def main(args: Args) -> None:
     folder, online = Path(args.folder).absolute(), "tdmpc2_jax.py"
     steps_of = dict(pair.split(":") for pair in args.tasks.split(","))
-    folder.mkdir(parents=True, exist_ok=True)
+    same_arguments(folder, dataclasses.asdict(args) | {"folder": None, "json": None})
     results = {"arguments": dataclasses.asdict(args) | {"folder": None, "json": None}, "tasks": {}, "fine_tuning": {}}
 
     for task, steps in steps_of.items():

@@ -23,6 +23,8 @@ import jax
 import numpy as np
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import deploy
 import envs as environments
 import tdmpc2_jax as td

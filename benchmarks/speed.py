@@ -560,6 +560,7 @@ PARTS = {
     "tdmpc2_jax_mt": (tiers, calls, planning, teacher),  # tiers first: memory of later measurements is not given back
     "tdmpc_jax": (calls, horizons, replay),
     "tdmpc2_jax_diffusion": (calls, plans),
+    "newt_jax": (calls,),
     DEVICE: (loop,),
 }
 ONE_SETTING = (pictures, replay, tiers, planning, teacher, horizons, plans, encoder)  # whatever --num-envs says

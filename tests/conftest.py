@@ -92,7 +92,7 @@ def forget_programs():
 
 
 # The longest first: of two processes, neither should end with one of them
-SLOW = "runs", "multitask", "rgb", "learning", "diffusion", "joint", "distillation", "golden", "tdmpc1", "model"
+SLOW = "runs", "envs", "diffusion", "device", "multitask", "rgb", "model", "newt", "deploy", "cli", "golden"
 
 
 def pytest_collection_modifyitems(items):

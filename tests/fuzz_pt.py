@@ -529,8 +529,8 @@ def fuzz(seed: int, first: int, count: int) -> Total:
     total, end = Total(), first + count
     while first < end:
         with tempfile.TemporaryDirectory(dir=MEMORY if Path(MEMORY).is_dir() else None) as folder:
-            code = f"from benchmarks import fuzz_pt; fuzz_pt.child({seed}, {first}, {end - first}, {folder!r})"
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            code = f"import fuzz_pt; fuzz_pt.child({seed}, {first}, {end - first}, {folder!r})"
+            environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
             process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
             last, kind = None, None
             with process:

@@ -33,7 +33,8 @@ class Point(gym.Env):
             reward = float("nan")
         if self.steps == self.bad_obs_at:
             obs[:] = 3e38  # finite, but no network survives it
-        return obs, reward, self.terminates and abs(self.state[0]) > 1, False, {}
+        fallen = self.terminates and bool(abs(self.state[0]) > 1)
+        return obs, reward, fallen, False, {"success": float(fallen)}
 
 
 class Slow(Point):

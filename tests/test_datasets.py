@@ -296,7 +296,7 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
     arrays["obs"][1, 2, 0] = 1e5
     write_chunk(tmp_path / "chunk_0.pt", arrays)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
-    with pytest.raises(envs.UserError, match="numbers beyond 65504"):
+    with pytest.raises(envs.UserError, match="numbers beyond 65504, the largest of float16"):
         to_devices(envs.load_dataset(TASKS, tmp_path), "float16", mesh, 3)
 
 
@@ -312,6 +312,10 @@ def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refuse
         envs.EpisodeWriter(tmp_path, "mw-reach", 1, action_repeat=4)
     with pytest.raises(envs.UserError, match="task 'Hopper-v5' cannot be in a set"):
         envs.EpisodeWriter(tmp_path, "Hopper-v5", 1)
+    (tmp_path / "walker-walk").mkdir()
+    write_chunk(tmp_path / "walker-walk" / "chunk_0.pt", {"something": np.zeros(3, np.float32)})
+    with pytest.raises(envs.UserError, match="chunk_0.pt holds no episodes: choose another"):
+        envs.EpisodeWriter(tmp_path, "walker-walk", 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(envs.UserError, match="episodes cannot be written to"):
         envs.EpisodeWriter(tmp_path / "file", "mw-reach", 1)

@@ -100,6 +100,7 @@ def test_states_are_taken_from_whole_windows_of_environments_that_run():
     assert len(deploy.whole_windows(obs, action, active, 100, horizon=2).obs) == 5, "none twice"
     assert len(deploy.whole_windows(obs, action, active, 3, horizon=2).obs) == 3
     assert len(deploy.whole_windows(obs, action, active, 3, horizon=6).obs) == 0
+    assert len(deploy.whole_windows(obs, action, active, 3, horizon=8).obs) == 0
 
 
 @pytest.mark.slow
@@ -340,6 +341,7 @@ def test_what_jax_computes_stays_what_it_is_as_a_graph():
         last, _ = jax.lax.scan(lambda sum, row: (sum + row[None] @ table.T, row), jnp.ones((1, 4)), x[0])
         one = jax.lax.dynamic_index_in_dim(x[1], pick, keepdims=False)
         best = x[0][jnp.argmax(x[0].sum(-1))]
+        best = jnp.concatenate([best, x[:, :0].reshape(0)])  # of no samples, too
         return y, kept.astype(jnp.float32), last, one, best, jnp.expm1(x * 1e-4), jax.nn.softmax(x, axis=1)
 
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import pytest
 from helpers import jitter
 
 import envs
+import newt_jax as newt
 import tdmpc2_jax as td
 import tdmpc2_jax_mt as mt
 import tdmpc2_jax_rgb as rgb
@@ -90,6 +91,26 @@ def test_a_return_is_that_of_an_environments_first_episode_whenever_it_ends(scri
     assert len({*last.tolist()}) > 1 and last.max() + 1 == len(seen), "at different times; no longer than the last"
     expected = [rewards[: end + 1, i].sum() for i, end in enumerate(last)]
     np.testing.assert_allclose(result.returns, expected, rtol=1e-6)
+    succeeded = np.array([x[4]["success"] for x in seen])
+    np.testing.assert_array_equal(result.successes, [succeeded[end, i] for i, end in enumerate(last)])
+
+
+@pytest.mark.parametrize("script", [td, rgb, tdmpc_jax, newt], ids=lambda script: script.__name__)
+def test_random_actions_fill_the_space_evenly(script):
+    n = 4000
+    agent = script.Agent(action_dim=2)
+    before = (jnp.zeros((n, 1)), jnp.zeros((n, agent.horizon, 2)), jnp.ones(n, bool))
+    if script is newt:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")
+        tasks = newt.Tasks(jnp.array([[1.0, 1], [1, 0]]), jnp.ones(2), jnp.zeros(2), jnp.arange(n) % 2)
+        how = (1.0, jax.random.key(0), "chance", True)
+        action = np.array(newt.act(agent, mesh, tasks, {"task_emb": jnp.zeros((2, 0))}, *before, *how)[0])
+        assert not action[1::2, 1].any(), "the second task has one action"
+        action = action[::2]
+    else:
+        limits = (None,) if script is tdmpc_jax else ()
+        action = np.asarray(script.act(agent, {}, *before, *limits, jax.random.key(0), explore=True, random=True)[0])
+    assert np.histogram(action, 8, (-1, 1))[0] == pytest.approx(action.size / 8, rel=0.2)
 
 
 def test_two_heads_are_different_and_all_pairs_equally_likely():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -336,6 +337,9 @@ def test_embeddings_are_read_from_files_by_either_name_or_are_one_hot_learned_or
         (tmp_path / "damaged.npz").write_bytes(content)
         with pytest.raises(envs.UserError, match="damaged.npz holds no embeddings"):
             read_embeddings(names, str(tmp_path / "damaged.npz"))
+    (tmp_path / "nested.json").write_text("[" * 10**5)
+    with pytest.raises(envs.UserError, match="nested.json holds no embeddings"):
+        read_embeddings(names, str(tmp_path / "nested.json"))
     shipped = read_embeddings(("walker-walk", "mw-reach"), None)
     assert shipped.shape == (2, 512) and (np.linalg.norm(shipped, axis=1) > 14).all()
 
@@ -344,7 +348,8 @@ def test_embeddings_are_read_from_files_by_either_name_or_are_one_hot_learned_or
 def test_an_agent_that_knows_terminations_goes_on_with_tasks_that_have_none():
     agent = newt.Agent("S", pad_obs=0, pad_action=0)
     both = newt.for_tasks(agent, ("Hopper-v5", "strange_envs:Counting12-v0"), 0, False, warm_up=False)
-    params = newt.init_params(both, jax.random.key(0), jnp.zeros((2, 0)))
+    shapes = jax.eval_shape(partial(newt.init_params, both), jax.random.key(0), jnp.zeros((2, 0)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     loaded = LoadedAgent(
         params, params["q"], task_emb=jnp.zeros((2, 0)), tasks=("Hopper-v5", NAMES[0]), learned_emb=False
     )

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from torch_files import pickled, tensor, write_pt
 
+import tdmpc2_jax as td
 from tdmpc2_support.agents import pretrained
 from tdmpc2_support.agents.fold import fold_agent
 from tdmpc2_support.envs.tasks import TASK_SETS
@@ -236,6 +238,15 @@ def test_sizes_are_read_off_the_parameters(golden):
     assert pretrained.sizes_of(agent.params | {"task_emb": agent.task_emb}) == sizes | {"task_dim": 20}
     pixels = pretrained.read_original(golden("rgb.pt"), "rgb").params
     assert pretrained.sizes_of(pixels) == {"mlp_dim": 24, "latent_dim": 128, "num_q": 5}
+
+
+def test_the_layers_of_a_deep_network_are_in_the_order_of_their_numbers():
+    agent = td.with_model_size(td.Agent(model_size=1, num_enc_layers=12, obs_dim=3, action_dim=2))
+    params = jax.eval_shape(partial(td.init_params, agent), jax.random.key(0))
+    found = pretrained.sizes_of(params)
+    assert (found["num_enc_layers"], found["latent_dim"]) == (12, agent.latent_dim)
+    part = {name: params[name] for name in ("encoder", "reward")}
+    assert pretrained.sizes_of(part)["latent_dim"] == agent.latent_dim, "of a part, by its encoder"
 
 
 @pytest.mark.golden

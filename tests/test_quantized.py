@@ -193,6 +193,38 @@ def test_files_of_others_are_refused(tmp_path, file):
     assert not list(tmp_path.iterdir()), "nothing is left"
 
 
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("reward.linear_0.kernel_scale", np.ones(1, np.float32)),
+        ("reward.linear_0.kernel_scale", np.full(24, np.nan, np.float32)),
+        ("q_scale", np.ones(2, np.float32)),
+        ("encoder", np.ones(2, np.float32)),
+        ("task_emb", np.ones((29, 20), np.float32)),
+        ("task_emb", np.ones(20, np.float32)),
+    ],
+)
+def test_tensors_that_do_not_make_an_agent_are_one_sentence(file, tmp_path, name, tensor):
+    stored = read_safetensors(file("int8"))
+    path = str(tmp_path / "a.safetensors")
+    write_safetensors(path, stored.tensors | {name: tensor}, stored.record)
+    with pytest.raises(UserError, match=r"a.safetensors (holds no whole agent|.*kernel_scale is not one positive)"):
+        pretrained.load_multitask(path, (), MT)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"tasks": "[" * 10**5}, {"tasks": '["nonsense"]'}, {"tasks": '[["a"], 3]'}, {"args": '{"vmin": [1]}'}],
+    ids=["nested", "unknown", "of a list", "no number"],
+)
+def test_a_record_that_says_nothing_usable_is_one_sentence(file, tmp_path, told):
+    stored = read_safetensors(file("int8"))
+    path = str(tmp_path / "a.safetensors")
+    write_safetensors(path, stored.tensors, stored.record | told)
+    with pytest.raises(UserError, match="a.safetensors holds no agent of this project"):
+        pretrained.load_multitask(path, (), MT)
+
+
 def test_numbers_that_float16_does_not_have_are_refused():
     for value, words in ((1e5, "beyond 65504"), (np.nan, "not finite")):
         with pytest.raises(UserError, match=f"task_emb holds numbers.* {words}"):

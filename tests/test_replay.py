@@ -87,14 +87,6 @@ def test_an_episode_is_in_the_queue_once_with_as_many_windows_as_it_has(seed):
         assert len(episodes) == len(set(episodes))
 
 
-def test_both_ways_are_the_same_where_all_episodes_are_equally_long():
-    windows = {
-        (float(env), float(episode), float(place)) for env in range(2) for episode in range(5) for place in range(9)
-    }
-    one, other = (likelihoods(agent, windows) for _, agent in list(AGENTS.values())[:2])
-    np.testing.assert_allclose(one, other)
-
-
 @ALL
 def test_an_update_never_sees_filler(td, agent):
     """Actions and rewards of resets are filler: NaN there must not reach a batch."""

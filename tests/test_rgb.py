@@ -140,10 +140,10 @@ def test_stacks_are_those_of_whole_episodes_across_resets_and_the_end_of_the_rin
 
 @BOTH
 def test_windows_are_as_likely_as_they_should_be(way):
-    agent, replay, valid, _ = drawn_from(way, 1, 25, 3, 90, 0.15)
-    sample = jax.jit(partial(rgb.sample, agent, replay))
-    pictures = [np.asarray(sample(jax.random.key(i)).obs) for i in range(16)]
-    names = np.concatenate([x[rgb.FRAMES - 1, :, 0, 0] for x in pictures])  # of the windows' first entries
+    agent = rgb.Agent(action_dim=1, batch_size=500, sample=way)
+    replay, valid = write_episodes(Named, agent, 1, 25, 3, 90, 0.15)
+    first_names = jax.jit(lambda replay, key: rgb.sample(agent, replay, key).obs[rgb.FRAMES - 1, :, 0, 0])
+    names = np.concatenate([first_names(replay, jax.random.key(i)) for i in range(16)])  # of windows' first entries
     drawn = Counter(map(tuple, names.tolist()))
     assert drawn.keys() <= valid
     expected = len(names) * likelihoods(agent, valid)
@@ -444,13 +444,18 @@ def test_several_environments_with_terminations_draw_from_the_machines_memory(he
     kept = read_checkpoint(find_checkpoint(folder), meta, replay=like)["replay"]
     with contextlib.closing(envs.make_envs("strange_envs:PixelsFalling-v0", 4, (1, 0), obs="rgb")) as again:
         obs, _ = again.reset(seed=(1, 0, 0))
+        over = np.ones(4, bool)
         for row in range(int(kept.rows)):
+            np.testing.assert_array_equal(kept.first[row], over)
             if row:
-                obs, reward, terminated, *_ = again.step(np.asarray(kept.action[row]))
+                obs, reward, terminated, truncated, _ = again.step(np.asarray(kept.action[row]))
                 np.testing.assert_array_equal(kept.reward[row], reward.astype(np.float32))
                 np.testing.assert_array_equal(kept.terminated[row], terminated)
+                over = terminated | truncated
+            else:
+                over = np.zeros(4, bool)
             np.testing.assert_array_equal(kept.obs[row].reshape(obs.shape), obs)
-    assert kept.terminated.any() and int(kept.first.sum()) > 4
+    assert kept.terminated.any() and int(kept.first.sum()) > 4, "of several episodes"
 
 
 ELSEWHERE = f"""

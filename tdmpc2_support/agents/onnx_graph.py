@@ -124,7 +124,8 @@ class Graph:
             return value
         if value.constant is not None:
             return self.constant(value.constant.reshape(shape))
-        return self.node("Reshape", [value, self.constant(np.array(shape, np.int64))], shape, value.dtype)
+        wanted = self.constant(np.array(shape, np.int64))
+        return self.node("Reshape", [value, wanted], shape, value.dtype, allowzero=1)  # a 0 is a size, too
 
     def transpose(self, value: Value, order: Sequence[int]) -> Value:
         order = [int(i) for i in order]

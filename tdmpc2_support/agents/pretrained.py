@@ -26,11 +26,12 @@ from tdmpc2_support.agents.quantized import VARIANTS, dequantize, nested, quanti
 from tdmpc2_support.data.embeddings import read_embeddings
 from tdmpc2_support.data.pt import check_pt, load_pt
 from tdmpc2_support.envs.soup import SOUP
-from tdmpc2_support.envs.tasks import TASK_SETS, set_sizes
+from tdmpc2_support.envs.tasks import TASK_SETS, TASKS, set_sizes
 from tdmpc2_support.errors import UserError
 from tdmpc2_support.run.checkpoints import find_checkpoint, read_agent, read_meta
 
 Params = dict[str, Any]  # of networks, by component
+MOST = 100  # layers or value heads: a file of a MB can name the same numbers a hundred thousand times
 RGB_LAYERS = [f"_encoder.rgb.{i}" for i in (2, 4, 6, 8)]  # convolutions; the modules in between have no parameters
 
 
@@ -116,9 +117,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], obs: str = "state", parts: Seq
     if "_task_emb.weight" in tensors:
         task_emb = _numbers(tensors, "_task_emb.weight", 2)
         task_dim = task_emb.shape[-1]
-        tasks = TASK_SETS.get(f"mt{len(task_emb)}", ())
-    if newt and task_dim and len(task_emb) == len(SOUP):
-        tasks = SOUP
+        known = {len(SOUP): SOUP} if newt else {len(names): names for names in TASK_SETS.values()}
+        tasks = known.get(len(task_emb), ())
     _check_whole(params | {"target Q": target_q}, task_dim)
     if parts:
         params = {name: params[name] for name in parts}
@@ -140,14 +140,13 @@ def _from_newt(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     plain = {name.removeprefix("module."): array for name, array in tensors.items()}
     found = {name: array for name, array in plain.items() if not name.startswith("_Qs.")}
     for there, here in (("_Qs.online._Qs", "_Qs.params"), ("_Qs.target._Qs", "_target_Qs_params")):
-        heads: dict[str, list[np.ndarray]] = {}
-        numbers = itertools.takewhile(lambda i: f"{there}.{i}.0.weight" in plain, itertools.count())  # noqa: B023
-        for i in numbers:
-            for name, array in plain.items():
-                if name.startswith(f"{there}.{i}."):
-                    heads.setdefault(name.removeprefix(f"{there}.{i}."), []).append(array)
-        for name, arrays in heads.items():
-            if len({array.shape for array in arrays}) > 1 or len(arrays) < len(heads["0.weight"]):
+        names = [name.removeprefix(f"{there}.0.") for name in plain if name.startswith(f"{there}.0.")]
+        number = next(i for i in itertools.count() if f"{there}.{i}.0.weight" not in plain)
+        if number > MOST:
+            raise UserError(f"holds no agent: it has {number} value heads")
+        for name in names:
+            arrays = [plain.get(f"{there}.{i}.{name}") for i in range(number)]
+            if len({np.shape(array) for array in arrays}) > 1 or arrays[0] is None or not number:
                 raise UserError(f"holds no whole agent: {there}.….{name} is not of one shape in all heads")
             found[f"{here}.{name}"] = np.stack(arrays)
     return found
@@ -201,6 +200,8 @@ def _layer_names(tensors: Mapping[str, np.ndarray], prefix: str) -> list[list[st
         if f"{layer}.ln.weight" in tensors:
             names += [f"{layer}.ln.weight", f"{layer}.ln.bias"]
         layers.append(names)
+    if len(layers) > MOST:
+        raise UserError(f"holds no agent: it has {len(layers)} layers named {prefix}")
     if layers:
         return layers
     # the layout released in 2023: tensors of three layers are numbered through; the last layer has no norm
@@ -329,7 +330,8 @@ def sizes_of(params: Params) -> dict[str, int]:
 
 
 def _widths(layers: Params) -> list[int]:
-    return [layers[name]["bias"].shape[-1] for name in sorted(layers) if name.startswith("linear")]
+    numbers = sorted(int(name.removeprefix("linear_")) for name in layers if name.startswith("linear_"))
+    return [layers[f"linear_{number}"]["bias"].shape[-1] for number in numbers]
 
 
 def check_shapes(params: Params, like: Params, path: str | os.PathLike, what: str) -> None:
@@ -607,8 +609,12 @@ def _parsed_record(path: str, record: Mapping[str, str], scripts: Sequence[str])
         variant = record["variant"]
         tasks = tuple(json.loads(record["tasks"]))
         args = dict(json.loads(record["args"]))
-    except (KeyError, ValueError, TypeError):
+        known = all(task in TASKS for task in tasks)
+        plain = all(value is None or isinstance(value, str | int | float) for value in args.values())
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} holds no agent of this project") from None
+    if not (known and plain):
+        raise UserError(f"{path} holds no agent of this project")
     if script not in scripts or variant not in VARIANTS:
         raise UserError(f"{path} is an agent of {script}.py, not of {scripts[0]}.py")
     return {"variant": variant, "tasks": tasks, "args": args}
@@ -619,14 +625,15 @@ def _read_quantized(path: str, scripts: Sequence[str], parts: Sequence[str]) -> 
     record = _parsed_record(path, stored.record, scripts)
     try:
         _check_whole_file(stored.shapes)
-        params = nested(dequantize(stored.tensors))
+        params = jax.tree.map(jnp.asarray, nested(dequantize(stored.tensors)))
+        q_scale = jnp.reshape(params.pop("q_scale", 1.0), ())  # in files of earlier versions it has shape [1]
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (KeyError, ValueError, IndexError, AttributeError):
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError):
         raise UserError(f"{path} holds no whole agent") from None
-    params = jax.tree.map(jnp.asarray, params)
-    q_scale = jnp.reshape(params.pop("q_scale", 1.0), ())  # in files of earlier versions it has shape [1]
     task_emb = params.pop("task_emb", None)
+    if task_emb is not None and (task_emb.ndim != 2 or len(task_emb) != len(record["tasks"])):
+        raise UserError(f"{path} holds no whole agent: {len(record['tasks'])} tasks, embeddings {task_emb.shape}")
     target_q = params.pop("target_q", params.get("q", {}))  # learning that goes on begins with the Qs themselves
     return LoadedAgent(params, target_q, q_scale, task_emb, record["tasks"], record["args"], record["variant"])
 

@@ -102,7 +102,10 @@ def dequantize(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             continue
         values[name] = np.array(array, np.float32)
         if array.dtype == np.int8:
-            values[name] *= tensors[f"{name}_scale"][..., None, :]
+            scale = tensors[f"{name}_scale"]
+            if scale.shape != array.shape[:-2] + array.shape[-1:] or not (scale > 0).all() or np.isinf(scale).any():
+                raise UserError(f"{name}_scale is not one positive number for each of {array.shape[-1]} columns")
+            values[name] *= scale[..., None, :]
     return values
 
 

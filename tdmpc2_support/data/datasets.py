@@ -84,7 +84,7 @@ def _open_chunks(folder: pathlib.Path, tasks: tuple[str, ...], ids: np.ndarray, 
     found = {}
     for path in folder.glob("chunk_*.pt"):
         number = path.stem.removeprefix("chunk_")
-        if number.isdecimal():
+        if number.isdecimal() and number == str(int(number)):
             found[int(number)] = path
     missing = next(i for i in itertools.count() if i not in found)
     if missing <= max(found, default=0):
@@ -344,6 +344,9 @@ class EpisodeWriter:
         if path is None:
             return
         episodes = load_pt(path, in_place=True)
+        arrays = [episodes.get(key) if isinstance(episodes, dict) else None for key in ("obs", "reward")]
+        if not all(isinstance(array, np.ndarray) and array.ndim > 1 for array in arrays):
+            raise UserError(f"{path} holds no episodes: choose another --save-episodes")
         if (episodes["obs"].dtype == np.uint8) != (obs == "rgb"):
             kinds = ("states", "pictures") if obs == "rgb" else ("pictures", "states")
             raise UserError(

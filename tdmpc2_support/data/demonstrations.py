@@ -87,7 +87,7 @@ def _from_rows(task: int, path: Path) -> list[Episode]:
     for key, ndim in wanted.items():
         array = content[key]
         if ndim == 1:
-            array = array.reshape(len(array), -1)[:, 0] if array.size == len(array) else array
+            array = array.reshape(len(array), -1)[:, 0] if array.ndim and array.size == len(array) > 0 else array
         if array.ndim != ndim or len(array) != len(content["obs"]) or not array.size:
             raise UserError(f"{path}: {key} has shape {content[key].shape}")
         arrays[key] = array

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from tdmpc2_support.data.datasets import Dataset
-from tdmpc2_support.devices import bytes_of, global_arrays, least_available_bytes, replicated, split
+from tdmpc2_support.devices import available_bytes, bytes_of, global_arrays, least_available_bytes, replicated, split
 from tdmpc2_support.errors import UserError
 
 PIECE = 500_000  # entries that are copied at a time: a hundred MB of the machine's memory
@@ -65,7 +65,9 @@ def choose_storage(storage: str, data: Dataset, storage_dtype: str, mesh: Mesh) 
     on_device = bytes_of(data_shapes(data, storage_dtype, mesh))
     if jax.devices()[0].platform != "cpu" and on_device < MEMORY_SHARE["device"] * least_available_bytes():
         return "device"
-    available = least_available_bytes() * jax.local_device_count()
+    available = available_bytes()  # of the machine, whose memory is not the device's
+    if jax.process_count() > 1:
+        available = multihost_utils.process_allgather(np.float64(available)).min()  # all decide alike
     if _processes_of_this_host() * data.nbytes < MEMORY_SHARE["host"] * available:
         return "host"
     return "disk"
@@ -119,7 +121,7 @@ def _read_piece(data: Dataset, start: int, stop: int, dtype: np.dtype) -> dict[s
         with np.errstate(over="ignore"):
             piece[name] = piece[name].astype(dtype)
         if not np.isfinite(piece[name]).all():
-            raise UserError("--storage-dtype float16: the dataset holds numbers beyond 65504")
+            raise UserError(f"the dataset holds numbers beyond {np.finfo(dtype).max:.5g}, the largest of {dtype.name}")
     return piece
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from tdmpc2_support.envs.soup import newt_name
 from tdmpc2_support.errors import UserError
 
+UNREADABLE = (OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError)
+UNREADABLE = (*UNREADABLE, RecursionError, MemoryError)  # deep nesting, and sizes that a file only claims
 SHIPPED = Path(__file__).with_name("embeddings.npz")  # names [tasks], embeddings [tasks, 512]
 
 
@@ -82,7 +84,7 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
     except FileNotFoundError:
         words = "a file, or one of learned, one-hot, none and language"
         raise UserError(f"--embeddings {path}: there is no such file ({words})") from None
-    except (OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} holds no embeddings ({type(error).__name__})") from None
 
 
