@@ -233,11 +233,11 @@ def estimate_value(agent: Agent, params, z, actions, task: TaskInput, heads, eps
     zs = [z]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], task.emb, actions[t]))
-    z = zs[-1]
-    zs = jnp.stack([jnp.broadcast_to(zs[0], z.shape), *zs[1:]])  # [H+1, N, Z]
+    last_z = zs[-1]
+    zs = jnp.stack([jnp.broadcast_to(z, last_z.shape), *zs[1:]])  # [H+1, N, Z]
     reward = mt.two_hot_inv(agent, model.reward.apply(params["reward"], zs[:-1], task.emb, actions))  # [H, N]
-    action = mt.policy(agent, params["pi"], z, task, eps).action
-    logits = mt.q_logits(agent, mt.pick_heads(params["q"], heads), z, task.emb, action)
+    action = mt.policy(agent, params["pi"], last_z, task, eps).action
+    logits = mt.q_logits(agent, mt.pick_heads(params["q"], heads), last_z, task.emb, action)
     q = mt.two_hot_inv(agent, logits).mean(0)
     weight = task.discount ** np.arange(agent.horizon + 1)[:, None]  # [H+1, 1]
     if model.termination:  # nothing counts after a predicted termination, where the task has any
@@ -296,14 +296,14 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, share, no
 
         mean = jnp.where(starts, 0.0, jnp.roll(last_mean, -1, axis=0).at[-1].set(0.0))
         std = jnp.full((H, A), agent.max_std)
-        if agent.constrained and agent.num_pi_trajs > 1:
+        if agent.constrained:
             pi_std = jnp.clip(pi_actions.std(1, ddof=1), agent.min_std, agent.max_std)
             mean = share * pi_actions.mean(1) + (1 - share) * mean
             std = share * pi_std + (1 - share) * std
         draws_of_each = (draws.sample, draws.terminal, heads)
         unroll = this_backend().plan_written_out
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), draws_of_each, unroll=unroll)
-        elite = jnp.argmax(jnp.log(weights[-1] + 1e-9) + draws.gumbel)  # drawn by weight
+        elite = jnp.argmax(jnp.log(weights[-1] + 1e-9) + draws.gumbel)  # drawn by weight, in evaluations too
         action = elite_actions[-1, elite]  # [A]
         if explore:
             action = action + std[0] * draws.exploration
@@ -349,7 +349,7 @@ class TrainState(NamedTuple):
     target_q: dict[str, Any]  # slow copy of params["q"]
     model_opt: optax.OptState  # of everything but the policy
     pi_opt: optax.OptState  # of the policy: fresh when the pretraining is over
-    q_scale: jax.Array  # running 5-95% range of the values, by which the policy's loss is divided
+    q_scale: jax.Array  # running 5-95% range of the values, at least 1, by which Q is divided in the policy's loss
     key: jax.Array
     updates: jax.Array  # number of updates made
 
@@ -795,6 +795,7 @@ def loop(
     state = state["train"]
     learn = partial(train, agent, mesh, tasks)
     step = saved = count["pretrained"] + count["decisions"]
+    save_freq = min(checkpoint_freq, 20_000)  # in the pretraining, whose steps are updates
     info = {}
     entry = None  # what the environments have returned last; None: they are to be reset
     prev_mean = devices.copies(jnp.zeros((n, agent.horizon, agent.action_dim)), devices.replicated(mesh))
@@ -816,7 +817,8 @@ def loop(
 
         # Save
         stopping = signals.in_any_process(now=evaluating or finished or step < pretraining) or finished
-        if due(step, saved, checkpoint_freq, stopping or step == pretraining):
+        freq = save_freq if step < pretraining else checkpoint_freq
+        if due(step, saved, freq, stopping or step == pretraining):
             check_finite(logger.folder, f"step {step}", **jax.device_get(info))
             count["seconds"] = logger.seconds()
             with logger.paused():
@@ -836,6 +838,7 @@ def loop(
                 state = after_pretraining(state)
             if due(step, logger.logged, args.log_freq):
                 logger.log_losses(step, info)
+                info = {}
             logger.advance(step)
             continue
 
@@ -864,7 +867,7 @@ def loop(
         on_device = action
         action = np.asarray(action)  # all that is fetched from the device between two decisions
         obs, reward, terminated, truncated, _ = envs.step(action)
-        check_finite(logger.folder, f"step {step}", action=action, reward=reward, observation=obs)
+        check_finite(logger.folder, f"step {step}", action=action, observation=obs.astype(args.obs_dtype))
         entry = td.Step(obs, on_device, reward.astype(np.float32), terminated, first=over)  # over before: now reset
         replay = td.add(agent, replay, as_stored(args, entry))
         count["decisions"] += n - int(over.sum())
@@ -878,6 +881,7 @@ def loop(
         if due(step, logger.logged, args.log_freq):
             schedule.check_windows(replay.size, count["updates"], agent.horizon)
             logger.log_losses(step, info)
+            info = {}
         logger.advance(step)
 
 
@@ -932,6 +936,8 @@ def run(args: Args) -> None:
 def check_args(args: Args) -> None:
     """Refuses arguments that cannot work, before anything starts."""
     cli.check_bounds(dataclasses.replace(args, agent=with_model_size(args.agent, many=True)))
+    begins = not args.agent.constrained or args.agent.num_pi_trajs > 1
+    cli.require(begins, "--constrained begins plans with the policy's sequences: give --num-pi-trajs 2 or more")
     cli.check_cluster(args)
     if not args.evaluate:
         names = environments.online_tasks(args.tasks)

@@ -711,7 +711,7 @@ def plan_by_diffusion(agent: Agent, planner: Planner, obs, best, first, key, exp
     best = candidates[order[chosen]]
     if agent.planner == "ssr_mppi":
         best = best.at[: agent.horizon].set(refine(agent, world, z, candidates[order], keys[4]))
-    failed = ~jnp.isfinite(scores[0]) | ~jnp.isfinite(z).all()
+    failed = ~jnp.isfinite(scores[0]) | ~jnp.isfinite(z).all() | ~jnp.isfinite(best).all()
     pi = td.policy(agent, world.params["pi"], z, jnp.zeros(agent.action_dim)).mean
     action = jnp.where(failed, jnp.nan_to_num(pi), best[0])
     if explore:
@@ -737,20 +737,22 @@ def act(agent: Agent, planner: Planner, obs, best, first, key, explore: bool, ra
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-def make_eval_envs(args: Args, stack: contextlib.ExitStack) -> tuple[list, list[Agent]]:
-    """For each task the environments of an evaluation, one for each of its episodes, which the stack closes, and the
-    agent with what the task decides; several tasks have observations and actions of the largest."""
+def make_eval_envs(args: Args, name: str, number: int):
+    """`number` environments of a task; several tasks have observations and actions of the largest."""
     options = {"render_mode": "rgb_array" if args.capture_video else None}
     options |= {"obs": args.agent.obs, "shadows": args.agent.shadows}
     if args.tasks:
         options["sizes"] = environments.set_sizes(cli.task_names(args))
-    envs = []
+    return environments.make_envs([name] if args.tasks else name, number, (args.seed, 1), **options)
+
+
+def agents_of(args: Args) -> list[Agent]:
+    """For each task the agent with what the task decides."""
     agents = []
     for name in cli.task_names(args):
-        made = environments.make_envs([name] if args.tasks else name, args.eval_episodes, (args.seed, 1), **options)
-        envs.append(stack.enter_context(contextlib.closing(made)))
-        agents.append(script_of(args.agent).for_task(args.agent, name, made))
-    return envs, agents
+        with contextlib.closing(make_eval_envs(args, name, 1)) as envs:
+            agents.append(script_of(args.agent).for_task(args.agent, name, envs))
+    return agents
 
 
 def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advance=lambda: None, stop=False):
@@ -772,11 +774,11 @@ def evaluate(agent: Agent, planner: Planner, envs, key, seed, film=False, advanc
         obs, reward, terminated, truncated, info = envs.step(np.asarray(action))
         if film and running[0]:
             frames.append(envs.render()[0])
+        failures += (np.asarray(failed) & running).sum()
         returns += np.where(running, reward, 0.0)
         successes = np.where(running, info["success"], successes)
         running &= ~(terminated | truncated)
         first = np.zeros(n, bool)
-        failures += failed.sum()
         advance()
         if stop:
             return None
@@ -822,22 +824,22 @@ def evaluate_checkpoint(args: Args) -> None:
     several = len(cli.task_names(args)) > 1
     key = random_streams(args.seed).evaluate
     tables = []
-    with contextlib.ExitStack() as stack:
-        envs, agents = make_eval_envs(args, stack)
-        world, state = read_run(args, agents[0])
-        data = encoded(args, agents[0], world) if args.data_dir else None
-        for i, name in enumerate(cli.task_names(args)):
-            planner = planner_of(state, world, i)
-            table = PlannerTable(args, name, several)
+    agents = agents_of(args)
+    world, state = read_run(args, agents[0])
+    data = encoded(args, agents[0], world) if args.data_dir else None
+    for i, name in enumerate(cli.task_names(args)):
+        planner = planner_of(state, world, i)
+        table = PlannerTable(args, name, several)
+        with contextlib.closing(make_eval_envs(args, name, args.eval_episodes)) as envs:
             for agent in table_rows(agents[i]):
                 with progress(environments.task_spec(name).episode_length) as advance:
-                    result = evaluate(agent, planner, envs[i], key, (args.seed, 1), args.capture_video, advance)
+                    result = evaluate(agent, planner, envs, key, (args.seed, 1), args.capture_video, advance)
                 table.add_row(agent, result)
-            if data:
-                windows = windows_at(data, of_one(data, data.held_out, i, 256), window_steps(args.agent))
-                known = answers(agents[i], planner, windows, key)
-                table.add_measures(measures(known, int(planner.world.mask.sum())))
-            tables.append(table)
+        if data:
+            windows = windows_at(data, of_one(data, data.held_out, i, 256), window_steps(args.agent))
+            known = answers(agents[i], planner, windows, key)
+            table.add_measures(measures(known, int(planner.world.mask.sum())))
+        tables.append(table)
     write_tables(args, tables)
 
 
@@ -855,7 +857,7 @@ def read_run(args: Args, agent: Agent) -> tuple[World, DiffusionState]:
 
 # ------------------------------------------------------------------------------------------------------ Run: offline
 SCRIPTS = ("tdmpc2_jax_diffusion",)  # whose runs this one evaluates
-WORLD_SCRIPTS = (*td.SCRIPTS, *rgb.SCRIPTS)  # whose runs are world models
+WORLD_SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_device", "tdmpc2_jax_rgb")  # whose runs are world models
 BURST = 20  # updates of one dispatch
 # Settings that another start of an offline run may change: the number of updates shapes the learning rate
 MAY_CHANGE = cli.MAY_CHANGE - {"num_updates", "total_timesteps"}
@@ -936,7 +938,7 @@ def diffusion_stream(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed), len(Streams._fields) + 1)[-1]
 
 
-def offline_loop(args: Args, agents, world, state, data, count, envs, checkpoints, logger, signals) -> int:
+def offline_loop(args: Args, agents, world, state, data, count, checkpoints, logger, signals) -> int:
     """Evaluates, saves, learns and logs, until --num-updates or a signal. Returns the last update."""
     names = cli.task_names(args)
     last = args.agent.num_updates
@@ -951,8 +953,9 @@ def offline_loop(args: Args, agents, world, state, data, count, envs, checkpoint
                 draws = jax.random.fold_in(random_streams(args.seed).evaluate, step), (args.seed, 1, step)
                 shown = args.capture_video, advance, signals
                 results = []
-                for i, agent in enumerate(agents):
-                    results.append(evaluate(agent, planner_of(state, world, i), envs[i], *draws, *shown))
+                for i, name in enumerate(names):  # one task after the other: all environments of 80 take 30 GB
+                    with contextlib.closing(make_eval_envs(args, name, args.eval_episodes)) as envs:
+                        results.append(evaluate(agents[i], planner_of(state, world, i), envs, *draws, *shown))
             if all(result is not None for result in results):
                 count["evaluated"] = step
                 logger.record_evaluations(step, names, results)
@@ -991,7 +994,7 @@ def run_offline(args: Args) -> None:
     signals = Signals()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args), may_change=MAY_CHANGE))
-        envs, agents = make_eval_envs(args, stack)
+        agents = agents_of(args)
         checkpoints = stack.enter_context(Checkpoints(folder, *SCRIPTS))
         world, state, data, count = start_or_resume(args, agents, checkpoints)
         folder.begin()
@@ -999,7 +1002,7 @@ def run_offline(args: Args) -> None:
         title = f"{', '.join(names)}: {len(data.obs)} entries, {len(data.starts)} windows to learn from"
         logger.begin(title, head, state.params, count["updates"], args.agent.num_updates, count)
         stack.enter_context(signals)
-        step = offline_loop(args, agents, world, state, data, count, envs, checkpoints, logger, signals)
+        step = offline_loop(args, agents, world, state, data, count, checkpoints, logger, signals)
     signals.exit_if_received(f"update {step}", saved=step > 0)
 
 
@@ -1036,7 +1039,8 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
     obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first ones again
     action = np.zeros((n, agent.action_dim), np.float32)
     done = np.zeros(n, bool)
-    entry = td.Step(obs, action, np.zeros(n, np.float32), terminated=done, first=~done)  # a reset: the rest is filler
+    zeros = np.zeros(n, np.float32)
+    entry = td.Step(obs, committed(action), zeros, terminated=done, first=~done)  # a reset: the rest is filler
     while True:
         # Act: dispatched here, read when the environments are stepped
         acting = agent if count["updates"] >= args.planner_start else by_mppi
@@ -1079,10 +1083,12 @@ def joint_loop(args: Args, agent: Agent, learner, replays, count, envs, eval_env
             number = count["updates"] // args.diffusion_every - before // args.diffusion_every
             if number and (diffusion_info or replays.long.size):  # there is a window of theirs
                 state, diffusion_info = train(agent, state, world, replays, num_updates=number)
-            short = f"no episode so far has the {window_steps(agent)} steps of a window of the three networks: --future"
-            cli.require(not number or diffusion_info or count["updates"] < args.planner_start, short)
             if signals:
                 break
+
+        if bursts and not diffusion_info and count["updates"] >= args.planner_start:
+            short = f"no episode so far has the {window_steps(agent)} steps of a window of the three networks: --future"
+            cli.require(replays.long.size, short)
 
         # Step: an environment whose episode is over is reset by this step and ignores the action
         on_device = action
@@ -1114,7 +1120,8 @@ def run_jointly(args: Args) -> None:
         folder = stack.enter_context(RunFolder(cli.run_folder(args), cli.settings(args)))
         envs = environments.make_envs(args.task, args.num_envs, (args.seed, 0))
         envs = stack.enter_context(contextlib.closing(RecordEpisodeStatistics(envs)))
-        (eval_envs,), (agent,) = make_eval_envs(args, stack)
+        eval_envs = stack.enter_context(contextlib.closing(make_eval_envs(args, args.task, args.eval_episodes)))
+        (agent,) = agents_of(args)
         checkpoints = stack.enter_context(Checkpoints(folder, *SCRIPTS))
         count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
         new_replays = partial(init_replays, agent, args.buffer_size // args.num_envs, args.num_envs)

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 import envs as environments
 from tdmpc2_support import cli, devices
 from tdmpc2_support.agents.pretrained import LoadedAgent, check_shapes, load_multitask, load_teacher, sizes_of
-from tdmpc2_support.backend import clip_by_global_norm, global_norm, this_backend
+from tdmpc2_support.backend import clip_by_global_norm, global_norm, jit_with_graphs, this_backend
 from tdmpc2_support.bounds import Count, Fraction, Name, Natural, NewFile, Number, Positive, Several, Share, Weight
 from tdmpc2_support.cli import Flat, FromTask
 from tdmpc2_support.data.datasets import Dataset
@@ -48,7 +48,7 @@ from tdmpc2_support.run.video import thumbnails
 # --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
+    """What defines the agent: saved with its weights, and a static argument of every compiled function."""
 
     # World model
     model_size: Literal[1, 5, 19, 48, 317] = 5  # millions of parameters: sets the next six where they are not given
@@ -62,7 +62,7 @@ class Agent:
     vmin: Number = -10.0  # lowest bin, in symlog space
     vmax: Number = 10.0  # highest bin, in symlog space
     simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
-    dropout: Fraction = 0.01  # dropout after the first layer of every value head
+    dropout: Fraction = 0.01  # dropout after the first Linear of every value head
     log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
     log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
@@ -73,7 +73,7 @@ class Agent:
     enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
     grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
     tau: Share = 0.01  # step of the target values and of the Q scale
-    rho: Share = 0.5  # weight of a loss t steps into the window is rho^t
+    rho: Share = 0.5  # the paper's lambda: a loss t steps into the window has the weight rho^t
     consistency_coef: Weight = 20.0  # weight of the latent consistency loss
     reward_coef: Weight = 0.1  # weight of the reward loss
     value_coef: Weight = 0.1  # weight of the value loss
@@ -92,7 +92,7 @@ class Agent:
     num_pi_trajs: Natural = 24  # sequences P proposed by the policy
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
-    temperature: Weight = 0.5  # inverse temperature of the elites' weights
+    temperature: Weight = 0.5  # the elites' weights are softmax(temperature * value)
 
     # What the tasks decide, see `for_tasks`: no flags
     obs_dim: FromTask[int] = 0  # observation size O
@@ -163,7 +163,7 @@ def with_model_size(agent: Agent, names: tuple[str, ...]) -> Agent:
 
 
 def discount_of(agent: Agent, episode_length: int) -> float:
-    """Discount for episodes of this many decisions: a fifth of the episode is the time scale (appendix)."""
+    """Discount of time scale 1 / (1 - discount) = episode_length / discount_denom, within its bounds (appendix)."""
     scale = episode_length / agent.discount_denom
     return float(np.clip((scale - 1) / scale, agent.discount_min, agent.discount_max))
 
@@ -216,8 +216,8 @@ def simnorm(x: jax.Array, group: int) -> jax.Array:
 
 # --------------------------------------------------------------------------------------------------------- Networks
 class Linear(nn.Module):
-    """Affine layer on the concatenation of its inputs, which broadcast and are never written out side by side: what
-    all samples of a plan share (their first latent state) is multiplied once instead of N times."""
+    """Affine layer on the concatenation of its inputs, as a sum of products: what all samples of a plan share (their
+    first latent state, in the first step of the dynamics) is multiplied once instead of N times."""
 
     features: int
     zero_init: bool = False
@@ -231,7 +231,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
         pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
-        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # the cast keeps gradients' products in dtype
+        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # cast after the product: so is the gradient
 
 
 class MLP(nn.Module):
@@ -434,11 +434,11 @@ def estimate_value(agent: Agent, params, z, actions, task: TaskInput, heads, eps
     zs = [z]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], task.emb, actions[t]))
-    z = zs[-1]
-    zs = jnp.stack([jnp.broadcast_to(zs[0], z.shape), *zs[1:]])  # [H+1, N, Z]
+    last_z = zs[-1]
+    zs = jnp.stack([jnp.broadcast_to(z, last_z.shape), *zs[1:]])  # [H+1, N, Z]
     reward = two_hot_inv(agent, model.reward.apply(params["reward"], zs[:-1], task.emb, actions))  # [H, N]
-    action = policy(agent, params["pi"], z, task, eps).action
-    q = two_hot_inv(agent, q_logits(agent, pick_heads(params["q"], heads), z, task.emb, action)).mean(0)
+    action = policy(agent, params["pi"], last_z, task, eps).action
+    q = two_hot_inv(agent, q_logits(agent, pick_heads(params["q"], heads), last_z, task.emb, action)).mean(0)
     weight = task.discount ** np.arange(agent.horizon + 1)[:, None]  # [H+1, 1]
     return jnp.nan_to_num((weight[:-1] * reward).sum(0) + weight[-1] * q, nan=0.0)
 
@@ -485,7 +485,7 @@ def plan(agent: Agent, params, obs, task: TaskInput, prev_mean, first, noise: Pl
         draws_of_each = (draws.sample, draws.terminal, heads)
         unroll = this_backend().plan_written_out
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), draws_of_each, unroll=unroll)
-        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
+        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight, in evaluations too
         action = elite_actions[-1, elite]  # [A]
         if explore:
             action = action + std[0] * draws.exploration
@@ -502,7 +502,7 @@ def environments_at_once(agent: Agent) -> int:
     return max(1, this_backend().plan_bytes // layer_bytes)
 
 
-@partial(jax.jit, static_argnames=("agent", "explore"))
+@partial(jit_with_graphs, static_argnames=("agent", "explore"))
 def act(agent: Agent, tasks: Tasks, params, obs, task_ids, prev_mean, first, key, explore: bool):
     """Actions [n, A] for obs [n, O] in tasks task_ids [n] by `plan` or by the policy (--no-mpc); the planner's means; a
     new key."""
@@ -528,7 +528,7 @@ class TrainState(NamedTuple):
     model_opt: optax.OptState  # of everything but the policy
     pi_opt: optax.OptState
     emb_grad: jax.Array  # [T, E] the policy loss's gradient in the embedding, which the next update takes along
-    q_scale: jax.Array  # running 5-95% range of the values, by which the policy's loss is divided
+    q_scale: jax.Array  # running 5-95% range of the values, at least 1, by which Q is divided in the policy's loss
     key: jax.Array
     updates: jax.Array  # number of updates made
 
@@ -612,9 +612,9 @@ def predict_reward(agent: Agent, params, obs, action, task) -> jax.Array:
 
 
 def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: UpdateNoise, teacher_reward=None):
-    """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts. With a
-    teacher's rewards [B] of the windows' first steps also the distance to these (TD-MPC-Opt, arXiv 2507.01823): in
-    units of reward, after decoding."""
+    """World-model objective (eq. 3, the original's means over steps, heads and Z in place of sums) on latent rollouts
+    [H+1, B, Z], which are returned with it and its parts. With a teacher's rewards [B] of the windows' first steps also
+    the distance to these (TD-MPC-Opt, arXiv 2507.01823): in units of reward, after decoding."""
     model = networks(agent)
     rho = agent.rho ** jnp.arange(agent.horizon)  # [H]
     emb = params["task_emb"][batch.task]  # [B, E]

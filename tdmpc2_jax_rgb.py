@@ -46,7 +46,7 @@ from tdmpc2_support.run.schedule import Streams, check_windows, due, random_stre
 # --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
+    """What defines the agent: saved with its weights, and a static argument of every compiled function."""
 
     # World model
     obs: Literal["rgb", "rgb+state"] = "rgb"  # what is seen: pictures, or pictures and the task's own state vector
@@ -63,7 +63,7 @@ class Agent:
     vmin: Number = -10.0  # lowest bin, in symlog space
     vmax: Number = 10.0  # highest bin, in symlog space
     simnorm_dim: Count = 8  # size of the groups in which SimNorm takes softmaxes
-    dropout: Fraction = 0.01  # dropout after the first layer of every value head
+    dropout: Fraction = 0.01  # dropout after the first Linear of every value head
     log_std_min: Number = -10.0  # lower bound of the policy's log standard deviation
     log_std_max: Number = 2.0  # upper bound of the policy's log standard deviation
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (on GPUs float32 means TF32)
@@ -75,7 +75,7 @@ class Agent:
     enc_lr_scale: Weight = 0.3  # the encoder's learning rate is this share of lr
     grad_clip_norm: Positive = 20.0  # bound on the global gradient norm, of the model and of the policy each
     tau: Share = 0.01  # step of the target values and of the Q scale
-    rho: Share = 0.5  # weight of a loss t steps into the window is rho^t
+    rho: Share = 0.5  # the paper's lambda: a loss t steps into the window has the weight rho^t
     consistency_coef: Weight = 20.0  # weight of the latent consistency loss
     reward_coef: Weight = 0.1  # weight of the reward loss
     value_coef: Weight = 0.1  # weight of the value loss
@@ -94,7 +94,7 @@ class Agent:
     num_pi_trajs: Natural = 24  # sequences P proposed by the policy
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
-    temperature: Weight = 0.5  # inverse temperature of the elites' weights
+    temperature: Weight = 0.5  # the elites' weights are softmax(temperature * value)
 
     # What the task decides, see `for_task`: no flags
     obs_dim: FromTask[int] = 0  # size O of the state vector that is seen
@@ -156,7 +156,7 @@ def with_model_size(agent: Agent) -> Agent:
 
 
 def discount_of(agent: Agent, episode_length: int) -> float:
-    """Discount for episodes of this many decisions: a fifth of the episode is the time scale (appendix)."""
+    """Discount of time scale 1 / (1 - discount) = episode_length / discount_denom, within its bounds (appendix)."""
     scale = episode_length / agent.discount_denom
     return float(np.clip((scale - 1) / scale, agent.discount_min, agent.discount_max))
 
@@ -236,8 +236,8 @@ def simnorm(x: jax.Array, group: int) -> jax.Array:
 
 # --------------------------------------------------------------------------------------------------------- Networks
 class Linear(nn.Module):
-    """Affine layer on the concatenation of its inputs, which broadcast and are never written out side by side: what
-    all samples of a plan share (their first latent state) is multiplied once instead of N times."""
+    """Affine layer on the concatenation of its inputs, as a sum of products: what all samples of a plan share (their
+    first latent state, in the first step of the dynamics) is multiplied once instead of N times."""
 
     features: int
     zero_init: bool = False
@@ -251,7 +251,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = jnp.split(kernel, np.cumsum(sizes)[:-1])
         pairs = [(x.astype(self.dtype), w.astype(self.dtype)) for x, w in zip(inputs, rows, strict=True)]
-        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # the cast keeps gradients' products in dtype
+        return sum((x @ w).astype(jnp.float32) for x, w in pairs) + bias  # cast after the product: so is the gradient
 
 
 class MLP(nn.Module):
@@ -485,11 +485,11 @@ def estimate_value(agent: Agent, params, z, actions, heads, eps) -> jax.Array:
     zs = [z]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], actions[t]))
-    z = zs[-1]
-    zs = jnp.stack([jnp.broadcast_to(zs[0], z.shape), *zs[1:]])  # [H+1, N, Z]
+    last_z = zs[-1]
+    zs = jnp.stack([jnp.broadcast_to(z, last_z.shape), *zs[1:]])  # [H+1, N, Z]
     reward = two_hot_inv(agent, model.reward.apply(params["reward"], zs[:-1], actions))  # [H, N]
-    action = policy(agent, params["pi"], z, eps).action
-    q = two_hot_inv(agent, q_logits(agent, pick_heads(params["q"], heads), z, action)).mean(0)
+    action = policy(agent, params["pi"], last_z, eps).action
+    q = two_hot_inv(agent, q_logits(agent, pick_heads(params["q"], heads), last_z, action)).mean(0)
     weight = agent.discount ** np.arange(agent.horizon + 1)[:, None]  # [H+1, 1]
     if model.termination:  # nothing counts after a predicted termination
         alive = model.termination.apply(params["termination"], zs[1:])[..., 0] <= 0  # [H, N]
@@ -539,7 +539,7 @@ def plan(agent: Agent, params, obs, prev_mean, first, noise: PlanNoise, heads, e
         draws_of_each = (draws.sample, draws.terminal, heads)
         unroll = this_backend().plan_written_out
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), draws_of_each, unroll=unroll)
-        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
+        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight, in evaluations too
         action = elite_actions[-1, elite]  # [A]
         if explore:
             action = action + std[0] * draws.exploration
@@ -583,7 +583,7 @@ class TrainState(NamedTuple):
     target_q: dict[str, Any]  # slow copy of params["q"]
     model_opt: optax.OptState  # of everything but the policy
     pi_opt: optax.OptState
-    q_scale: jax.Array  # running 5-95% range of the values, by which the policy's loss is divided
+    q_scale: jax.Array  # running 5-95% range of the values, at least 1, by which Q is divided in the policy's loss
     key: jax.Array
     updates: jax.Array  # number of updates made
 
@@ -659,7 +659,8 @@ def td_target(agent: Agent, state: TrainState, next_z, batch: Batch, noise: Upda
 
 
 def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: UpdateNoise):
-    """World-model objective (eq. 3) on latent rollouts [H+1, B, Z], which are returned with it and its parts."""
+    """World-model objective (eq. 3, the original's means over steps, heads and Z in place of sums) on latent rollouts
+    [H+1, B, Z], which are returned with it and its parts."""
     model = networks(agent)
     rho = agent.rho ** jnp.arange(agent.horizon)  # [H]
     zs = [encode(agent, params["encoder"], jax.tree.map(lambda x: x[0], batch.obs), noise.shift[0])]
@@ -672,24 +673,14 @@ def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: Update
     consistency = (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean()
     reward = (rho * soft_ce(agent, reward_logits, batch.reward).mean(1)).mean()
     value = (rho * soft_ce(agent, value_logits, target).mean(2)).mean()
-    termination = jnp.zeros(())
-    if model.termination:
+    total = agent.consistency_coef * consistency + agent.reward_coef * reward + agent.value_coef * value
+    info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
+    if model.termination:  # not in the paper: a later addition of the original
         logits = model.termination.apply(params["termination"], zs[1:])[..., 0]  # [H, B]
         termination = optax.sigmoid_binary_cross_entropy(logits, batch.terminated).mean()
-    total = (
-        agent.consistency_coef * consistency
-        + agent.reward_coef * reward
-        + agent.value_coef * value
-        + agent.termination_coef * termination
-    )
-    info = {
-        "consistency_loss": consistency,
-        "reward_loss": reward,
-        "value_loss": value,
-        "termination_loss": termination,
-        "total_loss": total,
-    }
-    return total, (zs, info)
+        total = total + agent.termination_coef * termination
+        info["termination_loss"] = termination
+    return total, (zs, info | {"total_loss": total})
 
 
 def policy_loss(agent: Agent, pi_params, q_params, zs, q_scale, noise: UpdateNoise):
@@ -720,14 +711,15 @@ def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise) ->
     model_tx, pi_tx = optimizers(agent)
 
     next_obs = jax.tree.map(lambda x: x[1:], batch.obs)
-    next_z = encode(agent, state.params["encoder"], next_obs, noise.shift[1:])  # [H, B, Z]
-    target = td_target(agent, state, next_z, batch, noise)  # [H, B]
+    next_z = encode(agent, state.params["encoder"], next_obs, noise.shift[1:])  # [H, B, Z] no gradient
+    target = td_target(agent, state, next_z, batch, noise)  # [H, B] no gradient, either
     model_params = {k: v for k, v in state.params.items() if k != "pi"}
     loss = partial(model_loss, agent, batch=batch, next_z=next_z, target=target, noise=noise)
     grads, (zs, info) = jax.grad(loss, has_aux=True)(model_params)
     change, model_opt = model_tx.update(grads, state.model_opt)
     model_params = optax.apply_updates(model_params, change)
 
+    # The new values judge the policy, on the latent states of before the model's step; neither learns from it
     loss = partial(policy_loss, agent, q_params=model_params["q"], zs=zs, q_scale=state.q_scale, noise=noise)
     pi_grads, (q_scale, pi_info) = jax.grad(loss, has_aux=True)(state.params["pi"])
     pi_change, pi_opt = pi_tx.update(pi_grads, state.pi_opt)
@@ -752,11 +744,11 @@ class Step(NamedTuple):
 
 class Replay(NamedTuple):
     """Ring of the last C steps of n environments, in any device's memory; a row holds an entry of each. A window of H+1
-    entries may start wherever H more follow without a reset among them; its first stack needs the two pictures before
-    it, too, or repeats that of the reset. `starts` is a queue of such entries in order of time:
-    with --sample windows of all of them, so that a uniform draw from it is a uniform draw of windows; with --sample
-    episodes of the last one of each episode, so that it is a uniform draw of episodes. The episode under way is among
-    them (the original waits for its end). With H = 2:
+    entries starts at an entry that H more follow without a reset among them; its first stack needs the two pictures
+    before it, too, or repeats that of the reset. `starts` is a queue of these starts, the oldest first. With --sample
+    windows it holds all of them: a uniform draw is one of windows. With --sample episodes it holds the last start of
+    each episode: a uniform draw is one of episodes. The episode under way is among them (the original waits for its
+    end). With H = 2:
 
         row       0  1  2  3  4  5  6  7  8     the last row written is 8
         first     x           x                 episodes of 4 entries, and of 5 so far
@@ -771,7 +763,7 @@ class Replay(NamedTuple):
     reward: jax.Array  # [C, n] that it brought
     terminated: jax.Array  # [C, n]
     first: jax.Array  # [C, n] the entry is a reset: action and reward are filler
-    is_start: jax.Array  # [C, n] the entry is in the queue; for episodes, how many windows its episode has up to it
+    is_start: jax.Array  # [C, n] 0: not in the queue; for episodes, how many windows its episode has up to it
     starts: jax.Array  # [C * n] ring of flat indices row * n + environment
     head: jax.Array  # position of the oldest start in the ring
     size: jax.Array  # length of the queue
@@ -846,7 +838,7 @@ def draw_starts(agent: Agent, replay: Replay, key: jax.Array, oldest: jax.Array)
     drawn = jax.random.randint(key, (agent.batch_size,), 0, replay.size)
     row, env = jnp.divmod(replay.starts[(replay.head + drawn) % (C * n)], n)
     if agent.sample == "episodes":
-        windows = jnp.minimum(replay.is_start[row, env], (row - oldest) % C + 1)  # but for those that are overwritten
+        windows = jnp.minimum(replay.is_start[row, env], (row - oldest) % C + 1)  # those whose rows are still there
         row -= jax.random.randint(number_key, (agent.batch_size,), 0, windows)
     return row % C, env
 
@@ -975,7 +967,7 @@ def evaluate_checkpoint(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------------------- Run
 @partial(jax.jit, static_argnames="agent")
 def fresh_state(agent: Agent, streams: Streams) -> dict[str, Any]:
-    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
+    """What a checkpoint holds beside the replay: the learning state, and the random key of the acting."""
     params = init_params(agent, streams.init)
     return {"train": init_state(agent, params, params["q"], 1.0, streams.train), "act_key": streams.act}
 

@@ -44,7 +44,7 @@ from tdmpc2_support.run.schedule import Streams, check_windows, due, random_stre
 # --------------------------------------------------------------------------------------------------- Agent and Args
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """What defines the agent: saved with its weights, and the one static argument of the compiled functions."""
+    """What defines the agent: saved with its weights, and a static argument of every compiled function."""
 
     action_repeat: Count | None = None  # simulator steps per decision; default by task, in DMControl 4, 2 or 8
 
@@ -63,7 +63,7 @@ class Agent:
     grad_clip_norm: Positive = 10.0  # bound on the global gradient norm, of the model and of the policy each
     tau: Share = 0.01  # step of the slow encoder and the slow values
     target_update_freq: Count = 2  # updates from one such step to the next
-    rho: Share = 0.5  # weight of a loss t steps into the window is rho^t
+    rho: Share = 0.5  # the paper's lambda: a loss t steps into the window has the weight rho^t
     consistency_coef: Weight = 2.0  # weight of the latent consistency loss
     reward_coef: Weight = 0.5  # weight of the reward loss
     value_coef: Weight = 0.1  # weight of the value loss
@@ -84,7 +84,7 @@ class Agent:
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation at the end of its schedule
     schedule_steps: Count = 25_000  # length of both schedules in DECISIONS: 50,000 to 200,000 simulator steps
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
-    temperature: Weight = 0.5  # inverse temperature of the elites' weights
+    temperature: Weight = 0.5  # the elites' weights are softmax(temperature * value)
     momentum: Share = 0.1  # share of its old value that the planner's mean keeps in an iteration
 
     # What the task decides, see `for_task`: no flags
@@ -200,7 +200,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     x = jax.random.normal(key, (max(shape), min(shape)))
     x = x / jnp.linalg.norm(x)  # all singular values below 1, from where they go to 1
     multiply = partial(jnp.matmul, precision="highest")
-    x = jax.lax.fori_loop(0, 40, lambda _, x: 1.5 * x - 0.5 * multiply(x, multiply(x.T, x)), x)
+    x = jax.lax.fori_loop(0, 60, lambda _, x: 1.5 * x - 0.5 * multiply(x, multiply(x.T, x)), x)
     return x if shape[0] >= shape[1] else x.T
 
 
@@ -210,8 +210,8 @@ def orthogonal_kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """Affine layer on the concatenation of its inputs, which broadcast and are never written out side by side: what
-    all samples of a plan share (their first latent state) is multiplied once instead of N times."""
+    """Affine layer on the concatenation of its inputs, as a sum of products: what all samples of a plan share (their
+    first latent state, in the first step of the dynamics) is multiplied once instead of N times."""
 
     features: int
     zero_init: bool = False
@@ -440,7 +440,7 @@ def plan(agent: Agent, params, obs, prev_mean, first, limits: Schedule, noise: P
         draws_of_each = (draws.sample, draws.terminal)
         unroll = this_backend().plan_written_out
         (mean, std), (elite_actions, weights) = jax.lax.scan(iterate, (mean, std), draws_of_each, unroll=unroll)
-        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight
+        elite = jnp.argmax(jnp.log(weights[-1]) + draws.gumbel)  # drawn by weight, in evaluations too
         action = elite_actions[-1, elite]  # [A]
         if explore:
             action = action + std[0] * draws.exploration
@@ -874,7 +874,7 @@ def evaluate_checkpoint(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------------------- Run
 @partial(jax.jit, static_argnames="agent")
 def fresh_state(agent: Agent, streams: Streams) -> dict[str, Any]:
-    """The part of a checkpoint that learns and draws: the learning state, and the key of the acting."""
+    """What a checkpoint holds beside the replay: the learning state, and the random key of the acting."""
     params = init_params(agent, streams.init)
     return {"train": init_state(agent, params, params, streams.train), "act_key": streams.act}
 
@@ -882,7 +882,7 @@ def fresh_state(agent: Agent, streams: Streams) -> dict[str, Any]:
 def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple[TrainState, Any, Replay, dict]:
     """Learning state, key of the acting, replay and counters of the run's last checkpoint; without one all is fresh,
     but for the agent if --checkpoint names one."""
-    count = {"decisions": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}
+    count = {"decisions": 0, "loaded": 0, "updates": 0, "evaluated": -1, "seconds": 0.0}  # loaded: of --checkpoint
     new_replay = partial(init_replay, agent, args.buffer_size // args.num_envs, args.num_envs)
     memory = place_replay(new_replay, args.storage, args.buffer_size, args.total_timesteps)
     learner, replay = checkpoints.restore_or_make(
@@ -893,7 +893,8 @@ def start_or_resume(args: Args, agent: Agent, checkpoints: Checkpoints) -> tuple
     )
     state = learner["train"]
     if args.checkpoint and not count["decisions"]:
-        params, target, _ = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS, obs=agent.obs)
+        params, target, decisions = load_tdmpc(args.checkpoint, partial(init_params, agent), *SCRIPTS, obs=agent.obs)
+        count["loaded"] = agent.schedule_steps if decisions is None else decisions  # where its schedules go on
         state = committed(init_state(agent, params, target, state.key))
     return state, learner["act_key"], replay, count
 
@@ -923,7 +924,8 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
     while True:
         # Act: dispatched here, read when the environments are stepped
         random = count["decisions"] <= seed_steps and not args.checkpoint  # the original plans one episode before
-        limits = schedule(agent, count["decisions"], entry.first, limits.horizon)
+        age = count["loaded"] + count["decisions"]
+        limits = schedule(agent, age, entry.first, limits.horizon)
         episodes.add(obs, action, entry.reward, entry.first)
         replay = add(agent, replay, entry)  # on its own, as the replay may lie in another memory
         seen = see(agent, seen, obs, entry.first)
@@ -938,7 +940,7 @@ def loop(args: Args, agent: Agent, state, key, replay, count, envs, eval_envs, c
                 draws = jax.random.fold_in(eval_key, step), (args.seed, 1, step)
                 shown = args.capture_video, advance, signals
                 evaluated = agent if step else untrained
-                result = evaluate(evaluated, state.params, count["decisions"], eval_envs, *draws, *shown)
+                result = evaluate(evaluated, state.params, age, eval_envs, *draws, *shown)
             if result is not None:
                 count["evaluated"] = step
                 logger.record_returns(step, spec, result)

@@ -7,7 +7,6 @@ Every part is a command of tdmpc2_jax_diffusion.py, printed before it runs; a pa
 again. All act in the same episodes.
 """
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -79,8 +78,7 @@ def load(checkpoint: str):
     meta = read_meta(find_checkpoint(checkpoint), *diffusion.SCRIPTS)
     args = with_settings(diffusion.Args(), meta["args"])
     args = dataclasses.replace(args, checkpoint=checkpoint, eval_episodes=1)
-    with contextlib.ExitStack() as stack:
-        _, (agent,) = diffusion.make_eval_envs(args, stack)
+    (agent,) = diffusion.agents_of(args)
     world, state = diffusion.read_run(args, agent)
     return agent, diffusion.planner_of(state, world), state, diffusion.encoded(args, agent, world)
 

@@ -515,7 +515,7 @@ def load_tdmpc(
         state = read_agent(checkpoint, meta, ("params", "target"))
         params = state["params"]
         target = state["target"]
-        decisions = meta["count"]["decisions"]
+        decisions = meta["count"]["decisions"] + meta["count"].get("loaded", 0)
     slow = {f"slow {name}": target[name] for name in ("encoder", "q")}
     expected = {f"slow {name}": like[name] for name in ("encoder", "q")}
     check_shapes(params | slow, like | expected, path, "this task and these sizes")

@@ -1,5 +1,7 @@
 """Any registered Gymnasium id whose actions are a Box."""
 
+import contextlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -8,15 +10,20 @@ from tdmpc2_support.envs import rendering
 from tdmpc2_support.envs.adapter import Simulator
 from tdmpc2_support.envs.guard import as_numbers
 from tdmpc2_support.envs.tasks import TaskSpec, gym_spec, open_gym
+from tdmpc2_support.errors import UserError
 
 
 def make(spec: TaskSpec, render_mode: str | None) -> Simulator:
     """The environment as it is registered."""
     options: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
-    if render_mode and str(gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco"):
+    of_gymnasium = str(gym_spec(spec.name).entry_point).startswith("gymnasium.envs.mujoco")
+    if render_mode and of_gymnasium:
         rendering.choose_gl()
         options.update(width=rendering.FRAME, height=rendering.FRAME)
     env = open_gym(spec.name, **options)
+    if render_mode and not of_gymnasium and "mujoco" in sys.modules:  # somebody's own may draw by MuJoCo, too
+        with contextlib.suppress(UserError):
+            rendering.choose_gl()
     seconds = positive(getattr(env.unwrapped, "dt", None))
     if seconds is None:
         fps = positive((getattr(env, "metadata", None) or {}).get("render_fps"))

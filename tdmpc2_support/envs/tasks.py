@@ -244,7 +244,8 @@ def _spec(task: str) -> TaskSpec:
         close_quietly(task, open_gym(task).close)  # names a worse fault first, if there is one
         raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
     healthy_only = spec.kwargs.get("terminate_when_unhealthy", True)
-    can_terminate = healthy_only and spec.name not in _NEVER_TERMINATE
+    of_gymnasium = str(spec.entry_point).startswith("gymnasium.envs.")
+    can_terminate = healthy_only and not (of_gymnasium and spec.name in _NEVER_TERMINATE)
     steps = spec.max_episode_steps
     return TaskSpec(task, "Gymnasium", 1, steps, can_terminate, False, steps)
 

@@ -131,7 +131,11 @@ class Checkpoints:
             UserError: the disk is full; what was written of it is removed, and the checkpoints before it are kept.
         """
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,  # of a save that was cut off
+            )
             folder = (self.folder / "checkpoints").absolute()
             with writing(folder):
                 self._manager = ocp.CheckpointManager(folder, options=options)
@@ -143,7 +147,9 @@ class Checkpoints:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a run's folder that were written to their end, the newest first."""
     folder = Path(folder, "checkpoints")
-    found = ocp.step.standard_name_format().find_all(folder) if folder.is_dir() else ()
+    found = (
+        ocp.step.standard_name_format().find_all(folder) if os.path.isdir(folder) else ()
+    )  # Path.is_dir raises where it may not look
     return [Path(step.path) for step in sorted(found, key=lambda step: -step.step)]
 
 
@@ -154,11 +160,14 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if path.name.isdigit() and (path / "meta").is_dir():
+    if path.name.isdigit() and os.path.isdir(path / "meta"):
         return path
     found = complete_checkpoints(path) or complete_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not found:
-        raise UserError(f"{path} {'holds no checkpoint of this project' if path.exists() else 'does not exist'}")
+        there = os.path.exists(path)
+        raise UserError(
+            f"{path} {'holds no checkpoint of this project' if there else 'does not exist or may not be read'}"
+        )
     return found[0]
 
 

@@ -27,7 +27,7 @@ from tdmpc2_support.agents.pretrained import read_record
 from tdmpc2_support.cli import MAY_CHANGE, as_flag, saved_fields
 from tdmpc2_support.devices import any_process
 from tdmpc2_support.errors import UserError, writing
-from tdmpc2_support.files import write_atomically
+from tdmpc2_support.files import SIGNALS, write_atomically
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
 from tdmpc2_support.run.reports import film_path
 
@@ -85,7 +85,16 @@ class RunFolder:
         saved = bool(complete_checkpoints(self.path))
         if self.primary and saved and isinstance(value, UserError) and "checkpoint" not in str(value):
             print(f"{self.path} stops here; its last checkpoint is kept", file=sys.stderr)
-        self._clean_up(failed=not saved and not self.learned and (kind is not None or not self.holds_run))
+        learned = saved or self.learned or self._last_row() > 0
+        self._clean_up(failed=not learned and (kind is not None or not self.holds_run))
+
+    def _last_row(self) -> int:
+        """Step of the last evaluation that stands in eval.csv, 0 if there is none."""
+        try:
+            rows = (self.path / "eval.csv").read_text().splitlines()[1:]
+            return int(float(rows[-1].split(",")[0])) if rows else 0
+        except (OSError, ValueError):
+            return 0
 
     @property
     def holds_run(self) -> bool:
@@ -253,11 +262,7 @@ class Signals:
     passed since the first, does not wait any longer. Under nohup the end of the terminal is no reason to stop.
     """
 
-    NUMBERS = (
-        *(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
-        signal.SIGHUP,  # the terminal is closed
-        signal.SIGXCPU,  # the limit of the processor's time is reached
-    )
+    NUMBERS = SIGNALS
 
     def __init__(self) -> None:
         self.received: int | None = None  # the first one's number

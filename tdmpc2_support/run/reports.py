@@ -106,11 +106,11 @@ def film_path(checkpoint: str, task: str = "") -> Path:
         UserError: that cannot be written, either.
     """
     path = Path(checkpoint)  # a file, a run's folder, its checkpoints/ or one of these
-    runs = [folder for folder in (path, *path.parents) if (folder / "args.json").exists()]
+    runs = [folder for folder in (path, *path.parents) if os.path.exists(folder / "args.json")]
     name = f"evaluate-{task}.mp4" if task else "evaluate.mp4"
     film = runs[0] / "videos" / name if runs else path.parent / f"{path.stem}-{name}"
     for place in (film, Path(film.name)):
-        folder = next(parent for parent in place.absolute().parents if parent.is_dir())
+        folder = next(parent for parent in place.absolute().parents if os.path.isdir(parent))
         if os.access(folder, os.W_OK):
             return place
     raise UserError(f"--capture-video: neither {film.parent} nor the current folder can be written")

@@ -10,7 +10,7 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 
-from tdmpc2_support.files import new_file
+from tdmpc2_support.files import held_back, new_file
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
@@ -27,9 +27,11 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     taken = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
     made = f"-an -pix_fmt yuv420p -crf 25 -vf scale={width + width % 2}:{height + height % 2} -f mp4 -y".split()
     with new_file(path) as temporary:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *taken, *made, str(temporary)]
+        command = [_ffmpeg(path), "-v", "error", *taken, *made, str(temporary)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # a Ctrl-C is not for it
+        with held_back():  # what ends the run is not for it
+            process = subprocess.Popen(command, **pipes)
+        with process:
             with contextlib.suppress(BrokenPipeError):  # its exit status and last words tell more
                 for frame in frames:
                     process.stdin.write(np.ascontiguousarray(frame))
@@ -39,6 +41,13 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
             full = "No space left" in said.decode(errors="replace")
             reason = "No space left on device" if full else f"ffmpeg says: {lines[0]}"
             raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(path))
+
+
+def _ffmpeg(path: Path) -> str:
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise OSError(errno.ENOENT, "there is no ffmpeg", str(path)) from None
 
 
 def thumbnails(pictures: Sequence[np.ndarray | None], number: int, width: int = 768) -> list[np.ndarray]:
