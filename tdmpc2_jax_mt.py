@@ -92,7 +92,7 @@ class Agent:
     num_pi_trajs: Natural = 24  # sequences P proposed by the policy
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
-    temperature: Weight = 0.5  # the elites' weights are softmax(temperature * value)
+    temperature: Weight = 0.5  # inverse temperature: the elites' weights are softmax(temperature * value)
 
     # What the tasks decide, see `for_tasks`: no flags
     obs_dim: FromTask[int] = 0  # observation size O

@@ -84,7 +84,7 @@ class Agent:
     min_std: Weight = 0.05  # lower bound of the planner's standard deviation at the end of its schedule
     schedule_steps: Count = 25_000  # length of both schedules in DECISIONS: 50,000 to 200,000 simulator steps
     max_std: Positive = 2.0  # initial value and upper bound of the planner's standard deviation
-    temperature: Weight = 0.5  # the elites' weights are softmax(temperature * value)
+    temperature: Weight = 0.5  # inverse temperature: the elites' weights are softmax(temperature * value)
     momentum: Share = 0.1  # share of its old value that the planner's mean keeps in an iteration
 
     # What the task decides, see `for_task`: no flags

@@ -146,7 +146,7 @@ def _from_newt(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise UserError(f"holds no agent: it has {number} value heads")
         for name in names:
             arrays = [plain.get(f"{there}.{i}.{name}") for i in range(number)]
-            if len({np.shape(array) for array in arrays}) > 1 or arrays[0] is None or not number:
+            if not number or len({np.shape(array) for array in arrays}) > 1:
                 raise UserError(f"holds no whole agent: {there}.….{name} is not of one shape in all heads")
             found[f"{here}.{name}"] = np.stack(arrays)
     return found

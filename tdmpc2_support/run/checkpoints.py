@@ -147,9 +147,9 @@ class Checkpoints:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a run's folder that were written to their end, the newest first."""
     folder = Path(folder, "checkpoints")
-    found = (
-        ocp.step.standard_name_format().find_all(folder) if os.path.isdir(folder) else ()
-    )  # Path.is_dir raises where it may not look
+    if not os.path.isdir(folder):  # Path.is_dir raises where it may not look
+        return []
+    found = ocp.step.standard_name_format().find_all(folder)
     return [Path(step.path) for step in sorted(found, key=lambda step: -step.step)]
 
 
@@ -164,10 +164,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = complete_checkpoints(path) or complete_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not found:
-        there = os.path.exists(path)
-        raise UserError(
-            f"{path} {'holds no checkpoint of this project' if there else 'does not exist or may not be read'}"
-        )
+        reason = "holds no checkpoint of this project" if os.path.exists(path) else "does not exist or may not be read"
+        raise UserError(f"{path} {reason}")
     return found[0]
 
 
