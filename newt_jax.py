@@ -710,6 +710,9 @@ def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpo
     steps = None
     if episodes:
         steps = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
+        largest = np.abs(steps.obs).max()
+        small = f"--obs-dtype {args.obs_dtype}: --demos {args.demos} holds observations of {largest:.3g}"
+        cli.require(largest <= np.finfo(args.obs_dtype).max, small)
     as_given = dataclasses.replace(agent, warmup_updates=args.agent.warmup_updates)  # what --resume compares
     record = {"args": cli.settings(dataclasses.replace(args, agent=as_given)), "tasks": names}
     record |= {"task_dim": agent.task_dim, "learned_emb": agent.learn_embedding}
@@ -795,7 +798,6 @@ def loop(
     state = state["train"]
     learn = partial(train, agent, mesh, tasks)
     step = saved = count["pretrained"] + count["decisions"]
-    save_freq = min(checkpoint_freq, 20_000)  # in the pretraining, whose steps are updates
     info = {}
     entry = None  # what the environments have returned last; None: they are to be reset
     prev_mean = devices.copies(jnp.zeros((n, agent.horizon, agent.action_dim)), devices.replicated(mesh))
@@ -817,7 +819,7 @@ def loop(
 
         # Save
         stopping = signals.in_any_process(now=evaluating or finished or step < pretraining) or finished
-        freq = save_freq if step < pretraining else checkpoint_freq
+        freq = min(checkpoint_freq, 20_000) if step < pretraining else checkpoint_freq  # there steps are updates
         if due(step, saved, freq, stopping or step == pretraining):
             check_finite(logger.folder, f"step {step}", **jax.device_get(info))
             count["seconds"] = logger.seconds()
@@ -847,7 +849,8 @@ def loop(
             obs, _ = envs.reset(seed=(args.seed, 0, step))  # a resumed run begins new episodes, not the first again
             zeros = np.zeros(n, np.float32)
             over = np.zeros(n, bool)  # the next step of these is a reset, and ignores the action
-            entry = td.Step(obs, np.zeros((n, agent.action_dim), np.float32), zeros, terminated=over, first=~over)
+            filler = devices.copies(jnp.zeros((n, agent.action_dim)), devices.replicated(mesh))
+            entry = td.Step(obs, filler, zeros, terminated=over, first=~over)
             returns = zeros
             replay = td.add(agent, replay, as_stored(args, entry))
         by = "plan"
@@ -867,7 +870,8 @@ def loop(
         on_device = action
         action = np.asarray(action)  # all that is fetched from the device between two decisions
         obs, reward, terminated, truncated, _ = envs.step(action)
-        check_finite(logger.folder, f"step {step}", action=action, observation=obs.astype(args.obs_dtype))
+        stored = {f"observation as {args.obs_dtype}": obs.astype(args.obs_dtype)}
+        check_finite(logger.folder, f"step {step}", action=action, **stored)
         entry = td.Step(obs, on_device, reward.astype(np.float32), terminated, first=over)  # over before: now reset
         replay = td.add(agent, replay, as_stored(args, entry))
         count["decisions"] += n - int(over.sum())

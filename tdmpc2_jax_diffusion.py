@@ -857,7 +857,7 @@ def read_run(args: Args, agent: Agent) -> tuple[World, DiffusionState]:
 
 # ------------------------------------------------------------------------------------------------------ Run: offline
 SCRIPTS = ("tdmpc2_jax_diffusion",)  # whose runs this one evaluates
-WORLD_SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_device", "tdmpc2_jax_rgb")  # whose runs are world models
+WORLD_SCRIPTS = ("tdmpc2_jax", "tdmpc2_jax_mt", "tdmpc2_jax_device", "tdmpc2_jax_rgb")  # not Newt: other discounts
 BURST = 20  # updates of one dispatch
 # Settings that another start of an offline run may change: the number of updates shapes the learning rate
 MAY_CHANGE = cli.MAY_CHANGE - {"num_updates", "total_timesteps"}
@@ -953,7 +953,7 @@ def offline_loop(args: Args, agents, world, state, data, count, checkpoints, log
                 draws = jax.random.fold_in(random_streams(args.seed).evaluate, step), (args.seed, 1, step)
                 shown = args.capture_video, advance, signals
                 results = []
-                for i, name in enumerate(names):  # one task after the other: all environments of 80 take 30 GB
+                for i, name in enumerate(names):  # not all at once, for memory
                     with contextlib.closing(make_eval_envs(args, name, args.eval_episodes)) as envs:
                         results.append(evaluate(agents[i], planner_of(state, world, i), envs, *draws, *shown))
             if all(result is not None for result in results):

@@ -108,7 +108,7 @@ class Args:
     exp_name: Name = "tdmpc_jax"  # name of this experiment: its files go to RUNS_DIR/TASK/EXP_NAME/SEED
     runs_dir: str = "runs"  # folder of all runs
     seed: Natural = 1  # of the parameters, the environments and every random draw
-    total_timesteps: Count | None = None  # simulator steps; default 500,000, humanoid, pictures 3 and dog 5 million
+    total_timesteps: Count | None = None  # simulator steps; default 500,000; dog 5, humanoid and pictures 3 million
     resume: bool = False  # continue the run of this task, name and seed from its last checkpoint, if it has one
     checkpoint: str | None = None  # start from this agent: a run, or an original .pt
     evaluate: bool = False  # do not train: evaluate --checkpoint, print the returns and exit
@@ -588,8 +588,9 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, noise: UpdateNoise):
 
 
 def update(agent: Agent, state: TrainState, batch: Batch, noise: UpdateNoise):
-    """One gradient step on the world model, then one on the policy, then, every second time, a step of the slow encoder
-    and values towards the new ones. Returns the new state, priorities [B] and a dict of scalars for the log."""
+    """One gradient step on the world model, then one on the policy, then, every --target-update-freq updates, a step of
+    the slow encoder and values towards the new ones. Returns the new state, priorities [B] and a dict of scalars for
+    the log."""
     H = agent.horizon
     B = len(batch.obs[0])
     chex.assert_shape(list(batch), [(H + 1, B, *seen_shape(agent)), (H, B, agent.action_dim), (H, B), (H, B), (B,)])

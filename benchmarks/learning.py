@@ -259,13 +259,15 @@ def main(args: Args) -> None:
         failed = work(args, flags, rows, cores[:jobs]) if jobs else []
     except KeyboardInterrupt:
         failed = ["stopped: the same command goes on"]
-    print("\n".join(failed), file=sys.stderr, flush=True)  # drawing may fail, too
+    for sentence in failed:
+        print(sentence, file=sys.stderr, flush=True)  # before drawing, which may fail, too
     collect(args, rows)
     if any(args.curves.glob("*.csv")):
         command = [sys.executable, str(HERE / "plot_curves.py"), "--curves", str(args.curves)]
         command += ["--output", str(args.picture)] + (["--reference", str(args.reference)] if args.reference else [])
         subprocess.run(command, check=True)
-    sys.exit(bool(failed))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,23 +13,6 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     with new_file(path) as temporary:
         temporary.write_bytes(data)
-
-
-SIGNALS = (  # by which a run is asked to end
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
-    signal.SIGHUP,  # the terminal is closed
-    signal.SIGXCPU,  # the limit of the processor's time is reached
-)
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Processes that are started meanwhile do not get SIGNALS unless they unblock them; this one gets them later."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

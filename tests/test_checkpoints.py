@@ -91,6 +91,14 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_says_so_of_each(kept, tmp_pa
         checkpoints_of(tmp_path / "run").restore(**items_of(0))
 
 
+def test_what_a_save_that_was_cut_off_has_left_goes_with_the_next_one(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "250.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with checkpoints_of(tmp_path / "run") as checkpoints:
+        checkpoints.save(400, COUNT, **items_of(400))
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"300", "400"}
+
+
 def test_a_checkpoint_without_checksums_is_read_as_it_is(kept):
     checkpoint = complete_checkpoints(kept)[0]
     meta = read_meta(checkpoint, "tdmpc2_jax")

@@ -159,12 +159,13 @@ LAYERS = {  # what a module of the package may import of it, beside what its own
     "bounds": set(),
     "files": set(),
     "convolution": set(),
-    "envs": {"errors", "files"},
+    "processes": set(),
+    "envs": {"errors", "files", "processes"},
     "cli": {"bounds", "envs", "errors"},
     "backend": set(),
     "devices": {"backend", "errors"},
     "data": {"envs", "cli", "devices", "errors", "files"},
-    "run": {"agents", "backend", "data", "envs", "cli", "devices", "errors", "files"},
+    "run": {"agents", "backend", "data", "envs", "cli", "devices", "errors", "files", "processes"},
     "agents": {"run", "data", "envs", "cli", "devices", "errors", "files"},
 }
 

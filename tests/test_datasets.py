@@ -15,7 +15,7 @@ from torch_files import pickled, tensor, write_pt
 
 import envs
 import tdmpc2_jax_mt as mt
-from tdmpc2_support.data import datasets
+from tdmpc2_support.data import datasets, device_data
 from tdmpc2_support.data.device_data import to_devices
 
 ENTRIES, H = 9, 3
@@ -298,6 +298,17 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
     with pytest.raises(envs.UserError, match="numbers beyond 65504, the largest of float16"):
         to_devices(envs.load_dataset(TASKS, tmp_path), "float16", mesh, 3)
+
+
+def test_a_set_is_read_into_the_machines_memory_by_what_that_has_free_whatever_the_device_has(folder, monkeypatch):
+    import jax
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "devices")
+    data = envs.load_dataset(TASKS, folder)
+    monkeypatch.setattr(device_data, "least_available_bytes", lambda: 1)
+    for free, expected in ((10 * data.nbytes, "host"), (data.nbytes, "disk")):
+        monkeypatch.setattr(device_data, "available_bytes", lambda free=free: free)
+        assert device_data.choose_storage("auto", data, "float32", mesh) == expected
 
 
 def test_writers_of_one_folder_take_turns_and_a_task_that_is_in_no_set_is_refused(tmp_path):

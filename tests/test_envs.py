@@ -100,9 +100,9 @@ class Unspeakable(Exception):
 
 
 class Broken(Counter):
-    """Where it is pushed to the right, its reward is no number, or it raises what cannot be pickled."""
+    """Where it is pushed to the right, its reward is no number, or it raises an exception of this class."""
 
-    def __init__(self, raises=False, render_mode=None):
+    def __init__(self, raises=None, render_mode=None):
         super().__init__()
         self.raises = raises
 
@@ -111,8 +111,23 @@ class Broken(Counter):
         if action[0] < 5.0:
             return obs, reward, *rest
         if self.raises:
-            raise Unspeakable("what happened here")
+            raise self.raises("what happened here")
         return obs, float("nan"), *rest
+
+
+class Third(Counter):
+    """Every third one cannot be made."""
+
+    made = closed = 0
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        Third.made += 1
+        if Third.made % 3 == 0:
+            raise ValueError("the third one")
+
+    def close(self):
+        Third.closed += 1
 
 
 class Odd(Counter):
@@ -134,7 +149,8 @@ register("Fails-v0", limit=100, fail_at=50)
 register("NoLimit-v0", limit=None)
 register("Strict-v0", entry=Strict)
 register("NoNumber-v0", entry=Broken)
-register("Unspeakable-v0", entry=Broken, raises=True)
+register("Unspeakable-v0", entry=Broken, raises=Unspeakable)
+register("Third-v0", entry=Third)
 box = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
 register("DictObs-v0", entry=Odd, observation_space=gym.spaces.Dict(a=box, b=box))
 register("ImageObs-v0", entry=Odd, observation_space=gym.spaces.Box(0, 255, (64, 64, 3), np.uint8))
@@ -498,6 +514,11 @@ def test_gymnasium_tasks_may_terminate_unless_known_not_to(task, may_end):
     assert spec.can_terminate == may_end and spec.action_repeat == 1
 
 
+def test_a_task_of_ones_own_may_terminate_whatever_its_name():
+    gym.register("mine/Pendulum-v7", entry_point=Counter, max_episode_steps=10)
+    assert envs.task_spec("mine/Pendulum-v7").can_terminate
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -759,6 +780,21 @@ def test_an_exception_that_cannot_be_pickled_is_reported_with_its_traceback_too(
     with pytest.raises(RuntimeError, match="(?s)task 'Unspeakable-v0': .*in step.*Unspeakable: what happened here"):
         vector.step(np.array([[-1.0], [1.0]]))
     assert not any(alive(process.pid) for process in vector.processes)
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError], ids=lambda error: error.__name__)
+def test_what_an_environment_raises_is_not_taken_for_the_end_of_its_parent(error):
+    register(f"{error.__name__}-v0", entry=Broken, raises=error)
+    with closing(envs.make_envs(f"{error.__name__}-v0", 2, num_workers=1)) as vector:
+        vector.reset()
+        with pytest.raises(RuntimeError, match=f"(?s)in step.*{error.__name__}: what happened here"):
+            vector.step(np.array([[-1.0], [1.0]]))
+
+
+def test_environments_that_were_made_before_one_that_cannot_be_are_closed():
+    with pytest.raises(envs.UserError, match="the third one"):
+        envs.make_envs("Third-v0", 6, num_workers=0)
+    assert (Third.made, Third.closed) == (3, 2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -104,17 +104,21 @@ def test_a_run_of_before_windows_were_drawn_by_episodes_draws_them_as_it_did(tmp
 
 def test_a_run_that_fails_before_it_has_learned_leaves_nothing(tmp_path):
     path = tmp_path / "task" / "name" / "1"
-    for learned in (False, True):
+    for learned in (False, "losses", "a row"):
         with pytest.raises(UserError, match="^x$"), RunFolder(path, SETTINGS) as folder:
             folder.begin()
             logger = Logger(folder, ("step", "reward"))
             with logger:
                 logger.begin("title", "head", {}, 0, 100, {"seconds": 0.0, "evaluated": -1})
-                if learned:
+                if learned == "losses":
                     logger.log_losses(10, {"loss": 1.0})
+                if learned == "a row":
+                    append(path / "eval.csv", "10,1.0\n")
                 raise UserError("x")
         assert [*tmp_path.iterdir()] == ([tmp_path / "task"] if learned else [])
-    assert {"args.json", "eval.csv"} < {file.name for file in path.iterdir()}
+        if learned:
+            assert {"args.json", "eval.csv"} < {file.name for file in path.iterdir()}
+            shutil.rmtree(tmp_path / "task")
 
 
 def test_a_failed_start_leaves_the_curves_and_films_that_it_has_found(tmp_path):

@@ -288,6 +288,14 @@ def test_what_cannot_work_is_refused_in_one_sentence(refused, demos, tmp_path, m
     damaged = tmp_path / f"{NAMES[0]}.pt"
     damaged.write_bytes((demos / damaged.name).read_bytes()[:-2000])
     assert str(damaged) in refused(*TASKS, "--demos", tmp_path, *small)
+    rows = {"obs": np.full((3, 128), 1e5, np.float32), "action": np.zeros((3, 16), np.float32)}
+    rows |= {"reward": np.zeros(3, np.float32), "episode": np.zeros(3, np.int64)}
+    save_tensordict(damaged, rows)
+    large = refused(*TASKS, "--demos", tmp_path, "--obs-dtype", "float16", "--buffer-size", 20_000)
+    assert "--obs-dtype float16" in large and "1e+05" in large
+    save_tensordict(damaged, rows | {"episode": np.zeros(0, np.int64)})
+    assert "episode has shape (0,)" in refused(*TASKS, "--demos", tmp_path, *small)
+    assert "--num-pi-trajs 2 or more" in refused(*TASKS, "--num-pi-trajs", 1)
     assert "is a single-task agent" in refused(*TASKS, "--checkpoint", ROOT / "tests" / "golden" / "single.pt", *small)
 
 

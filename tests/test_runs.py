@@ -30,8 +30,10 @@ def finished(request, tmp_path_factory):
     """Name of a script, folder of a run of 300 steps that it made as a process of its own, and what that printed."""
     name, runs = request.param, tmp_path_factory.mktemp("finished")
     command = [sys.executable, ROOT / f"{name}.py", *SMALL[f"{name}.py"], *map(str, POINT), "--total-timesteps", "300"]
-    done = subprocess.run([*command, "--runs-dir", runs], capture_output=True, text=True)
+    environment = os.environ | {"JAX_LOG_COMPILES": "1"}
+    done = subprocess.run([*command, "--runs-dir", runs], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    (runs / "stderr").write_text(done.stderr)
     return name, runs / "strange_envs:Point-v0" / name / "1", done.stdout
 
 
@@ -53,6 +55,15 @@ def test_a_run_leaves_its_curve_scalars_arguments_and_checkpoint(finished, here,
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["task"] == "strange_envs:Point-v0" and len(result["returns"]) == len(result["successes"]) == 3
     assert f"{result['mean']:.1f} ± {result['std']:.1f}" in out and out.count("episode ") == 3
+
+
+def test_the_programs_of_a_loop_are_compiled_once_for_each_of_their_ways_to_act(finished):
+    name, folder, _ = finished
+    told = (folder.parents[2] / "stderr").read_text()
+    acting = "add_and_act" if name == "tdmpc2_jax" else "act"  # random, or planned; the other one evaluates, too:
+    ways = 2 if name == "tdmpc2_jax" else 4  # by the policy at step 0, and planned without exploration
+    assert told.count(f"Finished XLA compilation of jit({acting})") == ways
+    assert told.count("Finished XLA compilation of jit(add)") == (0 if name == "tdmpc2_jax" else 1)
 
 
 @pytest.mark.slow

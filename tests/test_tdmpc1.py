@@ -393,6 +393,8 @@ def test_an_agent_of_the_original_is_evaluated_and_trained_on(here, golden, tmp_
     status, out, err = here(*flags, "--eval-freq", 10_000, name="tdmpc_jax.py", small=False)
     assert status == 0, err
     folder = tmp_path / "runs" / "cheetah-run" / "tdmpc_jax" / "1"
-    assert meta_of(folder, "tdmpc_jax")["count"]["updates"] == 149
+    count = meta_of(folder, "tdmpc_jax")["count"]
+    assert count["updates"] == 149
+    assert count["loaded"] == td.Agent().schedule_steps, "its planner goes on where the schedules end"
     status, out, err = here("--evaluate", "--checkpoint", folder, name="tdmpc_jax.py", small=False)
     assert status == 0 and "cheetah-run: return" in out, err

@@ -42,7 +42,7 @@ def choose_gl() -> str:
     for name in ("egl", "osmesa", "glfw"):
         probe = f"from mujoco.{name} import GLContext; GLContext({PIXELS}, {PIXELS}).make_current()"
         environment = {**os.environ, "MUJOCO_GL": "disable"}
-        run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, check=False)
+        run = subprocess.run([sys.executable, "-P", "-c", probe], env=environment, capture_output=True, check=False)
         if run.returncode == 0:
             os.environ["MUJOCO_GL"] = name
             return name

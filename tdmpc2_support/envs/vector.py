@@ -22,7 +22,7 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 from tdmpc2_support.envs import rendering
 from tdmpc2_support.envs.tasks import TASKS, jax_domain
 from tdmpc2_support.errors import UserError
-from tdmpc2_support.files import SIGNALS, held_back
+from tdmpc2_support.processes import SIGNALS, held_back
 
 
 class Padded(gym.Wrapper):

@@ -27,7 +27,8 @@ from tdmpc2_support.agents.pretrained import read_record
 from tdmpc2_support.cli import MAY_CHANGE, as_flag, saved_fields
 from tdmpc2_support.devices import any_process
 from tdmpc2_support.errors import UserError, writing
-from tdmpc2_support.files import SIGNALS, write_atomically
+from tdmpc2_support.files import write_atomically
+from tdmpc2_support.processes import SIGNALS
 from tdmpc2_support.run.checkpoints import complete_checkpoints, read_meta
 from tdmpc2_support.run.reports import film_path
 

@@ -10,7 +10,8 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 
-from tdmpc2_support.files import held_back, new_file
+from tdmpc2_support.files import new_file
+from tdmpc2_support.processes import held_back
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
