@@ -497,15 +497,22 @@ def test_the_packages_own_ids_are_names_too(package_id, name):
     assert envs.task_spec(package_id).name == name
 
 
-def test_dm_control_ids_beyond_the_table_work():
-    env, spec = envs.make_env("dm_control/fish-upright-v0", seed=3), envs.task_spec("dm_control/fish-upright-v0")
-    assert (spec.action_repeat, spec.episode_length, spec.can_terminate) == (2, 500, False)
+@pytest.mark.parametrize(
+    ("task", "decisions", "may_end", "sizes"),
+    [
+        ("dm_control/fish-upright-v0", 500, False, (21, 5)),
+        ("dm_control/reach_site_features-v0", 125, True, (45, 9)),
+    ],
+)
+def test_dm_control_ids_beyond_the_table_work(task, decisions, may_end, sizes):
+    env, spec = envs.make_env(task, seed=3), envs.task_spec(task)
+    assert (spec.action_repeat, spec.episode_length, spec.can_terminate) == (2, decisions, may_end)
     obs, _ = env.reset()
-    assert obs.shape == (21,) and obs.dtype == np.float32
+    assert obs.shape == sizes[:1] and obs.dtype == np.float32
     assert obs in env.observation_space
-    np.testing.assert_array_equal(obs, envs.make_env("dm_control/fish-upright-v0", seed=3).reset()[0])
-    ends = [env.step(np.zeros(5, np.float32))[3] for _ in range(500)]
-    assert ends == [False] * 499 + [True]
+    np.testing.assert_array_equal(obs, envs.make_env(task, seed=3).reset()[0])
+    ends = [env.step(np.zeros(sizes[1], np.float32))[2:4] for _ in range(decisions)]
+    assert ends == [(False, False)] * (decisions - 1) + [(False, True)]
 
 
 @pytest.mark.parametrize(("task", "may_end"), [("HalfCheetah-v5", False), ("Hopper-v5", True), ("Pendulum-v1", False)])

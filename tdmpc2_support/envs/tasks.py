@@ -239,7 +239,8 @@ def _spec(task: str) -> TaskSpec:
     spec = gym_spec(task)
     if task.startswith("dm_control/"):  # suite ids are domain-task; of these only lqr ends early
         can_terminate = "-" not in spec.name or spec.name.startswith("lqr-")
-        return TaskSpec(task, "DMControl", 2, 500, can_terminate, False, 1000)
+        steps = 250 if spec.name.endswith("_features") else 1000  # manipulation: 10 s of 0.04 s
+        return TaskSpec(task, "DMControl", 2, steps // 2, can_terminate, False, steps)
     if spec.max_episode_steps is None:
         close_quietly(task, open_gym(task).close)  # names a worse fault first, if there is one
         raise UserError(f"task {task!r} has no time limit: register it with max_episode_steps=…")
