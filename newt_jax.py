@@ -655,26 +655,20 @@ def evaluate_checkpoint(args: Args) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- Run
-class Start(NamedTuple):
-    """The agent that a run begins with."""
-
-    agent: Agent
-    table: np.ndarray | None  # [T, E] embeddings; None if they are drawn, or in the run's checkpoint
-    loaded: LoadedAgent | None  # of --checkpoint
-
-
 class Inputs(NamedTuple):
     """What a run begins with: opened and compared before anything starts."""
 
-    start: Start
+    agent: Agent
+    table: np.ndarray | None  # [T, E] embeddings; None if they are drawn, or in the run's checkpoint
+    loaded: LoadedAgent | None  # of --checkpoint, if the run begins with it
     demo_steps: td.Step | None  # [R, n] the demonstrations, in the columns of the replay
     num_demos: int  # episodes of them
     record: dict[str, Any]  # what checkpoints hold of these beside arrays
 
 
-def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> Start:
-    """The agent of --checkpoint for these tasks, with the sizes that it has. Of tasks that it does not know the
-    embeddings are those of --embeddings."""
+def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> tuple[Agent, np.ndarray, LoadedAgent]:
+    """The agent of --checkpoint for these tasks, with the sizes that it has; their embeddings, of those that it does
+    not know from --embeddings; and its parameters with these."""
     table = embeddings_of(loaded, names, args.embeddings, args.checkpoint)
     given = dataclasses.replace(args.agent, **sizes_of(loaded.params), **padding_of(loaded))
     agent = for_tasks(given, names, table.shape[1], loaded.learned_emb, warm_up=False)
@@ -683,21 +677,21 @@ def fit_loaded(args: Args, names: tuple[str, ...], loaded: LoadedAgent) -> Start
     if "termination" not in like:  # no task here can terminate, or --no-episodic
         params.pop("termination", None)
     check_shapes(params, like, args.checkpoint, "these tasks")
-    return Start(agent, table, loaded._replace(params=params))
+    return agent, table, loaded._replace(params=params)
 
 
-def start_of(args: Args, names: tuple[str, ...], meta: dict[str, Any] | None) -> Start:
-    """The agent as the run's checkpoint has it (meta), as --checkpoint has it, or a new one."""
+def start_of(args: Args, names: tuple[str, ...], meta: dict[str, Any] | None):
+    """The agent as the run's checkpoint has it (meta), as --checkpoint has it, or a new one: three of `Inputs`."""
     if meta:
         sizes = {name: meta["args"][name] for name in (*td.SIZE_FIELDS, "pad_obs", "pad_action")}
         given = dataclasses.replace(args.agent, **sizes)
         warm_up = bool(args.demos) and not args.checkpoint
-        return Start(for_tasks(given, names, meta["task_dim"], meta["learned_emb"], warm_up), None, None)
+        return for_tasks(given, names, meta["task_dim"], meta["learned_emb"], warm_up), None, None
     if args.checkpoint:
         return fit_loaded(args, names, load_newt(args.checkpoint, *SCRIPTS))
     table = read_embeddings(names, args.embeddings)
     size = LEARNED_DIM if table is None else table.shape[1]
-    return Start(for_tasks(args.agent, names, size, table is None, bool(args.demos)), table, None)
+    return for_tasks(args.agent, names, size, table is None, bool(args.demos)), table, None
 
 
 def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpoints) -> Inputs:
@@ -705,8 +699,7 @@ def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpo
     environments.check_simulators(names)
     episodes = read_demonstrations(names, args.demos, args.demo_episodes) if args.demos else []
     meta = checkpoints.read_meta()
-    start = start_of(args, names, meta)
-    agent = start.agent
+    agent, table, loaded = start_of(args, names, meta)
     steps = None
     if episodes:
         steps = td.Step(**in_columns(episodes, len(names), n, agent.obs_dim, agent.action_dim, PIECE))
@@ -721,7 +714,7 @@ def open_inputs(args: Args, names: tuple[str, ...], n: int, checkpoints: Checkpo
         begun = "than those that the run was started with"
         cli.require(tuple(meta["tasks"]) == names, f"--tasks {args.tasks} are others here {begun}")
         cli.require(meta["demos"] == record["demos"], f"--demos {args.demos} holds others {begun}")
-    return Inputs(start, steps, len(episodes), record)
+    return Inputs(agent, table, loaded, steps, len(episodes), record)
 
 
 @partial(jax.jit, static_argnames="agent")
@@ -760,22 +753,22 @@ def fill(args: Args, agent: Agent, mesh: Mesh, capacity: int, n: int, steps: td.
 def start_or_resume(args: Args, inputs: Inputs, mesh: Mesh, n: int, checkpoints: Checkpoints):
     """Learning state with the key of the acting, replay and counters of the run's last checkpoint; without one all is
     fresh, but for the agent if --checkpoint names one, and for the demonstrations with which the replay begins."""
-    agent, table, loaded = inputs.start
+    agent = inputs.agent
     evaluated = 0 if pretraining_of(args) else -1  # no evaluation before anything is learned
     count = {"pretrained": 0, "decisions": 0, "updates": 0, "evaluated": evaluated, "seconds": 0.0}
     streams = random_streams(args.seed)
     capacity = args.buffer_size // n
-    state_shapes = jax.eval_shape(partial(fresh_state, agent), streams, table)
+    state_shapes = jax.eval_shape(partial(fresh_state, agent), streams, inputs.table)
     replay_shapes = jax.eval_shape(partial(new_replay, args, agent, capacity, n))
     places = {"state": devices.placed(state_shapes, mesh, "no"), "replay": devices.columns_split(replay_shapes, mesh)}
     if restored := checkpoints.restore(**places):
         meta, items = restored
         return items["state"], items["replay"], count | meta["count"]
     parts = None
-    if loaded is not None:
+    if loaded := inputs.loaded:
         parts = jax.tree.map(np.asarray, (loaded.params, loaded.target_q, loaded.q_scale))  # of no device, to go to any
     make = jax.jit(partial(fresh_state, agent), out_shardings=devices.replicated(mesh))
-    return make(streams, table, parts), fill(args, agent, mesh, capacity, n, inputs.demo_steps), count
+    return make(streams, inputs.table, parts), fill(args, agent, mesh, capacity, n, inputs.demo_steps), count
 
 
 def loop(
@@ -784,7 +777,7 @@ def loop(
     """Learns from the demonstrations; then acts, learns and steps the environments; evaluates, saves and logs, until
     --total-timesteps or a signal. A step of the run is an update of the pretraining and later a decision. Returns the
     step at which it has stopped."""
-    agent = inputs.start.agent
+    agent = inputs.agent
     n = envs.num_envs
     tasks = devices.copies(make_tasks(agent, names, n // len(names)), devices.replicated(mesh))
     eval_freq = args.eval_freq or 10_000 * n
@@ -910,7 +903,7 @@ def run(args: Args) -> None:
         inputs = devices.on_all_processes(lambda: open_inputs(args, names, n, checkpoints))
         saved = [path.name for path in complete_checkpoints(folder.path)]
         devices.require_same("--demos and --runs-dir", inputs.record["demos"], saved)
-        agent = inputs.start.agent
+        agent = inputs.agent
         steps = inputs.demo_steps
         replay_of = partial(new_replay, args, agent, args.buffer_size // n, n)
         demos_of = partial(new_replay, args, agent, 0 if steps is None else len(steps.first), n)
@@ -923,7 +916,7 @@ def run(args: Args) -> None:
         demos = None if steps is None else fill(args, agent, mesh, len(steps.first), n, steps)
         cli.require(demos is None or demos.size, f"all demonstrations are shorter than --horizon {agent.horizon}")
         del steps  # their memory
-        inputs = inputs._replace(start=inputs.start._replace(loaded=None), demo_steps=None)
+        inputs = inputs._replace(loaded=None, demo_steps=None)
         devices.on_all_processes(folder.begin)
         logger = stack.enter_context(Logger(folder, SCORES_COLUMNS, "step", signals=signals))
         title = f"{len(names)} task(s), {n} environment(s), {inputs.num_demos} demonstration(s): {agent.obs_dim} "

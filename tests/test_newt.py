@@ -364,8 +364,8 @@ def test_an_agent_that_knows_terminations_goes_on_with_tasks_that_have_none():
     agent = dataclasses.replace(agent, pad_obs=both.obs_dim, pad_action=both.action_dim)
     for tasks, episodic in (((NAMES[0],), True), (("Hopper-v5",), False), (("Hopper-v5",), True)):
         args = newt.Args(agent=dataclasses.replace(agent, episodic=episodic), checkpoint="x")
-        start = newt.fit_loaded(args, tasks, loaded)
-        assert ("termination" in start.loaded.params) == (tasks == ("Hopper-v5",) and episodic)
+        _, _, fitted = newt.fit_loaded(args, tasks, loaded)
+        assert ("termination" in fitted.params) == (tasks == ("Hopper-v5",) and episodic)
 
 
 def test_no_value_lies_behind_a_termination():
