@@ -206,14 +206,14 @@ def symexp(x):
 
 def two_hot(agent: Agent, x: jax.Array) -> jax.Array:
     """Scalars [...] as weights [..., K] on the two nearest bins in symlog space."""
-    bins = jnp.linspace(agent.vmin, agent.vmax, agent.num_bins)
+    bins = np.linspace(agent.vmin, agent.vmax, agent.num_bins)
     x = jnp.clip(symlog(x), agent.vmin, agent.vmax)[..., None]
     return jax.nn.relu(1 - jnp.abs(x - bins) * ((agent.num_bins - 1) / (agent.vmax - agent.vmin)))
 
 
 def two_hot_inv(agent: Agent, logits: jax.Array) -> jax.Array:
     """The scalars [...] that logits [..., K] stand for."""
-    bins = jnp.linspace(agent.vmin, agent.vmax, agent.num_bins)
+    bins = np.linspace(agent.vmin, agent.vmax, agent.num_bins)
     return symexp((jax.nn.softmax(logits) * bins).sum(-1))
 
 
@@ -261,12 +261,16 @@ class MLP(nn.Module):
     out: int
     simnorm_dim: int = 0
     zero_init: bool = False
+    one_product: bool = False  # of the concatenated inputs, in place of one for each
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, *inputs, dropout=None):
         """Inputs [..., in_i] -> [..., out]; dropout [..., hidden[0]] multiplies the first Linear's output."""
         layer_norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=this_backend().one_pass_variance)
+        if self.one_product:
+            shape = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+            inputs = (jnp.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in inputs], axis=-1),)
         for i, width in enumerate(self.hidden):
             x = Linear(width, dtype=self.dtype, name=f"linear_{i}")(*inputs)
             if i == 0 and dropout is not None:
@@ -325,12 +329,13 @@ def networks(agent: Agent) -> Networks:
     """The networks of an agent; with a termination head if episodes can terminate."""
     mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
     enc_hidden = (agent.enc_dim,) * max(agent.num_enc_layers - 1, 1) if agent.obs_dim else ()
+    binned = mlp(agent.num_bins, zero_init=True, one_product=this_backend().one_product)
     return Networks(
         encoder=ConvEncoder(agent.latent_dim // 16, agent.simnorm_dim, enc_hidden, agent.compute_dtype),
         dynamics=mlp(agent.latent_dim, agent.simnorm_dim),
-        reward=mlp(agent.num_bins, zero_init=True),
+        reward=binned,
         pi=mlp(2 * agent.action_dim),
-        q=mlp(agent.num_bins, zero_init=True),
+        q=binned,
         termination=mlp(1) if agent.episodic and agent.can_terminate else None,
     )
 
@@ -434,8 +439,9 @@ def dropout_mask(agent: Agent, key: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     """Inverted dropout as a factor, from 16 random bits a unit: each 32-bit word that is drawn serves two units."""
     if agent.dropout == 0:
         return None
-    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), "uint32")
-    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
+    size = int(np.prod(shape))
+    words = jax.random.bits(key, (-(-size // 2),), "uint32")
+    bits = jnp.concatenate([words & 0xFFFF, words >> 16])[:size].reshape(shape)
     return jnp.where(bits < round(agent.dropout * 2**16), 0.0, 1 / (1 - agent.dropout))
 
 
@@ -662,7 +668,7 @@ def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: Update
     """World-model objective (eq. 3, the original's means over steps, heads and Z in place of sums) on latent rollouts
     [H+1, B, Z], which are returned with it and its parts."""
     model = networks(agent)
-    rho = agent.rho ** jnp.arange(agent.horizon)  # [H]
+    rho = agent.rho ** np.arange(agent.horizon)[:, None]  # [H, 1]
     zs = [encode(agent, params["encoder"], jax.tree.map(lambda x: x[0], batch.obs), noise.shift[0])]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
@@ -670,9 +676,9 @@ def model_loss(agent: Agent, params, batch: Batch, next_z, target, noise: Update
 
     reward_logits = model.reward.apply(params["reward"], zs[:-1], batch.action)  # [H, B, K]
     value_logits = q_logits(agent, params["q"], zs[:-1], batch.action, noise.dropout)  # [q, H, B, K]
-    consistency = (rho * ((zs[1:] - next_z) ** 2).mean((1, 2))).mean()
-    reward = (rho * soft_ce(agent, reward_logits, batch.reward).mean(1)).mean()
-    value = (rho * soft_ce(agent, value_logits, target).mean(2)).mean()
+    consistency = (rho * ((zs[1:] - next_z) ** 2).mean(-1)).mean()
+    reward = (rho * soft_ce(agent, reward_logits, batch.reward)).mean()
+    value = (rho * soft_ce(agent, value_logits, target)).mean()
     total = agent.consistency_coef * consistency + agent.reward_coef * reward + agent.value_coef * value
     info = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
     if model.termination:  # not in the paper: a later addition of the original
@@ -690,8 +696,8 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, q_scale, noise: UpdateNoi
     q = two_hot_inv(agent, logits).mean(0)  # [H+1, B]
     low, high = jnp.percentile(jax.lax.stop_gradient(q[0]), jnp.array([5.0, 95.0]))
     q_scale = q_scale + agent.tau * (jnp.maximum(high - low, 1.0) - q_scale)
-    rho = agent.rho ** jnp.arange(agent.horizon + 1)
-    loss = -(rho * (agent.entropy_coef * pi.scaled_entropy + q / q_scale).mean(1)).mean()
+    rho = agent.rho ** np.arange(agent.horizon + 1)[:, None]
+    loss = -(rho * (agent.entropy_coef * pi.scaled_entropy + q / q_scale)).mean()
     info = {
         "pi_loss": loss,
         "pi_entropy": pi.entropy.mean(),

@@ -14,7 +14,7 @@ SCRIPTS = sorted(path.stem for pattern in ("tdmpc*.py", "newt*.py") for path in 
 DIFFERENT = {  # what a script changes in a block of tdmpc2_jax.py; all other blocks of the same name are the same
     "tdmpc2_jax_mt": """
         Agent Args SCRIPTS SIZE_FIELDS with_model_size
-        Networks networks init_params policy q_logits
+        Networks networks init_params policy q_logits dropout_mask
         estimate_value plan act
         TrainState Batch init_state td_target model_loss policy_loss update
         sample train
