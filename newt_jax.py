@@ -398,9 +398,9 @@ def after_pretraining(state: TrainState) -> TrainState:
     return state._replace(pi_opt=jax.tree.map(jnp.zeros_like, state.pi_opt))
 
 
-def loss_weights(agent: Agent) -> jax.Array:
+def loss_weights(agent: Agent) -> np.ndarray:
     """Weights [H+1] of losses along a window, whose sum is 1."""
-    rho = agent.rho ** jnp.arange(agent.horizon + 1)
+    rho = agent.rho ** np.arange(agent.horizon + 1)
     return rho / rho.sum()
 
 
