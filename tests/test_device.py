@@ -36,9 +36,10 @@ def curve(folder):
 
 
 def assert_close(one, other):
+    """But for the rounding of hundreds of updates."""
     assert one.keys() == other.keys()
     for name, values in one.items():
-        np.testing.assert_allclose(values, other[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(values, other[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def run_of(tmp_path, task, name="tdmpc2_jax_device", seed=1):
