@@ -241,7 +241,7 @@ class MLP(nn.Module):
     out: int
     simnorm_dim: int = 0
     zero_init: bool = False
-    one_product: bool = False  # of the concatenated inputs, in place of one for each
+    one_product: bool = False  # join the inputs and multiply once, not each by its own rows of the kernel
     dtype: str = "float32"
 
     @nn.compact
@@ -277,13 +277,13 @@ def networks(agent: Agent) -> Networks:
     """The networks of an agent."""
     mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
     enc_hidden = (agent.enc_dim,) * max(agent.num_enc_layers - 1, 1)
-    binned = mlp(agent.num_bins, zero_init=True, one_product=this_backend().one_product)
+    to_bins = mlp(agent.num_bins, zero_init=True, one_product=this_backend().one_product)
     return Networks(
         encoder=MLP(enc_hidden, agent.latent_dim, agent.simnorm_dim, dtype=agent.compute_dtype),
         dynamics=mlp(agent.latent_dim, agent.simnorm_dim),
-        reward=binned,
+        reward=to_bins,
         pi=mlp(2 * agent.action_dim),
-        q=binned,
+        q=to_bins,
     )
 
 
@@ -388,7 +388,7 @@ def pick_heads(q_params, heads: jax.Array):
 
 def dropout_mask(agent: Agent, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
     """Inverted dropout as a factor, from 16 random bits a unit: each 32-bit word that is drawn serves two units. Words
-    are drawn in this shape, so that each of several devices draws what its share of the windows needs."""
+    keep all axes but the last, so that each of several devices draws only those of its windows."""
     if agent.dropout == 0:
         return None
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), "uint32")
@@ -651,7 +651,7 @@ def policy_loss(agent: Agent, tasks: Tasks, pi_params, task_emb, q_params, zs, t
     q = two_hot_inv(agent, logits).mean(0)  # [H+1, B]
     low, high = jnp.percentile(jax.lax.stop_gradient(q[0]), jnp.array([5.0, 95.0]))
     q_scale = q_scale + agent.tau * (jnp.maximum(high - low, 1.0) - q_scale)
-    rho = agent.rho ** np.arange(agent.horizon + 1)[:, None]
+    rho = agent.rho ** np.arange(agent.horizon + 1)[:, None]  # [H+1, 1]
     loss = -(rho * (agent.entropy_coef * pi.scaled_entropy + q / q_scale)).mean()
     info = {
         "pi_loss": loss,

@@ -18,7 +18,7 @@ class Backend(NamedTuple):
     computes, so few of them, and few that wait for one another, are fast (benchmarks/kernels.py counts them)."""
 
     one_pass_variance: bool  # LayerNorm: E[x^2] - E[x]^2; of centred values it is one kernel with what follows
-    one_product: bool  # latent state and action, for rewards and values, multiplied as one array, which is a copy
+    one_product: bool  # inputs of rewards and values are joined (a copy) and multiplied once, not one after the other
     heads_together: bool  # value heads as one batched product, not one after the other
     plan_written_out: bool  # no loop around a plan's iterations: it takes longer to compile
     one_norm: bool  # a gradient's norm is that of one vector: no kernels for each array, but all arrays on one device

@@ -15,6 +15,7 @@ import pytest
 from helpers import ROOT, jitter
 
 import tdmpc2_jax as td
+import tdmpc2_jax_mt as mt
 from tdmpc2_support import backend
 from tdmpc2_support.backend import clip_by_global_norm, global_norm, graph_options, jit_with_graphs
 from tdmpc2_support.run.schedule import random_streams
@@ -56,6 +57,21 @@ def test_an_accelerator_values_and_plans_as_a_cpu_does(on_both):
     plans = on_both(lambda: td.plan(AGENT, params, obs, mean, first, noise, heads, explore=True))
     equal_but_for_rounding(*plans)
     assert np.abs(plans[0][0]).min() < 1  # not all of it is cut off
+
+
+def test_an_accelerator_values_many_tasks_as_a_cpu_does_with_an_embedding_for_each_window_or_for_all(on_both):
+    agent = mt.Agent(**SIZES, task_dim=8, num_tasks=2, obs_dim=5, action_dim=3)
+    params = jitter(jax.jit(mt.init_params, static_argnums=0)(agent, jax.random.key(0)), 0.1)
+    rng = np.random.default_rng(0)
+    z, action = (rng.normal(size=(3, 4, width)).astype(np.float32) for width in (16, 3))
+
+    def logits(emb):
+        reward = mt.networks(agent).reward.apply(params["reward"], z, emb, action)
+        return reward, mt.q_logits(agent, params["q"], z, emb, action)
+
+    for shape in ((4, 8), (8,)):
+        emb = rng.normal(size=shape).astype(np.float32)
+        equal_but_for_rounding(*on_both(lambda emb=emb: logits(emb)))
 
 
 @pytest.mark.slow
