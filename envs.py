@@ -180,7 +180,7 @@ def why_missing(task: str) -> str:
 def _say_left_out(number: int, left_out: tuple[tuple[str, ...], ...]) -> None:
     """Prints, once, which tasks are left out and why."""
     for why, *names in left_out:
-        print(f"{len(names)} tasks beside these {number} are left out ({why}): {', '.join(names)}", file=sys.stderr)
+        print(f"{len(names)} task(s) beside these {number} are left out ({why}): {', '.join(names)}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
