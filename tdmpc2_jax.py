@@ -265,7 +265,7 @@ def networks(agent: Agent) -> Networks:
     """The networks of an agent; with a termination head if episodes can terminate."""
     mlp = partial(MLP, (agent.mlp_dim, agent.mlp_dim), dtype=agent.compute_dtype)
     enc_hidden = (agent.enc_dim,) * max(agent.num_enc_layers - 1, 1)
-    to_bins = mlp(agent.num_bins, zero_init=True, one_product=this_backend().one_product)
+    to_bins = mlp(agent.num_bins, zero_init=True, one_product=this_backend().one_product)  # not d: samples share a z
     return Networks(
         encoder=MLP(enc_hidden, agent.latent_dim, agent.simnorm_dim, dtype=agent.compute_dtype),
         dynamics=mlp(agent.latent_dim, agent.simnorm_dim),

@@ -549,7 +549,7 @@ def model_loss(agent: Agent, params, batch: Batch, next_z, target):
     """World-model objective (eq. 10) / H on latent rollouts [H+1, B, Z], which are returned with it, the windows' new
     priorities [B] and its parts. Losses of a window are sums over its steps, each bounded."""
     model = networks(agent)
-    rho = agent.rho ** jnp.arange(agent.horizon)[:, None]  # [H, 1]
+    rho = agent.rho ** np.arange(agent.horizon)[:, None]  # [H, 1]
     zs = [encode(agent, params["encoder"], batch.obs[0])]
     for t in range(agent.horizon):
         zs.append(model.dynamics.apply(params["dynamics"], zs[t], batch.action[t]))
@@ -582,7 +582,7 @@ def policy_loss(agent: Agent, pi_params, q_params, zs, noise: UpdateNoise):
     """Policy objective (eq. 11) on latent states zs [H+1, B, Z], which get no gradient."""
     pi = policy(agent, pi_params, zs, noise.pi_action)
     q = q_values(agent, q_params, zs, pi.action).min(0)  # [H+1, B]
-    rho = agent.rho ** jnp.arange(agent.horizon + 1)
+    rho = agent.rho ** np.arange(agent.horizon + 1)
     loss = -(rho * q.mean(1)).sum()
     return loss, {"pi_loss": loss}
 

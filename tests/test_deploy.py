@@ -245,6 +245,7 @@ def test_an_exported_planner_plans_as_jax_does(one, exported):
     rng = np.random.default_rng(0)
     mean = np.zeros((1, agent.horizon, 1), np.float32)
     moved = []
+    apart = []
     for i in range(100):
         obs = rng.normal(size=(1, 2)).astype(np.float32)
         noise, heads = plan_noise(jax.random.key(i))
@@ -255,9 +256,10 @@ def test_an_exported_planner_plans_as_jax_does(one, exported):
         inputs = {name: np.array(np.asarray(value)[0]) for name, value in inputs.items()} | {"heads": np.asarray(heads)}
         found = session.run(["action", "mean"], inputs)
         np.testing.assert_allclose(found[0], action[0], atol=1e-5)
-        np.testing.assert_allclose(found[1], new_mean[0], atol=1e-3)  # rounding may choose another last elite
+        apart.append(np.abs(found[1] - new_mean[0]).max())
         moved.append(float(action[0, 0]))
         mean = new_mean
+    assert np.sort(apart)[-2] < 1e-5 and max(apart) < 1e-4, "in one plan rounding may choose another last elite"
     assert np.std(moved) > 0.1, "it would be as easy to agree on one action"
 
 
